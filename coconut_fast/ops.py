@@ -1,0 +1,111 @@
+"""The one place that chooses an implementation of an op, and can say why.
+
+Each op is one stem everywhere: `x_ref` in kernels/reference.py, `kernels/x.py` (Triton), `x` in the C++ module (CPU).
+`ops.x(...)` runs the first backend of BACKENDS[x] that the tensors' device allows; `use("torch")` or the environment
+variable COCONUT_FAST_BACKEND asks for one by name, and an explicit choice that cannot be honoured is an error.
+
+Nothing here probes a device at import; the C++ module and the kernels load on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# op -> its backends, fastest first. "cpu" is the C++ module, "torch" the plain mathematics (any device).
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "ragged_attention": ("triton", "cpu", "torch"),
+    "ragged_attention_backward": ("triton", "cpu", "torch"),
+    "kv_append": ("triton", "torch"),
+}
+DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "torch": None}
+
+_forced: str | None = None
+
+
+@functools.cache
+def extension() -> Any:
+    """The C++ module, or ImportError with what to do about it."""
+    try:
+        return importlib.import_module("coconut_fast._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the C++ module coconut_fast._C does not load ({error}); build it with `pip install .` "
+            "or, in a checkout, `python setup.py build_ext --inplace`"
+        ) from error
+
+
+@contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Within the block every op runs on `backend` ("triton", "cuda", "cpu", "torch"), or raises where it cannot."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def why_not(op: str, backend: str, device: torch.device) -> str | None:
+    """The reason `backend` cannot run `op` on `device`; None where it can."""
+    if backend not in BACKENDS[op]:
+        return f"{op} has no {backend} implementation (it has {', '.join(BACKENDS[op])})"
+    wanted = DEVICE_OF[backend]
+    if wanted is not None and device.type != wanted:
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not interpreted:
+            return f"{backend} needs tensors on {wanted}, these are on {device.type}"
+    try:
+        _implementation(op, backend)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[str, str]:
+    """(backend, reason) for `op` on `device`; ValueError where an explicit choice cannot be honoured."""
+    asked = backend or _forced or os.environ.get("COCONUT_FAST_BACKEND")
+    if asked:
+        reason = why_not(op, asked, device)
+        if reason:
+            raise ValueError(f"ops.{op}: backend {asked!r} was asked for, but {reason}")
+        return asked, "asked for"
+    passed_over = []
+    for candidate in BACKENDS[op]:
+        if candidate == "triton" and device.type != "cuda":
+            reason = f"triton needs tensors on cuda, these are on {device.type}"
+        else:
+            reason = why_not(op, candidate, device)
+        if reason is None:
+            return candidate, "; ".join(passed_over) or "first choice"
+        passed_over.append(f"not {candidate}: {reason}")
+    raise ValueError(f"ops.{op}: no backend runs on {device.type}: {'; '.join(passed_over)}")
+
+
+@functools.cache
+def _implementation(op: str, backend: str) -> Callable[..., Any]:
+    if backend == "torch":
+        return getattr(importlib.import_module("coconut_fast.kernels.reference"), f"{op}_ref")
+    if backend == "triton":
+        stem = op.removesuffix("_backward")
+        return getattr(importlib.import_module(f"coconut_fast.kernels.{stem}"), op)
+    return getattr(extension(), op if backend == "cpu" else f"{op}_cuda")
+
+
+def call(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    """Run `op` on the backend chosen for its first tensor argument's device."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    chosen, _ = choose(op, device, backend)
+    return _implementation(op, chosen)(*args, **kwargs)
+
+
+def __getattr__(op: str) -> Callable[..., Any]:
+    if op in BACKENDS:
+        return functools.partial(call, op)
+    raise AttributeError(f"ops has no op {op!r}; it has {', '.join(BACKENDS)}")
