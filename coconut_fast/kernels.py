@@ -1,9 +1,10 @@
-"""Makes ../kernels importable as `coconut_fast.kernels` from a bare checkout.
+"""Makes the kernel files importable as `coconut_fast.kernels`, installed or from a bare checkout.
 
-An installed package holds the kernel files themselves at this name (setup.py maps `kernels/` to it), and a package
-shadows a module of the same name; so this file only ever runs in a checkout, where it turns itself into that package.
+The files have no __init__.py of their own (the name `kernels` belongs to another package on PyPI). An installed
+package holds them in a folder beside this module, a checkout (or an editable install) at the top of the repository.
 """
 
 from pathlib import Path
 
-__path__ = [str(Path(__file__).resolve().parents[1] / "kernels")]
+_here = Path(__file__).resolve().parent
+__path__ = [str(folder) for folder in (_here / "kernels", _here.parent / "kernels") if folder.is_dir()][:1]
