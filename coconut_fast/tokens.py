@@ -7,16 +7,19 @@ from dataclasses import dataclass
 START_LATENT = "<|start-latent|>"
 LATENT = "<|latent|>"
 END_LATENT = "<|end-latent|>"
+PAUSE = "<|pause|>"
 
 
 @dataclass(frozen=True)
 class LatentTokens:
     """Ids of the special tokens: `start` and `end` frame the thoughts, `thought` marks one, `eos` ends the answer.
 
-    `start` and `end` are None for models trained without markers around their thoughts.
+    `start` and `end` are None for models trained without markers around their thoughts. `pause` is an ordinary token
+    with a trainable embedding, which the pause rows of the paper's Table 1 put where thoughts would be.
     """
 
     thought: int
     start: int | None = None
     end: int | None = None
     eos: int | None = None
+    pause: int | None = None

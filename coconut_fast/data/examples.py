@@ -1,0 +1,185 @@
+"""Problems as the field stores them: a question, reasoning steps and an answer, in a JSON list or in JSON lines.
+
+Reading checks everything before anything runs: a problem in a file is one ValueError that names the file, the record
+(counted from 1), the field, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coconut_fast.files import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One problem; `extra` holds the record's other keys (ProsQA: the graph), which are kept when it is written."""
+
+    question: str
+    steps: list[str]
+    answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON object of this problem, keys in the order of the released files."""
+        return {"question": self.question, "answer": self.answer, "steps": self.steps, **self.extra}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Token ids of one problem. `answer_ids` ends with end-of-text; `idx` is its place in the data set.
+
+    Graph problems may carry two things more: `frontiers[k]`, the ids of the nodes that are right after k + 1 hops, for
+    targets that name one node of a frontier; and `cue`, how many leading answer tokens such targets give for free
+    (the "[A]" that says: answer now).
+    """
+
+    question_ids: list[int]
+    steps_ids: list[list[int]]
+    answer_ids: list[int]
+    idx: int = 0
+    frontiers: list[list[int]] | None = None
+    cue: int = 0
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[Example]:
+    """Read a JSON list of records, or JSON lines (one record per line; blank lines are skipped).
+
+    A record is an object with `question` (non-empty string), `steps` (list of strings, may be empty) and `answer`
+    (non-empty string); every other key goes to `Example.extra`. A file is JSON lines where its name ends in
+    ".jsonl" or its first character is not "[". ValueError on any problem, and on a file without records.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; expected a JSON list of records, or one record per line")
+    if path.suffix == ".jsonl" or not text.lstrip().startswith("["):
+        records = _json_lines(path, text)
+    else:
+        records = _json_list(path, text)
+    return [parse_record(record, where) for where, record in records]
+
+
+def parse_record(record: Any, where: str) -> Example:
+    """An Example from a decoded JSON object; `where` ("file.json: record 3") opens every error message."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: found {_kind(record)}, expected an object with question, steps and answer")
+    for name in ("question", "steps", "answer"):
+        if name not in record:
+            found = ", ".join(map(repr, record)) or "none"
+            raise ValueError(f"{where}: the field {name!r} is missing (fields found: {found})")
+    question = _checked_text(record["question"], f"{where}, field 'question'")
+    answer = _checked_text(record["answer"], f"{where}, field 'answer'")
+    steps = record["steps"]
+    if not isinstance(steps, list):
+        raise ValueError(f"{where}, field 'steps': found {_kind(steps)}, expected a list of strings")
+    steps = [_checked_text(step, f"{where}, field 'steps', step {i}", empty=True) for i, step in enumerate(steps, 1)]
+    extra = {key: value for key, value in record.items() if key not in ("question", "steps", "answer")}
+    return Example(question, steps, answer, extra)
+
+
+def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
+    """Write a JSON list, or JSON lines where the name ends in ".jsonl"; atomically, so never half a data set."""
+    with write_atomically(path) as file:
+        if Path(path).suffix == ".jsonl":
+            for example in examples:
+                file.write(json.dumps(example.record(), ensure_ascii=False) + "\n")
+        else:
+            json.dump([example.record() for example in examples], file, ensure_ascii=False)
+            file.write("\n")
+
+
+def tokenize_examples(examples: Sequence[Example], tokenizer: Any) -> list[TokenizedExample]:
+    """Tokenize as the official code does, with any Hugging Face tokenizer.
+
+    The question and "\\n" with the tokenizer's special tokens; each step and "\\n" without; "### " and the answer
+    without, then end-of-text. The pieces are tokenized apart, so a tokenizer that merges across them is fine.
+    ValueError where the tokenizer has no end-of-text token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no eos_token; an answer must end with one")
+    questions = _encode(tokenizer, [example.question + "\n" for example in examples], special=True)
+    steps = iter(_encode(tokenizer, [step + "\n" for example in examples for step in example.steps], special=False))
+    answers = _encode(tokenizer, ["### " + example.answer for example in examples], special=False)
+    return [
+        TokenizedExample(question, [next(steps) for _ in example.steps], [*answer, eos], idx)
+        for idx, (example, question, answer) in enumerate(zip(examples, questions, answers, strict=True))
+    ]
+
+
+def tokenize_example(example: Example, tokenizer: Any, idx: int = 0) -> TokenizedExample:
+    """One problem; see tokenize_examples."""
+    one = tokenize_examples([example], tokenizer)[0]
+    return TokenizedExample(one.question_ids, one.steps_ids, one.answer_ids, idx)
+
+
+def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON or JSON lines file") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{raw[error.start]:02x} on line {line}"
+        raise ValueError(f"{path}: not UTF-8 ({found}); expected JSON in UTF-8") from error
+
+
+def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: broken JSON on line {error.lineno}, column {error.colno}: {error.msg}") from error
+    if not records:
+        raise ValueError(f"{path}: the list is empty; expected at least one record")
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
+
+
+def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    records: list[tuple[str, Any]] = []
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: record {len(records) + 1} (line {line_number})"
+        try:
+            records.append((where, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: broken JSON at column {error.colno}: {error.msg}; expected one whole record per line, "
+                'or a file that is one JSON list ("[...]")'
+            ) from error
+    return records
+
+
+def _checked_text(value: Any, where: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: found {_kind(value)}, expected a string")
+    if not empty and not value.strip():
+        raise ValueError(f"{where}: found an empty string, expected text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: found half a surrogate pair (character {error.start})") from error
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words, with a glimpse of it."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    shown = json.dumps(value, ensure_ascii=True)
+    name = names.get(type(value), "a number")
+    return name if value is None else f"{name} ({shown if len(shown) <= 40 else shown[:37] + '...'})"

@@ -1,0 +1,56 @@
+"""Files that appear whole or not at all: written under a temporary name, synced to disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
+
+    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"cannot write a file at {target}: a folder is there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the rename stays within one file system; with the process id, so that two processes
+    # that write the same file do not write into each other's.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON, atomically. TypeError where JSON cannot hold it (and nothing is written)."""
+    with write_atomically(path) as file:
+        json.dump(value, file, indent=indent, ensure_ascii=False)
+        file.write("\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut; not every file system allows it, and then there is nothing to do."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
