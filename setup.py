@@ -42,14 +42,17 @@ def extension() -> CppExtension:
     if reason:
         print(f"coconut_fast: building without CUDA kernels: {reason}")
         macros = [("COCONUT_FAST_NO_CUDA_REASON", f'"{reason}"')]
-        flags = {"cxx": [*OPTIMISE, "-pthread"]}
+        flags = {"cxx": [*OPTIMISE, "-pthread", "-fvisibility=hidden"]}
         return CppExtension(
             "coconut_fast._C", list(dict.fromkeys(sources)), define_macros=macros, extra_compile_args=flags, **common
         )
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     sources += sorted(glob("csrc/cuda/*.cu"))
-    flags = {"cxx": [*OPTIMISE, "-pthread"], "nvcc": [*OPTIMISE, "-lineinfo"]}
+    flags = {
+        "cxx": [*OPTIMISE, "-pthread", "-fvisibility=hidden"],
+        "nvcc": [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
+    }
     macros = [("COCONUT_FAST_WITH_CUDA", None)]
     return CUDAExtension(
         "coconut_fast._C", list(dict.fromkeys(sources)), define_macros=macros, extra_compile_args=flags, **common
