@@ -1,0 +1,190 @@
+"""Ragged batches: rows laid end to end, cut into passes at their thoughts.
+
+A row is cut before each of its thoughts. Segment 0 runs up to the first thought; segment j starts with the j-th thought
+and runs up to the next one (or to the end of the row). Pass j computes segment j of every row that has one, so a batch
+needs 1 + (most thoughts of any row) passes, no token is computed twice and no pad exists.
+
+The flat token axis is pass-major: pass 0 of all rows, then pass 1, ... so each pass is one contiguous slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100  # a label that no loss is taken on, as everywhere in PyTorch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward through the model: flat tokens `start:stop`, `counts[i]` of them from row `rows[i]`."""
+
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]
+    thought_at: torch.Tensor  # (len(rows),) int64: where in this pass the thoughts stand; empty for pass 0
+    source: torch.Tensor  # (len(rows),) int64: the position in the previous pass whose hidden state is fed back
+    detachable: torch.Tensor  # (len(rows),) int64: how many thoughts of the row come after this one
+    loss_index: torch.Tensor  # (N,) int64: positions in this pass that predict a labelled token
+    targets: torch.Tensor  # (N,) int64: those tokens
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """B rows of token ids as one flat axis of T tokens, with the plan of passes over them."""
+
+    input_ids: torch.Tensor  # (T,) int64, pass-major
+    position_ids: torch.Tensor  # (T,) int64
+    passes: tuple[Pass, ...]
+    lengths: tuple[int, ...]  # tokens of each row
+    padded_at: torch.Tensor  # (T,) int64: where each token stands in the padded (B, width) layout, flattened
+    width: int
+    num_targets: int
+
+    @property
+    def num_thoughts(self) -> int:
+        """Thoughts fed back in this batch, all rows together."""
+        return sum(len(p.rows) for p in self.passes[1:])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
+        """The same batch with its tensors on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+
+        passes = tuple(replace(p, **{k: move(v) for k, v in vars(p).items()}) for p in self.passes)
+        return replace(self, **{k: move(v) for k, v in vars(self).items() if k != "passes"}, passes=passes)
+
+    def pin_memory(self) -> RaggedBatch:
+        """The same batch in page-locked memory, for the data loader."""
+        passes = tuple(
+            replace(p, **{k: v.pin_memory() for k, v in vars(p).items() if isinstance(v, torch.Tensor)})
+            for p in self.passes
+        )
+        own = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **own, passes=passes)
+
+
+def collate(
+    input_ids: Sequence[Sequence[int]],
+    thought_id: int,
+    labels: Sequence[Sequence[int]] | None = None,
+    position_ids: Sequence[Sequence[int]] | None = None,
+    columns: Sequence[Sequence[int]] | None = None,
+    width: int | None = None,
+) -> RaggedBatch:
+    """Rows of token ids -> RaggedBatch.
+
+    `labels[b][t]` is the target for token t (predicted from t - 1; -100 for none), `position_ids` default to 0, 1, ...;
+    `columns` and `width` say where each token stood in a padded layout (default: left-aligned).
+    Raises ValueError, naming the row, for an empty row, a thought in front of which no token stands, or labels of
+    another length than the row.
+    """
+    rows = [np.asarray(row, dtype=np.int64) for row in input_ids]
+    lengths = [len(row) for row in rows]
+    if not rows or min(lengths) == 0:
+        raise ValueError(f"input_ids: row {lengths.index(0) if rows else 0} is empty; a row needs at least one token")
+    segments = []  # per row: its cut points, len = thoughts + 2
+    for b, row in enumerate(rows):
+        thoughts = np.flatnonzero(row == thought_id)
+        if len(thoughts) and thoughts[0] == 0:
+            raise ValueError(f"input_ids: row {b} starts with a thought; a thought needs a token in front of it")
+        if labels is not None and len(labels[b]) != len(row):
+            raise ValueError(f"labels: row {b} has {len(labels[b])} labels for {len(row)} tokens")
+        segments.append([0, *thoughts.tolist(), len(row)])
+
+    width = width or max(lengths)
+    target_rows = [_shifted(labels[b]) if labels is not None else None for b in range(len(rows))]
+    flat, positions, padded, passes = [], [], [], []
+    ends: dict[int, int] = {}  # row -> position, within the previous pass, of its last token
+    stop = 0
+    for j in range(max(len(s) for s in segments) - 1):
+        members = [b for b, s in enumerate(segments) if j < len(s) - 1]
+        start, offset = stop, 0
+        thought_at, source, index, targets, counts = [], [], [], [], []
+        for b in members:
+            low, high = segments[b][j], segments[b][j + 1]
+            flat.append(rows[b][low:high])
+            positions.append(position_ids[b][low:high] if position_ids is not None else np.arange(low, high))
+            column = columns[b][low:high] if columns is not None else np.arange(low, high)
+            padded.append(np.asarray(column) + b * width)
+            if j:
+                thought_at.append(offset)
+                source.append(ends[b])
+            row_targets = target_rows[b]
+            if row_targets is not None:
+                labelled = np.flatnonzero(row_targets[low:high] != IGNORE)
+                index.append(labelled + offset)
+                targets.append(row_targets[low:high][labelled])
+            counts.append(high - low)
+            offset += high - low
+        ends = dict(zip(members, (np.cumsum(counts) - 1).tolist(), strict=True))
+        stop = start + offset
+        passes.append(
+            Pass(
+                start=start,
+                stop=stop,
+                rows=tuple(members),
+                counts=tuple(counts),
+                thought_at=_int64(thought_at),
+                source=_int64(source),
+                detachable=_int64([len(segments[b]) - 2 - j for b in members] if j else []),
+                loss_index=_int64(np.concatenate(index) if index else []),
+                targets=_int64(np.concatenate(targets) if targets else []),
+            )
+        )
+    return RaggedBatch(
+        input_ids=_int64(np.concatenate(flat)),
+        position_ids=_int64(np.concatenate(positions)),
+        passes=tuple(passes),
+        lengths=tuple(lengths),
+        padded_at=_int64(np.concatenate(padded)),
+        width=width,
+        num_targets=sum(p.targets.numel() for p in passes),
+    )
+
+
+def from_padded(
+    input_ids: torch.Tensor,
+    thought_id: int,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> RaggedBatch:
+    """Padded (B, T) tensors, pads left, right or both (attention_mask 0) -> RaggedBatch on the CPU."""
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected shape (batch, tokens), found {shape}")
+    for name, tensor in {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected the shape of input_ids {shape}, found {tuple(tensor.shape)}")
+    ids = input_ids.cpu().numpy()
+    columns = [np.flatnonzero(m) for m in attention_mask.cpu().numpy()] if attention_mask is not None else None
+    if columns is None:
+        columns = [np.arange(shape[1])] * shape[0]
+
+    def pick(tensor: torch.Tensor | None) -> list[np.ndarray] | None:
+        return None if tensor is None else [v[c] for v, c in zip(tensor.cpu().numpy(), columns, strict=True)]
+
+    return collate(
+        [row[c] for row, c in zip(ids, columns, strict=True)],
+        thought_id,
+        labels=pick(labels),
+        position_ids=pick(position_ids),
+        columns=columns,
+        width=shape[1],
+    )
+
+
+def _shifted(labels: Sequence[int]) -> np.ndarray:
+    """The target of each position: the label of the next one; the last position predicts nothing."""
+    return np.append(np.asarray(labels, dtype=np.int64)[1:], IGNORE)
+
+
+def _int64(values: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64))
