@@ -196,3 +196,21 @@ def ragged_attention_backward_ref(
         grad_keys[slots] += grad_k.reshape(kv_heads, group, len(j), -1).sum(1).transpose(0, 1).to(grad_keys.dtype)
         grad_values[slots] += grad_v.reshape(kv_heads, group, len(j), -1).sum(1).transpose(0, 1).to(grad_values.dtype)
     return grad_query
+
+
+# ---- linear_cross_entropy --------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy_ref(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
+    """The summed cross-entropy of a linear head: sum_n logsumexp(l_n) - l_n[target_n], l = scale * (hidden W^T + b).
+
+    hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,); softcap: l = softcap * tanh(l / softcap).
+    Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")

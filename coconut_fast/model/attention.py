@@ -1,0 +1,139 @@
+"""Attention over the ragged cache, registered with transformers as `attn_implementation="coconut_fast"`.
+
+Every attention layer of a Hugging Face model calls `attend` with query, key and value of the flattened batch,
+(1, heads, T, head dim), and passes our `ragged` keyword through untouched. Keys and values go to our cache; queries
+attend to their own row there. Prefill, latent pass, decode and training are this one call.
+
+Gradients go through the cache without copies. A pass writes its keys and values once and saves only query, output and
+log-sum-exp. In backward it adds dK and dV of everything it attended to into one buffer per layer; its own rows of that
+buffer are complete when its turn comes, because all later passes had theirs before. A token threaded from each call to
+the next one of the same layer makes autograd keep that order even where a thought is detached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from coconut_fast import ops
+from coconut_fast.model.cache import Ragged
+
+NAME = "coconut_fast"
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    ragged: Ragged | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (1, H, T, K), key and value (1, Hkv, T, K) of a ragged batch -> output (1, T, H, K).
+
+    Raises ValueError where called without `ragged`, with a mask, or with attention we do not compute (sinks).
+    """
+    if ragged is None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} computes ragged batches only: call the Coconut module around this model, "
+            "or use model.set_attn_implementation('sdpa') to run the Hugging Face model by itself"
+        )
+    if attention_mask is not None:
+        raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} uses attention sinks, which attn_implementation={NAME!r} lacks")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keywords = {
+        "page_size": ragged.cache.page_size,
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "dropout": dropout if module.training else 0.0,
+        "seed": (ragged.dropout_seed + 0x9E3779B1 * (layer + 1)) & 0x7FFFFFFF,
+        "max_query": ragged.max_query,
+        "max_length": ragged.max_length,
+    }
+    query_THK, key_THK, value_THK = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
+        order = ragged.cache.order[layer]
+        if order is None:
+            order = query_THK.new_zeros((), dtype=torch.float32)
+        output_THK, ragged.cache.order[layer] = _CachedAttention.apply(
+            query_THK, key_THK, value_THK, order, ragged, layer, keywords
+        )
+    else:
+        output_THK, _ = _forward(query_THK, key_THK, value_THK, ragged, layer, keywords)
+    return output_THK[None], None
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ragged: Ragged, layer: int, keywords: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = ragged.cache
+    keys, values = cache.storage(layer, key, value)
+    ops.kv_append(key, value, ragged.slots, keys, values)
+    where = (cache.page_table, ragged.rows, ragged.row_offsets, ragged.lengths)
+    return ops.ragged_attention(query, keys, values, *where, **keywords)
+
+
+class _CachedAttention(torch.autograd.Function):
+    """`_forward` with its derivative; see the head of this file for why the order of backward matters."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        order: torch.Tensor,
+        ragged: Ragged,
+        layer: int,
+        keywords: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, lse = _forward(query, key, value, ragged, layer, keywords)
+        ctx.save_for_backward(query, output, lse)
+        ctx.ragged, ctx.layer, ctx.keywords = ragged, layer, keywords
+        ctx.is_first = ragged.cache.order[layer] is None
+        ctx.set_materialize_grads(False)
+        return output, torch.zeros_like(order)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor | None, grad_order: torch.Tensor | None) -> Any:  # type: ignore[override]
+        query, output, lse = ctx.saved_tensors
+        ragged, layer = ctx.ragged, ctx.layer
+        cache = ragged.cache
+        grad_keys, grad_values = cache.gradients(layer)
+        if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
+            grad_query = torch.zeros_like(query)
+        else:
+            grad_query = ops.ragged_attention_backward(
+                grad_output.contiguous(),
+                query,
+                cache.keys[layer],
+                cache.values[layer],
+                output,
+                lse,
+                cache.page_table,
+                ragged.rows,
+                ragged.row_offsets,
+                ragged.lengths,
+                grad_keys,
+                grad_values,
+                **ctx.keywords,
+            )
+        grad_key = grad_keys[ragged.slots].to(query.dtype)
+        grad_value = grad_values[ragged.slots].to(query.dtype)
+        if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
+            cache.grad_keys[layer] = cache.grad_values[layer] = None
+        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), None, None, None
+
+
+AttentionInterface.register(NAME, attend)

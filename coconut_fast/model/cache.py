@@ -1,0 +1,133 @@
+"""The append-only cache: keys and values of all layers, in slots that the C++ layout hands out.
+
+The layout (csrc/cache_layout.h) decides which row owns which page; this file owns the memory. A slot is one row of a
+layer's `keys` and `values`, (slots, kv heads, head dim), allocated when the layer first writes and never moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from coconut_fast import ops
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One ragged forward: which rows, how many tokens of each, and where their keys and values go.
+
+    Passed through the Hugging Face model as the keyword `ragged`; model/attention.py is its only reader.
+    """
+
+    cache: KVCache
+    rows: torch.Tensor  # (B,) int32: rows of the cache
+    row_offsets: torch.Tensor  # (B + 1,) int32: where each row's tokens start in this call
+    lengths: torch.Tensor  # (B,) int32: tokens in the cache, those of this call included
+    slots: torch.Tensor  # (T,) int64: where this call's tokens are written
+    max_query: int
+    max_length: int
+    dropout_seed: int = 0
+
+
+class KVCache:
+    """Rows of keys and values for every layer of a model.
+
+    num_slots: tokens it can hold (rounded up to whole pages); max_rows: rows at a time; max_length: tokens of the
+    longest row (default: all of them). Raises ValueError, and changes nothing, when it is full or a row is not its own.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        num_slots: int,
+        max_rows: int = 64,
+        max_length: int | None = None,
+        page_size: int = 16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        num_pages = -(-num_slots // page_size)
+        self.layout = ops.extension().CacheLayout(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_pages_per_row=-(-(max_length or num_slots) // page_size),
+        )
+        self.device = torch.device(device)
+        self.page_size = page_size
+        self.num_slots = num_pages * page_size
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+        # On a GPU the kernels read a copy of the page table at an address that never changes (graphs capture it).
+        on_cpu = self.device.type == "cpu"
+        self.page_table = self.layout.page_table if on_cpu else self.layout.page_table.to(self.device)
+        # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
+        self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
+        self.grad_values: list[torch.Tensor | None] = [None] * num_layers
+        self.order: list[torch.Tensor | None] = [None] * num_layers
+
+    def alloc(self, count: int) -> list[int]:
+        """`count` new, empty rows."""
+        return self.layout.alloc(count)
+
+    def append(self, rows: Sequence[int], counts: Sequence[int], dropout_seed: int = 0) -> Ragged:
+        """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
+        slots, copies = self.layout.append(list(rows), list(counts))
+        if len(copies):
+            self._copy_pages(copies)
+        if self.device.type != "cpu":
+            self.page_table.copy_(self.layout.page_table, non_blocking=True)
+        index = torch.tensor(list(rows), dtype=torch.int32)
+        lengths = self.layout.lengths[index]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
+        offsets[1:] = torch.tensor(list(counts), dtype=torch.int32).cumsum(0)
+        return Ragged(
+            cache=self,
+            rows=index.to(self.device, non_blocking=True),
+            row_offsets=offsets.to(self.device, non_blocking=True),
+            lengths=lengths.to(self.device, non_blocking=True),
+            slots=slots.to(self.device, non_blocking=True),
+            max_query=max(counts),
+            max_length=int(lengths.max()),
+            dropout_seed=dropout_seed,
+        )
+
+    def fork(self, rows: Sequence[int]) -> list[int]:
+        """New rows that share the tokens of `rows` until one of them appends (copy on write)."""
+        return self.layout.fork(list(rows))
+
+    def truncate(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Rolls `rows[i]` back to its first `lengths[i]` tokens."""
+        self.layout.truncate(list(rows), list(lengths))
+
+    def free(self, rows: Sequence[int]) -> None:
+        """Gives rows and the pages only they hold back."""
+        self.layout.free(list(rows))
+
+    def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (slots, kv heads, head dim) tensors of a layer; made on its first write, shaped as `key` and `value`."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            keys = self.keys[layer] = value.new_empty((self.num_slots, *key.shape[1:]))
+            values = self.values[layer] = value.new_empty((self.num_slots, *value.shape[1:]))
+        return keys, values
+
+    def gradients(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's accumulation buffers for dK and dV, fp32 (fp64 for an fp64 cache), zero when first asked for."""
+        grad_keys, grad_values = self.grad_keys[layer], self.grad_values[layer]
+        if grad_keys is None or grad_values is None:
+            keys, values = self.keys[layer], self.values[layer]
+            assert keys is not None and values is not None, "backward before any forward"
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            grad_keys = self.grad_keys[layer] = torch.zeros_like(keys, dtype=dtype)
+            grad_values = self.grad_values[layer] = torch.zeros_like(values, dtype=dtype)
+        return grad_keys, grad_values
+
+    def _copy_pages(self, copies: torch.Tensor) -> None:
+        source, target = copies.to(self.device).unbind(1)
+        for storage in (*self.keys, *self.values):
+            if storage is not None:
+                pages = storage.view(-1, self.page_size, *storage.shape[1:])
+                pages[target] = pages[source]

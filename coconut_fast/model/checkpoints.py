@@ -1,0 +1,267 @@
+"""Loading and saving: Hugging Face directories and hub ids, our own directories, and the reference's checkpoints.
+
+A saved directory is an ordinary Hugging Face model (config.json, model.safetensors, tokenizer files) plus
+`coconut.json` (special tokens, settings, the feedback's name) and, where the feedback has weights,
+`feedback.safetensors`. It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from coconut_fast.model.coconut import Coconut, Settings
+from coconut_fast.model.feedback import make_feedback, name_of
+from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
+
+COCONUT_JSON = "coconut.json"
+FEEDBACK_WEIGHTS = "feedback.safetensors"
+REFERENCE_PREFIX = "base_causallm."
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    tokens: LatentTokens | None = None,
+    feedback: str | nn.Module | None = None,
+) -> Coconut:
+    """A Coconut model, in evaluation mode, from any of:
+
+    - a Hugging Face directory or hub id. With a tokenizer, the three special tokens are added if missing, and their
+      rows start from the embedding of `<<` where the tokenizer has it, else from the mean embedding;
+    - a directory written by `Coconut.save_pretrained`;
+    - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
+
+    device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
+    (`identity`, `rescale`, `projection`) or a module, default what the checkpoint was saved with.
+    Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing or unexpected
+    weights, and special tokens that cannot be known.
+    """
+    path = Path(path_or_id)
+    if path.is_file():
+        hf = _read_reference(path)
+        home: Path | str = path.parent
+    else:
+        if not path.is_dir() and (path.is_absolute() or str(path_or_id).startswith(".") or path.suffix):
+            raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
+        hf = _read_hugging_face(path_or_id)
+        home = path if path.is_dir() else str(path_or_id)
+
+    saved = _read_coconut_json(home)
+    tokenizer = _read_tokenizer(home)
+    if tokens is None and saved is not None:
+        tokens = LatentTokens(**saved["tokens"])
+    if tokens is None:
+        if tokenizer is None:
+            raise ValueError(
+                f"tokens: {path_or_id} has no tokenizer to take the special tokens from; "
+                "pass tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
+            )
+        tokens = add_latent_tokens(hf, tokenizer)
+    _check_tokens(tokens, hf)
+
+    if dtype is not None:
+        hf = hf.to(dtype)
+    settings = Settings(**saved["settings"]) if saved else None
+    module = _read_feedback(feedback, saved, home, hf)
+    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
+    model = model.to(device or "cpu").eval()
+    _check_head(model)
+    return model
+
+
+def save(model: Coconut, directory: str | Path) -> None:
+    """See Coconut.save_pretrained. The directory appears whole: written beside it, synced, then renamed."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write(model, temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(temporary, 0o755)
+        if target.is_dir():
+            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step.
+            for file in temporary.iterdir():
+                os.replace(file, target / file.name)
+        else:
+            os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(model: Coconut, directory: Path) -> None:
+    """The files of a saved model, into an existing directory."""
+    model.hf.save_pretrained(directory)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.feedback.state_dict().items()}
+    if weights:
+        save_file(weights, directory / FEEDBACK_WEIGHTS)
+    saved = {
+        "format": 1,
+        "tokens": asdict(model.tokens),
+        "settings": asdict(model.settings),
+        "feedback": name_of(model.feedback),
+    }
+    (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n")
+
+
+def add_latent_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LatentTokens:
+    """Adds the three special tokens where missing, and gives their rows the start the paper's code gives them."""
+    known = set(tokenizer.get_vocab())
+    missing = [t for t in (START_LATENT, END_LATENT, LATENT) if t not in known]
+    if missing:
+        tokenizer.add_tokens(missing)
+    rows = hf.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    start, thought, end = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
+    if missing:
+        like = tokenizer.get_vocab().get("<<")
+        new = torch.tensor(tokenizer.convert_tokens_to_ids(missing))
+        old = len(tokenizer) - len(missing)
+        with torch.no_grad():
+            tables = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings())}
+            for weight in tables.values():
+                weight[new] = weight[like].clone() if like is not None else weight[:old].mean(0)
+    return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
+
+
+def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path_or_id: {path_or_id} does not load as a causal language model: {error}") from error
+
+
+def _read_reference(path: Path) -> PreTrainedModel:
+    """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), beside a config."""
+    if not (path.parent / "config.json").is_file():
+        raise ValueError(f"path_or_id: {path} needs the model's config.json beside it; there is none in {path.parent}")
+    state = _read_pickle(path)
+    if any(k.startswith(REFERENCE_PREFIX) for k in state):
+        # `embedding.weight` is the same tensor as the model's own table.
+        state = {k.removeprefix(REFERENCE_PREFIX): v for k, v in state.items() if k.startswith(REFERENCE_PREFIX)}
+    config = AutoConfig.from_pretrained(path.parent)
+    floating = [v.dtype for v in state.values() if v.is_floating_point()]
+    hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
+    table = next((k for k, v in hf.state_dict().items() if v is hf.get_input_embeddings().weight.data), None)
+    names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
+    table = next((k for k in [table, *names] if k in state), None)
+    if table is not None and state[table].shape[0] != hf.get_input_embeddings().weight.shape[0]:
+        hf.resize_token_embeddings(state[table].shape[0], mean_resizing=False)
+    try:
+        missing, unexpected = hf.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"path_or_id: {path} does not fit {path.parent / 'config.json'}: {error}") from error
+    # Old releases of transformers saved constant buffers; a tied head is not saved twice.
+    unexpected = [k for k in unexpected if not k.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
+    head = {k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight}
+    missing = [k for k in missing if k not in head or table is None]
+    if missing or unexpected:
+        raise ValueError(
+            f"path_or_id: {path} does not fit {path.parent / 'config.json'}: "
+            f"missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
+        )
+    hf.tie_weights()
+    return hf
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"path_or_id: {path} is refused: it holds more than tensors, and loading it could run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"path_or_id: {path} is not a whole torch checkpoint: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"path_or_id: {path} holds a {type(state).__name__}, expected a state dict of tensors")
+    return state
+
+
+def _read_tokenizer(home: Path | str) -> PreTrainedTokenizerBase | None:
+    if isinstance(home, Path) and not any((home / f).is_file() for f in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(home)
+
+
+def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
+    if not isinstance(home, Path):
+        from transformers.utils import cached_file
+
+        found = cached_file(home, COCONUT_JSON, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            return None
+        home = Path(found).parent
+    file = home / COCONUT_JSON
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_text())
+        known = {f.name for f in fields(Settings)}
+        saved["settings"] = {k: v for k, v in saved["settings"].items() if k in known}
+        LatentTokens(**saved["tokens"])
+        saved["feedback"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected tokens, settings and feedback as JSON, found {error!r}") from error
+    return saved
+
+
+def _read_feedback(
+    asked: str | nn.Module | None, saved: dict[str, Any] | None, home: Path | str, hf: PreTrainedModel
+) -> nn.Module:
+    if isinstance(asked, nn.Module):
+        module, name = asked, name_of(asked)
+    else:
+        name = asked or (saved["feedback"] if saved else "identity")
+        module = make_feedback(name, hf.get_input_embeddings())
+    weights = Path(home) / FEEDBACK_WEIGHTS
+    if saved and saved["feedback"] == name and weights.is_file():
+        module.load_state_dict(load_file(weights))
+    return module
+
+
+def _check_tokens(tokens: LatentTokens, hf: PreTrainedModel) -> None:
+    rows = hf.get_input_embeddings().weight.shape[0]
+    for name, value in asdict(tokens).items():
+        if value is not None and not 0 <= value < rows:
+            raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value}")
+
+
+@torch.no_grad()
+def _check_head(model: Coconut) -> None:
+    """Our head on our hidden states must be the model's own logits; a model that scales them otherwise is refused."""
+    from coconut_fast.model.cache import KVCache
+
+    cache = KVCache(model.num_layers, num_slots=2, max_rows=1, device=model.device)
+    ragged = cache.append(cache.alloc(1), [2])
+    ids = torch.tensor([model.tokens.thought, 0], device=model.device)
+    positions = torch.arange(2, device=model.device)
+    x_TD = model.embed(ids)
+    ours = model.head(model.body(x_TD, positions, ragged))
+    theirs = model.hf(inputs_embeds=x_TD[None], position_ids=positions[None], use_cache=False, ragged=ragged).logits[0]
+    if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02 * float(theirs.float().abs().max())):
+        raise ValueError(
+            f"{type(model.hf).__name__} computes its logits in a way that is not known here; "
+            "models are supported whose logits are head(hidden), scaled or soft-capped by their configuration"
+        )

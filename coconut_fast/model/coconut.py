@@ -1,0 +1,215 @@
+"""Coconut: a Hugging Face causal language model that thinks.
+
+The model code stays Hugging Face's; its attention runs ragged over our cache (model/attention.py). A forward is one
+pass over everything before the first thoughts, then one pass per thought; between passes the last hidden state goes
+through the feedback and becomes the next input embedding (arXiv 2412.06769, section 3).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from coconut_fast import ops
+from coconut_fast.data.batch import RaggedBatch, from_padded
+from coconut_fast.model import attention
+from coconut_fast.model.cache import KVCache, Ragged
+from coconut_fast.model.feedback import Identity
+from coconut_fast.tokens import LatentTokens
+
+
+@dataclass
+class Settings:
+    """What a checkpoint remembers of how it was trained, so that nobody has to guess it at inference."""
+
+    num_thoughts: int | None = None  # thoughts a prompt without `<|latent|>` tokens gets; None: it is run as it stands
+    markers: bool = True  # whether `<|start-latent|>` and `<|end-latent|>` frame the thoughts
+    suffix: str = "\n"  # what follows the question's text
+    method: str = "coconut"
+    stage: int | None = None
+    c_thought: int = 1
+
+
+@dataclass
+class CoconutOutput:
+    """loss: () mean cross-entropy of the labelled tokens, or None without labels. The rest is computed on demand."""
+
+    loss: torch.Tensor | None
+    model: Coconut = field(repr=False)
+    batch: RaggedBatch = field(repr=False)
+    hidden_TD: tuple[torch.Tensor, ...] = field(repr=False)  # one per pass
+    embeds_TD: tuple[torch.Tensor, ...] = field(repr=False)
+
+    @functools.cached_property
+    def logits(self) -> torch.Tensor:
+        """(B, T, V) in the padded layout of the input; zero on pads."""
+        return self._padded(self.model.head(torch.cat(self.hidden_TD)))
+
+    @functools.cached_property
+    def inputs_embeds(self) -> torch.Tensor:
+        """(B, T, D) with every thought filled in; zero on pads."""
+        return self._padded(torch.cat(self.embeds_TD))
+
+    def _padded(self, flat_TX: torch.Tensor) -> torch.Tensor:
+        rows, width = len(self.batch.lengths), self.batch.width
+        padded = flat_TX.new_zeros(rows * width, flat_TX.shape[-1])
+        return padded.index_copy(0, self.batch.padded_at, flat_TX).view(rows, width, -1)
+
+
+class Coconut(nn.Module):
+    """hf: any Hugging Face causal LM; tokens: its special tokens; feedback: hidden (B, D) -> next input (B, D)."""
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokens: LatentTokens,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        feedback: nn.Module | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        super().__init__()
+        hf.set_attn_implementation(attention.NAME)
+        self.hf = hf
+        self.feedback = feedback if feedback is not None else Identity()
+        self.tokens = tokens
+        self.tokenizer = tokenizer
+        self.settings = settings or Settings()
+        self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
+
+    @property
+    def config(self): -> PreTrainedConfig
+        """The Hugging Face configuration."""
+        return self.hf.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return self.hf.config.get_text_config().num_hidden_layers
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions the model was built for; None where its configuration names no limit."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(T,) ids -> (T, D) token embeddings."""
+        return self.hf.get_input_embeddings()(input_ids)
+
+    def body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
+        """(T, D) input embeddings of a ragged batch -> (T, D) hidden states after the final norm; no LM head."""
+        output = self.hf.base_model(
+            inputs_embeds=embeds_TD[None],
+            position_ids=position_ids_T[None],
+            use_cache=False,
+            ragged=ragged,
+        )
+        return output.last_hidden_state[0]
+
+    def head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """(N, D) hidden states after the final norm -> (N, V) logits, scaled and capped as the model does it."""
+        logits_NV = self.hf.get_output_embeddings()(hidden_ND)
+        scale, softcap = self.logits_scale, self.logits_softcap
+        if scale != 1.0:
+            logits_NV = logits_NV * scale
+        return softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+
+    @property
+    def logits_scale(self) -> float:
+        """What the model multiplies its logits with (Granite divides by `logits_scaling`, Cohere has `logit_scale`)."""
+        config = self.hf.config.get_text_config()
+        return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def logits_softcap(self) -> float:
+        """Cap c of c * tanh(logits / c), as Gemma 2 has it; 0 for none."""
+        return getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        batch: RaggedBatch | None = None,
+        num_items: torch.Tensor | int | None = None,
+    ) -> CoconutOutput:
+        """Padded (B, T) tensors, pads left or right, or a ragged `batch`; rows may have any number of thoughts.
+
+        The loss is the cross-entropy of the labelled tokens (-100: none), summed and divided by `num_items` (default:
+        their number). A row's result does not depend on the rows beside it.
+        """
+        if batch is None:
+            if input_ids is None:
+                raise ValueError("forward: expected input_ids or batch, found neither")
+            batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels).to(self.device)
+        hidden, embeds = self._passes(batch)
+        loss = self._loss(batch, hidden, num_items) if batch.num_targets else None
+        return CoconutOutput(loss, self, batch, hidden, embeds)
+
+    def _passes(self, batch: RaggedBatch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Hidden states and input embeddings of every pass, (T of the pass, D) each."""
+        cache = KVCache(
+            self.num_layers,
+            # every row in whole pages
+            num_slots=sum(-(-n // 16) * 16 for n in batch.lengths),
+            max_rows=len(batch.lengths),
+            max_length=max(batch.lengths),
+            device=batch.input_ids.device,
+        )
+        rows = cache.alloc(len(batch.lengths))
+        # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
+        dropout_seed = int(torch.randint(2**31, ())) if self.training else 0
+        embeds_TD = self.embed(batch.input_ids)
+        hidden: list[torch.Tensor] = []
+        embeds: list[torch.Tensor] = []
+        for p in batch.passes:
+            x_TD = embeds_TD[p.start : p.stop]
+            if hidden:
+                thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
+                x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
+            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed)
+            embeds.append(x_TD)
+            hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
+        return tuple(hidden), tuple(embeds)
+
+    def _detached(self, thoughts_BD: torch.Tensor, thoughts_after_B: torch.Tensor) -> torch.Tensor:
+        if self.detach_after is None:
+            return thoughts_BD
+        return torch.where((thoughts_after_B >= self.detach_after)[:, None], thoughts_BD.detach(), thoughts_BD)
+
+    def _loss(
+        self, batch: RaggedBatch, hidden: tuple[torch.Tensor, ...], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        # Only labelled positions reach the head: labels are -100 on questions and thoughts, most of a row.
+        labelled_ND = torch.cat([h[p.loss_index] for h, p in zip(hidden, batch.passes, strict=True)])
+        targets_N = torch.cat([p.targets for p in batch.passes])
+        head = self.hf.get_output_embeddings()
+        total = ops.linear_cross_entropy(
+            labelled_ND,
+            head.weight,
+            getattr(head, "bias", None),
+            targets_N,
+            scale=self.logits_scale,
+            softcap=self.logits_softcap,
+        )
+        return total / (batch.num_targets if num_items is None else num_items)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a directory that `coconut_fast.load` reads back loss-free and plain transformers reads as a model."""
+        from coconut_fast.model.checkpoints import save
+
+        save(self, directory)

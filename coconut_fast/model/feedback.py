@@ -1,0 +1,64 @@
+"""Feedback: the map from a hidden state to the next input embedding. Identity in the paper; others by name.
+
+A feedback is an nn.Module (hidden_BD) -> embeds_BD. It is chosen by name, saved with the model, and a user's own
+module works in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Identity(nn.Module):
+    """The hidden state itself (Coconut, arXiv 2412.06769, section 3)."""
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return hidden_BD
+
+
+class Rescale(nn.Module):
+    """The hidden state scaled to the mean norm of the token embeddings.
+
+    The last hidden states of larger models are far longer than their embeddings, which unsettles training.
+    """
+
+    mean_norm: torch.Tensor
+
+    def __init__(self, dim: int, mean_norm: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("mean_norm", torch.tensor(float(mean_norm)))
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        norm_B1 = torch.linalg.vector_norm(hidden_BD, dim=-1, keepdim=True, dtype=torch.float32)
+        scale_B1 = self.mean_norm.float() / norm_B1.clamp_min(torch.finfo(torch.float32).tiny)
+        return (hidden_BD * scale_B1).to(hidden_BD.dtype)
+
+
+class Projection(nn.Sequential):
+    """Linear, GELU, linear, LayerNorm (CODI, arXiv 2502.21074)."""
+
+    def __init__(self, dim: int, inner: int | None = None) -> None:
+        inner = inner or dim
+        super().__init__(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim), nn.LayerNorm(dim))
+
+
+FEEDBACKS: dict[str, type[nn.Module]] = {"identity": Identity, "rescale": Rescale, "projection": Projection}
+
+
+def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
+    """A new feedback by name, sized for (and, for `rescale`, measured on) the model's token embeddings."""
+    if name not in FEEDBACKS:
+        raise ValueError(f"feedback: expected one of {', '.join(FEEDBACKS)}, found {name!r}")
+    weight_VD = embedding.weight.detach()
+    if name == "identity":
+        return Identity()
+    if name == "rescale":
+        mean_norm = torch.linalg.vector_norm(weight_VD.float(), dim=-1).mean().item()
+        return Rescale(weight_VD.shape[1], mean_norm).to(weight_VD.device)
+    return Projection(weight_VD.shape[1]).to(device=weight_VD.device, dtype=weight_VD.dtype)
+
+
+def name_of(feedback: nn.Module) -> str:
+    """The name a feedback is saved under; a user's own module by its class name."""
+    return next((n for n, c in FEEDBACKS.items() if type(feedback) is c), type(feedback).__name__)

@@ -1,0 +1,139 @@
+"""Every family against the oracle that recomputes everything: forward, gradients, greedy tokens; and independence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coconut_fast import generate, reference
+from coconut_fast.data.batch import IGNORE, collate
+from tests.compare import assert_as_good_as_torch
+from tests.families import FAMILIES, TOKENS, make_pair, make_row
+
+# (question, thoughts, tail): ragged prompts, ragged thought counts, none, and rows longer than every window
+SHAPES = [(5, 3, 4), (17, 0, 3), (3, 1, 6), (11, 6, 2)]
+
+
+def _batch() -> tuple[list[list[int]], list[list[int]]]:
+    rows = [make_row(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    rows.append(rows[0][:4])  # no special token at all
+    labels = [[IGNORE] * (len(r) - 3) + r[-3:] for r in rows]
+    return rows, labels
+
+
+def _oracle(model: torch.nn.Module, rows: list, labels: list) -> tuple[torch.Tensor, list, list, dict]:
+    model.zero_grad()
+    each = [
+        reference.forward(model, torch.tensor(r), torch.tensor(y), TOKENS.thought)
+        for r, y in zip(rows, labels, strict=True)
+    ]
+    loss = sum(e[0] for e in each) / sum(t != IGNORE for y in labels for t in y[1:])
+    loss.backward()
+    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), [e[1].detach() for e in each], [e[2].detach() for e in each], gradients
+
+
+# Only GPT-2 is fp64 throughout: the others' norms and rotations compute in fp32 whatever the model's dtype.
+EVERY = [(family, torch.float32) for family in FAMILIES] + [("gpt2", torch.float64)]
+
+
+@pytest.mark.parametrize(("family", "dtype"), EVERY)
+def test_forward_and_gradients_agree_with_the_oracle(family: str, dtype: torch.dtype) -> None:
+    ours, plain = make_pair(family, dtype)
+    rows, labels = _batch()
+    output = ours(batch=collate(rows, TOKENS.thought, labels))
+    output.loss.backward()
+    gradients = {k: p.grad for k, p in ours.hf.named_parameters() if p.grad is not None}
+    of_plain = _oracle(plain, rows, labels)
+    of_truth = _oracle(plain.double(), rows, labels)
+    assert_as_good_as_torch(output.loss.detach(), of_plain[0], of_truth[0], what="loss")
+    for b, row in enumerate(rows):
+        for name, i in (("logits", 1), ("inputs_embeds", 2)):
+            got = getattr(output, name)[b, : len(row)].detach()
+            assert_as_good_as_torch(got, of_plain[i][b], of_truth[i][b], what=f"{name} of row {b}")
+    assert gradients.keys() == of_plain[3].keys()
+    for name, gradient in gradients.items():
+        assert_as_good_as_torch(gradient, of_plain[3][name], of_truth[3][name], what=f"gradient of {name}", ulps=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_as_good_as_torch(family: str, dtype: torch.dtype) -> None:
+    ours, plain = make_pair(family, dtype)
+    rows, labels = _batch()
+    with torch.no_grad():
+        logits = ours(batch=collate(rows, TOKENS.thought, labels)).logits
+        for b, row in enumerate(rows):
+            args = (torch.tensor(row), torch.tensor(labels[b]), TOKENS.thought)
+            of_plain = reference.forward(plain, *args)[1]
+            of_truth = reference.forward(make_pair(family, dtype)[1].double(), *args)[1]
+            assert_as_good_as_torch(logits[b, : len(row)], of_plain, of_truth, what=f"logits of row {b}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_the_oracle(family: str) -> None:
+    ours, plain = make_pair(family)
+    prompts = [make_row(n, k, 0, seed=i) for i, (n, k, _) in enumerate(SHAPES)] + [make_row(4, 0, 0, 9)[:3]]
+    expected = [
+        reference.generate(plain, torch.tensor(p), TOKENS.thought, TOKENS.eos, max_new_tokens=12) for p in prompts
+    ]
+    assert generate(ours, prompts, max_new_tokens=12).token_ids == expected
+    assert generate(ours, prompts[::-1], max_new_tokens=12, batch_size=2).token_ids == expected[::-1]
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
+    ours, _ = make_pair("gpt2", torch.float64)
+    rows, labels = _batch()
+    together = ours(batch=collate(rows, TOKENS.thought, labels)).logits
+    for b, row in enumerate(rows):
+        alone = ours(batch=collate([row], TOKENS.thought, [labels[b]])).logits[0]
+        torch.testing.assert_close(together[b, : len(row)], alone, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_flow_from_the_tail_to_the_thoughts() -> None:
+    """The tail reads the thoughts' keys and values from the cache; a cache that drops their gradient trains nothing."""
+    ours, _ = make_pair("gpt2", torch.float64)
+    row = make_row(5, 3, 4, seed=1)
+    batch = collate([row], TOKENS.thought, [[IGNORE] * (len(row) - 1) + row[-1:]])
+    output = ours(batch=batch)
+    thoughts = list(output.hidden_TD[:-1])
+    for h in thoughts:
+        h.retain_grad()
+    output.loss.backward()
+    assert all(h.grad[-1].abs().max() > 1e-6 for h in thoughts)
+
+
+@pytest.mark.parametrize("detach_after", [0, 1, 2, 9])
+def test_detach_after_cuts_the_feedback_only(detach_after: int) -> None:
+    """Against the oracle with the same cut; detached thoughts still pass gradients through keys and values."""
+    ours, plain = make_pair("gpt2", torch.float64)
+    rows = [make_row(5, 4, 3, seed=1), make_row(9, 2, 3, seed=2)]
+    labels = [[IGNORE] * (len(r) - 3) + r[-3:] for r in rows]
+    ours.detach_after = detach_after
+    ours(batch=collate(rows, TOKENS.thought, labels)).loss.backward()
+    total = 0
+    for row, label in zip(rows, labels, strict=True):
+        ids, count = torch.tensor(row), row.count(TOKENS.thought)
+        calls = iter(range(count, 0, -1))  # this thought is the n-th from the end
+        cut = lambda h: h.detach() if next(calls) > detach_after else h  # noqa: B023, E731
+        total = total + reference.forward(plain, ids, torch.tensor(label), TOKENS.thought, cut)[0]
+    (total / 6).backward()
+    for (name, p), q in zip(ours.hf.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-13, msg=name)
+
+
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    ours, _ = make_pair("gpt2", torch.float64)
+    rows, labels = _batch()
+    loss = ours(batch=collate(rows, TOKENS.thought, labels)).loss
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in ours.parameters()]
+    ours.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(ours.parameters(), first, strict=True))
+
+
+def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:
+    ours, _ = make_pair("gpt2")
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        ours.hf(torch.tensor([[1, 2]]))
