@@ -1,0 +1,60 @@
+"""The eager runner: any Hugging Face model, any device, in plain PyTorch calls over the ragged attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from coconut_fast.infer.decode import Draft, Sampling, choose, decode
+from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.prompts import Prompt
+from coconut_fast.infer.think import think
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import Coconut
+
+
+class EagerRunner:
+    """Reads prompts and writes answers over one cache. The engine (infer/engine.py) decides who runs when."""
+
+    name = "eager"
+
+    def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.cache = KVCache(
+            model.num_layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length, device=model.device
+        )
+
+    def read(
+        self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
+    ) -> torch.Tensor:
+        """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D).
+
+        The last thought of a piece is fed in the same pass as the tokens behind it, so k thoughts cost k passes.
+        """
+        last_BD = None
+        for r in range(max(len(p.pieces) for p in prompts)):
+            members = [i for i, p in enumerate(prompts) if r < len(p.pieces)]
+            index = torch.tensor(members, device=self.model.device)
+            pieces = [prompts[i].pieces[r] for i in members]
+            member_rows = [rows[i] for i in members]
+            kept = [thoughts[i] for i in members] if thoughts is not None else None
+            fed_BD = None if last_BD is None else last_BD[index]
+            if fed_BD is not None and kept is not None:
+                for sink, thought_D in zip(kept, fed_BD, strict=True):
+                    sink.append(thought_D)
+            hidden_BD = prefill(self.model, self.cache, member_rows, [p.tokens for p in pieces], fed_BD)
+            more = [max(p.thoughts - 1, 0) for p in pieces]
+            hidden_BD = think(self.model, self.cache, member_rows, hidden_BD, more, kept)
+            last_BD = hidden_BD if last_BD is None else last_BD.index_copy(0, index, hidden_BD)
+        assert last_BD is not None
+        return last_BD
+
+    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
+        """The first token of each draft, from its prompt's last hidden state."""
+        choose(self.model, hidden_BD, drafts, self.sampling)
+
+    def write(self, drafts: Sequence[Draft], steps: int) -> None:
+        """Up to `steps` more tokens of each draft."""
+        decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)

@@ -1,0 +1,227 @@
+"""generate(): prompts in, answers out. One running batch; rows that finish make room for prompts that wait."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.prompts import Prompt, read_prompts
+from coconut_fast.model.coconut import Coconut
+
+BATCH_SIZE = {"cpu": 32, "cuda": 256}
+WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits
+PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
+
+
+@dataclass
+class GenerateStats:
+    """Where the time of a `generate` call went. Seconds are wall clock; tokens and thoughts are those of all rows."""
+
+    backend: str
+    reason: str
+    prompt_tokens: int = 0
+    thoughts: int = 0
+    new_tokens: int = 0
+    read_seconds: float = 0.0  # prefill and thoughts
+    write_seconds: float = 0.0  # answer tokens
+    interrupted: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens and thoughts per second, prefill included in the time."""
+        seconds = self.read_seconds + self.write_seconds
+        return (self.new_tokens + self.thoughts) / seconds if seconds else 0.0
+
+
+@dataclass
+class GenerateOutput:
+    """One entry per answer; with num_samples = n the n answers to a prompt stand side by side.
+
+    An answer that was not finished when the user interrupted is None (`stats.interrupted` says so).
+    """
+
+    texts: list[str | None]  # without special tokens; None for models without a tokenizer
+    token_ids: list[list[int] | None]  # without end-of-text
+    num_thoughts: list[int]
+    thoughts: list[torch.Tensor | None] | None  # (k, D) each: the hidden states fed back; None unless asked for
+    stats: GenerateStats = field(repr=False)
+
+
+def generate(
+    model: Coconut | str | Path,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    num_thoughts: int | Sequence[int] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    num_samples: int = 1,
+    return_thoughts: bool = False,
+    batch_size: int | None = None,
+) -> GenerateOutput:
+    """Answers to prompts, each after its thoughts (arXiv 2412.06769, section 3, "Inference").
+
+    model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
+    num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
+    without any gets the number the checkpoint was trained for. temperature 0 is greedy; otherwise every answer has its
+    own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the order of prompts.
+    num_samples: answers per prompt, from one reading of it. batch_size: rows at a time.
+
+    Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
+    id, and for arguments out of range. Ctrl-C returns what is finished.
+    """
+    for name, value, low in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("num_samples", num_samples, 1),
+        ("top_k", top_k, 0),
+        ("batch_size", 1 if batch_size is None else batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: expected an int of at least {low}, found {value!r}")
+    if not temperature >= 0 or temperature == float("inf"):
+        raise ValueError(f"temperature: expected a finite number of at least 0, found {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p!r}")
+    if not isinstance(model, Coconut):
+        from coconut_fast.model.checkpoints import load
+
+        model = load(model)
+    read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
+    if seed is None:
+        seed = int(torch.randint(2**62, ())) if temperature else 0
+    engine = Engine(model, read, max_new_tokens, Sampling(temperature, top_k, top_p), seed, num_samples, batch_size)
+    engine.keep_thoughts = return_thoughts
+    was_training = model.training
+    model.eval()
+    try:
+        engine.run()
+    except KeyboardInterrupt:
+        engine.stats.interrupted = True
+    finally:
+        model.train(was_training)
+    return engine.output()
+
+
+class Engine:
+    """The running batch of one `generate` call."""
+
+    def __init__(
+        self,
+        model: Coconut,
+        prompts: list[Prompt],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        num_samples: int = 1,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.num_samples = num_samples
+        self.keep_thoughts = False
+        self.seeds = _seeds(prompts, seed, num_samples)
+        self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
+        self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
+        answers = max(1, len(prompts) * num_samples)
+        batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
+        longest = max((len(p.ids) for p in prompts), default=0) + max_new_tokens
+        self.runner = EagerRunner(
+            model,
+            # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
+            num_slots=batch_size * (-(-longest // 16) + 1) * 16,
+            max_rows=batch_size + 1,
+            max_length=longest + 16,
+            sampling=sampling,
+        )
+        self.batch_size = batch_size
+        self.stats = GenerateStats(self.runner.name, "the only runner")
+
+    def run(self) -> None:
+        """Reads prompts while there is room, writes answers, until all are finished."""
+        waiting = deque(range(len(self.prompts)))
+        active: dict[int, Draft] = {}  # answer number -> draft
+        with tqdm(total=len(self.prompts) * self.num_samples, desc="generate", unit="answer", delay=2) as bar:
+            while waiting or active:
+                group = []
+                room = self.batch_size - len(active)
+                tokens = 0
+                while waiting and room >= self.num_samples and tokens <= PREFILL_TOKENS:
+                    group.append(waiting.popleft())
+                    tokens += len(self.prompts[group[-1]].ids)
+                    room -= self.num_samples
+                if group:
+                    active.update(self._read(group))
+                start = time.perf_counter()
+                self.runner.write(list(active.values()), WRITE_STEPS)
+                self.stats.write_seconds += time.perf_counter() - start
+                for number in [n for n, d in active.items() if d.done(self.model.tokens.eos)]:
+                    draft = active.pop(number)
+                    self.runner.cache.free([draft.row])
+                    self._finish(number, draft)
+                    bar.update()
+
+    def _read(self, group: list[int]) -> dict[int, Draft]:
+        """Prompts -> the first token of each of their answers."""
+        start = time.perf_counter()
+        prompts = [self.prompts[i] for i in group]
+        kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
+        rows = self.runner.cache.alloc(len(group))
+        hidden_BD = self.runner.read(rows, prompts, kept)
+        drafts = {}
+        for n, (i, row) in enumerate(zip(group, rows, strict=True)):
+            shared = [row] + [self.runner.cache.fork([row])[0] for _ in range(self.num_samples - 1)]
+            for sample, answer_row in enumerate(shared):
+                number = i * self.num_samples + sample
+                drafts[number] = Draft(answer_row, self.seeds[number], self.max_new_tokens, [])
+            if kept is not None:
+                self.thoughts[i] = torch.stack(kept[n]) if kept[n] else hidden_BD.new_zeros(0, hidden_BD.shape[1])
+        self.runner.first(hidden_BD.repeat_interleave(self.num_samples, 0), list(drafts.values()))
+        self.stats.read_seconds += time.perf_counter() - start
+        self.stats.prompt_tokens += sum(len(p.ids) - p.num_thoughts for p in prompts)
+        self.stats.thoughts += sum(p.num_thoughts for p in prompts)
+        return drafts
+
+    def _finish(self, number: int, draft: Draft) -> None:
+        tokens = draft.tokens
+        if tokens and tokens[-1] == self.model.tokens.eos:
+            tokens = tokens[:-1]
+        self.stats.new_tokens += len(draft.tokens)
+        self.finished[number] = tokens
+
+    def output(self) -> GenerateOutput:
+        """What is finished, in the order of the prompts."""
+        answers = [self.finished.get(n) for n in range(len(self.prompts) * self.num_samples)]
+        tokenizer = self.model.tokenizer
+        texts = [
+            None if ids is None or tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in answers
+        ]
+        counts = [p.num_thoughts for p in self.prompts for _ in range(self.num_samples)]
+        thoughts = None
+        if self.keep_thoughts:
+            thoughts = [self.thoughts.get(i) for i in range(len(self.prompts)) for _ in range(self.num_samples)]
+        return GenerateOutput(texts, answers, counts, thoughts, self.stats)
+
+
+def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:
+    """A seed per answer, from the seed, the prompt and how often it came before: not from where it stands."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for prompt in prompts:
+        for _ in range(num_samples):
+            key = f"{seed}:{seen[prompt.ids]}:{prompt.ids}".encode()
+            seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
+            seen[prompt.ids] += 1
+    return seeds

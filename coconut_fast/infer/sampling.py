@@ -1,0 +1,52 @@
+"""Choosing the next token: greedy, or from the likeliest tokens with random numbers that belong to the answer.
+
+The random number of an answer's n-th token is a pure function of (the answer's seed, n), so what is sampled does not
+depend on the batch, its order, or the backend's own generator. The C++ sampler (csrc/cpu) has the same definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) from a 64-bit seed and a step: splitmix64 (Steele, Lea, Flood 2014), its top 53 bits."""
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
+
+
+def sample(
+    logits_BV: torch.Tensor,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> torch.Tensor:
+    """(B, V) logits -> (B,) int64 ids. Greedy at temperature 0, ties to the lowest id.
+
+    Otherwise: probabilities softmax(logits / temperature) in fp64; of these the top_k likeliest (0: all), renormalised;
+    of these the fewest likeliest that reach top_p together; ties go to lower ids. The token is the first id, in order
+    of ids, at which the kept probabilities add up to more than `uniform(seed, step)` of their sum.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    scaled_BV = logits_BV.double() / temperature
+    if top_k or top_p < 1:
+        ranked_BV, ids_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
+        if top_k:
+            ranked_BV[:, top_k:] = float("-inf")
+        weights_BV = ranked_BV.softmax(-1)
+        before_BV = weights_BV.cumsum(-1) - weights_BV
+        ranked_BV = ranked_BV.masked_fill(before_BV >= top_p, float("-inf"))
+        scaled_BV = torch.empty_like(scaled_BV).scatter_(-1, ids_BV, ranked_BV)
+    sums_BV = scaled_BV.softmax(-1).cumsum(-1)
+    numbers = [uniform(seed, step) for seed, step in zip(seeds, steps, strict=True)]
+    at_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)[:, None] * sums_BV[:, -1:]
+    return (sums_BV <= at_B1).sum(-1).clamp_max(logits_BV.shape[-1] - 1)

@@ -1,0 +1,143 @@
+"""generate(): thought counts, sampling, samples, thoughts, batch independence, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coconut_fast import generate, reference
+from coconut_fast.infer import engine
+from tests.families import TOKENS, VOCAB, make_pair, make_row
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_pair("llama")[0]
+
+
+PROMPTS = [make_row(5, 2, 0, 1), make_row(12, 0, 0, 2), make_row(3, 5, 0, 3), [4, 5, 6], make_row(7, 1, 0, 4)]
+
+
+def test_thought_counts(model) -> None:
+    own = generate(model, PROMPTS, max_new_tokens=4)
+    assert own.num_thoughts == [2, 0, 5, 0, 1]
+    question = PROMPTS[0][:5]
+    framed = generate(model, [question], num_thoughts=2, max_new_tokens=4)
+    assert framed.num_thoughts == [2]
+    assert framed.token_ids[0] == own.token_ids[0]
+    replaced = generate(model, [PROMPTS[2], PROMPTS[1]], num_thoughts=[2, 3], max_new_tokens=4)
+    assert replaced.num_thoughts == [2, 3]
+    assert replaced.token_ids[1] == generate(model, [PROMPTS[1][:12]], num_thoughts=3, max_new_tokens=4).token_ids[0]
+
+
+def test_thoughts_in_several_places_and_at_the_end() -> None:
+    model, plain = make_pair("gpt2")
+    prompts = [[5, 94, 94, 6, 7, 94, 8], [3, 4, 94, 94, 94], [9, 94, 2]]
+    expected = [reference.generate(plain, torch.tensor(p), TOKENS.thought, TOKENS.eos, 6) for p in prompts]
+    assert generate(model, prompts, max_new_tokens=6).token_ids == expected
+
+
+def test_returned_thoughts_are_the_hidden_states_fed_back() -> None:
+    model, plain = make_pair("gpt2", torch.float64)
+    output = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
+    assert output.thoughts is not None
+    for prompt, thoughts in zip(PROMPTS, output.thoughts, strict=True):
+        with torch.no_grad():
+            embeds = reference.fill_thoughts(plain, torch.tensor(prompt), TOKENS.thought)
+        expected = embeds[torch.tensor(prompt) == TOKENS.thought]
+        torch.testing.assert_close(thoughts, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_greedy_does_not_depend_on_batch_or_order(model) -> None:
+    expected = [generate(model, [p], max_new_tokens=9).token_ids[0] for p in PROMPTS]
+    for size in (1, 2, 5):
+        assert generate(model, PROMPTS, max_new_tokens=9, batch_size=size).token_ids == expected
+    assert generate(model, PROMPTS[::-1], max_new_tokens=9, batch_size=3).token_ids == expected[::-1]
+
+
+def test_sampling_does_not_depend_on_batch_or_order(model) -> None:
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "max_new_tokens": 9}
+    expected = generate(model, PROMPTS, seed=3, **options).token_ids
+    assert generate(model, PROMPTS, seed=3, batch_size=2, **options).token_ids == expected
+    assert generate(model, PROMPTS[::-1], seed=3, **options).token_ids == expected[::-1]
+    assert generate(model, PROMPTS, seed=4, **options).token_ids != expected
+
+
+def test_samples_of_a_prompt_share_one_reading_and_differ(model) -> None:
+    options = {"temperature": 1.0, "seed": 1, "max_new_tokens": 8}
+    samples = generate(model, PROMPTS, num_samples=4, batch_size=5, **options)
+    assert len(samples.token_ids) == 20
+    assert samples.num_thoughts[:5] == [2, 2, 2, 2, 0]
+    assert len({tuple(ids) for ids in samples.token_ids[:4]}) > 1
+    # the n-th sample of a prompt is what the n-th copy of the prompt gets
+    copies = generate(model, [p for p in PROMPTS for _ in range(4)], **options)
+    assert copies.token_ids == samples.token_ids
+    assert samples.stats.prompt_tokens * 4 == copies.stats.prompt_tokens
+
+
+def test_greedy_samples_are_equal(model) -> None:
+    ids = generate(model, [PROMPTS[0]], num_samples=3, max_new_tokens=20).token_ids
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_the_head_never_runs_in_a_latent_pass(model, monkeypatch) -> None:
+    rows_seen = []
+    head = type(model).head
+    monkeypatch.setattr(type(model), "head", lambda self, h: rows_seen.append(len(h)) or head(self, h))
+    output = generate(model, [make_row(5, 6, 0, 1)], max_new_tokens=3)
+    assert rows_seen == [1] * output.stats.new_tokens
+
+
+def test_end_of_text_ends_an_answer_and_is_not_part_of_it(model) -> None:
+    first = generate(model, [PROMPTS[0]], max_new_tokens=5).token_ids[0]
+    stop = type(TOKENS)(start=93, thought=94, end=95, eos=first[2])
+    before, model.tokens = model.tokens, stop
+    try:
+        assert generate(model, [PROMPTS[0]], max_new_tokens=5).token_ids[0] == first[: first.index(first[2])]
+    finally:
+        model.tokens = before
+
+
+def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
+    finish = engine.Engine._finish
+
+    def interrupted(self, number, draft):
+        finish(self, number, draft)
+        if len(self.finished) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Engine, "_finish", interrupted)
+    output = generate(model, PROMPTS, max_new_tokens=3, batch_size=1)
+    assert output.stats.interrupted
+    assert [ids is not None for ids in output.token_ids] == [True, True, False, False, False]
+
+
+def test_no_prompts() -> None:
+    model, _ = make_pair("gpt2")
+    assert generate(model, []).token_ids == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens: expected an int of at least 1, found 0"),
+        ([[1, 2]], {"temperature": -1.0}, "temperature: expected"),
+        ([[1, 2]], {"top_p": 0.0}, "top_p: expected"),
+        ([[1, 2]], {"top_k": -1}, "top_k: expected"),
+        ([[1, 2]], {"num_samples": 0}, "num_samples: expected"),
+        ([[1, 2]], {"batch_size": 0}, "batch_size: expected"),
+        ([[1, 2]], {"num_thoughts": -1}, "num_thoughts: expected an int of at least 0 for prompt 0"),
+        ([[1, 2]], {"num_thoughts": [1, 2]}, r"num_thoughts: expected one per prompt \(1\), found 2"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([1, 2], {}, "one flat list of ints"),
+        ([[1, VOCAB]], {}, f"prompt 0 holds token id {VOCAB}, expected 0 to {VOCAB - 1}"),
+        ([[94, 1]], {}, "prompt 0 starts with a thought"),
+        ([[1] * 250], {"max_new_tokens": 8}, "more than the 256 positions"),
+        ([[1, 94, 2, 94]], {"num_thoughts": 3}, "stand in several places"),
+        ("text", {}, "no tokenizer"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(model, prompts, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **options)
+    assert generate(model, [[1, 2]], max_new_tokens=1).token_ids  # usable afterwards
