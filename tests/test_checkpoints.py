@@ -1,0 +1,163 @@
+"""Loading and saving: round trips, plain transformers, the reference's files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from coconut_fast import Coconut, LatentTokens, generate, load
+from coconut_fast.model.coconut import Settings
+from coconut_fast.model.feedback import FEEDBACKS, make_feedback
+from tests.families import FAMILIES, TOKENS, make_hf, make_row
+
+
+def _tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {w: i for i, w in enumerate(["<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_loss_free(family: str, tmp_path) -> None:
+    model = Coconut(make_hf(family), TOKENS, settings=Settings(num_thoughts=3, c_thought=2, method="coconut"))
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.tokens == model.tokens
+    assert again.settings == model.settings
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    prompt = [make_row(6, 2, 0, 1)]
+    assert generate(again, prompt, max_new_tokens=6).token_ids == generate(model, prompt, max_new_tokens=6).token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_reads_what_we_save(family: str, tmp_path) -> None:
+    model = Coconut(make_hf(family), TOKENS)
+    model.save_pretrained(tmp_path)
+    plain, before = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval(), make_hf(family)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, before(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEEDBACKS)
+def test_feedbacks_are_saved_with_the_model(name: str, tmp_path) -> None:
+    hf = make_hf("gpt2")
+    model = Coconut(hf, TOKENS, feedback=make_feedback(name, hf.get_input_embeddings()))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    hidden = torch.randn(3, 32)
+    assert type(again.feedback) is FEEDBACKS[name]
+    assert torch.equal(again.feedback(hidden), model.feedback(hidden))
+
+
+def test_rescale_gives_the_mean_norm_of_the_embeddings() -> None:
+    embedding = make_hf("gpt2").get_input_embeddings()
+    feedback = make_feedback("rescale", embedding)
+    expected = embedding.weight.norm(dim=-1).mean()
+    torch.testing.assert_close(feedback(torch.randn(5, 32) * 40).norm(dim=-1), expected.expand(5))
+
+
+def test_a_users_own_feedback_works(tmp_path) -> None:
+    class Halve(torch.nn.Module):
+        def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+            return hidden_BD / 2
+
+    Coconut(make_hf("gpt2"), TOKENS, feedback=Halve()).save_pretrained(tmp_path)
+    assert isinstance(load(tmp_path, feedback=Halve()).feedback, Halve)
+    with pytest.raises(ValueError, match="feedback: expected one of .*found 'Halve'"):
+        load(tmp_path)
+
+
+def test_tokens_are_added_and_start_from_the_known_one(tmp_path) -> None:
+    hf = make_hf("llama", vocab_size=6)
+    hf.save_pretrained(tmp_path)
+    _tokenizer("a", "<<", "b", "c").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.tokens == LatentTokens(start=6, end=7, thought=8, eos=0)
+    for table in (model.hf.get_input_embeddings().weight, model.hf.get_output_embeddings().weight):
+        assert len(table) == 9
+        assert all(torch.equal(table[i], table[3]) for i in (6, 7, 8))
+
+
+def test_tokens_start_from_the_mean_where_there_is_no_known_one(tmp_path) -> None:
+    hf = make_hf("llama", vocab_size=6)
+    hf.save_pretrained(tmp_path)
+    _tokenizer("a", "d", "b", "c").save_pretrained(tmp_path)
+    table = load(tmp_path).hf.get_input_embeddings().weight
+    torch.testing.assert_close(table[6:], table[:6].mean(0).expand(3, -1))
+
+
+def test_strings_get_the_trained_number_of_thoughts(tmp_path) -> None:
+    hf = make_hf("gpt2", vocab_size=6)
+    hf.save_pretrained(tmp_path)
+    _tokenizer("a", "<<", "b", "c").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.settings = Settings(num_thoughts=4, suffix=" c")
+    output = generate(model, ["a b a", "a <|latent|> b"], max_new_tokens=3)
+    assert output.num_thoughts == [4, 1]
+    assert output.token_ids[0] == generate(model, [[2, 4, 2, 5, 6, 8, 8, 8, 8, 7]], max_new_tokens=3).token_ids[0]
+    assert output.texts[0] == model.tokenizer.decode(output.token_ids[0], skip_special_tokens=True)
+
+
+def test_reference_checkpoints_of_either_kind_load(tmp_path) -> None:
+    hf = make_hf("gpt2")
+    make_hf("gpt2", vocab_size=60).config.save_pretrained(tmp_path)  # before the reference added its tokens
+    prefixed = {f"base_causallm.{k}": v for k, v in hf.state_dict().items()}
+    torch.save({**prefixed, "embedding.weight": hf.transformer.wte.weight}, tmp_path / "checkpoint_3")
+    torch.save(hf.state_dict(), tmp_path / "cot_checkpoint")
+    for name in ("checkpoint_3", "cot_checkpoint"):
+        loaded = load(tmp_path / name, tokens=TOKENS)
+        assert all(torch.equal(v, hf.state_dict()[k]) for k, v in loaded.hf.state_dict().items())
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
+    hf = make_hf("gpt2")
+    hf.config.save_pretrained(tmp_path)
+    (tmp_path / "evil").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(ValueError, match="more than tensors"):
+        load(tmp_path / "evil", tokens=TOKENS)
+    assert "code ran" not in capsys.readouterr().out
+    state = {f"base_causallm.{k}": v for k, v in hf.state_dict().items()}
+    torch.save(state, tmp_path / "whole")
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a whole torch checkpoint|more than tensors"):
+        load(tmp_path / "cut", tokens=TOKENS)
+    del state["base_causallm.transformer.h.1.mlp.c_fc.weight"]
+    torch.save(state, tmp_path / "missing")
+    with pytest.raises(ValueError, match="missing .*h.1.mlp.c_fc.weight"):
+        load(tmp_path / "missing", tokens=TOKENS)
+    torch.save({**state, "base_causallm.transformer.h.1.mlp.c_fc.weight": torch.zeros(2, 2)}, tmp_path / "shape")
+    with pytest.raises(ValueError, match="does not fit"):
+        load(tmp_path / "shape", tokens=TOKENS)
+    (tmp_path / "alone").mkdir()
+    torch.save(state, tmp_path / "alone" / "checkpoint_1")
+    with pytest.raises(ValueError, match="config.json beside it"):
+        load(tmp_path / "alone" / "checkpoint_1", tokens=TOKENS)
+    with pytest.raises(ValueError, match="no config.json"):
+        load(tmp_path / "alone")
+    with pytest.raises(ValueError, match="no such file or directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_unknown_tokens_are_refused(tmp_path) -> None:
+    make_hf("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokens: .* has no tokenizer"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="tokens.end: expected an id below the model's 96 embeddings, found 99"):
+        load(tmp_path, tokens=LatentTokens(start=1, thought=2, end=99, eos=0))
+    (tmp_path / "coconut.json").write_text(json.dumps({"tokens": {}}))
+    with pytest.raises(ValueError, match="coconut.json: expected"):
+        load(tmp_path)
