@@ -83,7 +83,7 @@ class Coconut(nn.Module):
         self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
 
     @property
-    def config(self): -> PreTrainedConfig
+    def config(self) -> PreTrainedConfig:
         """The Hugging Face configuration."""
         return self.hf.config
 
