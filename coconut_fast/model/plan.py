@@ -1,0 +1,292 @@
+"""One description of a model's weights, for engines that run it without Hugging Face's code (CPU chain, CUDA kernel).
+
+`describe(hf_model)` knows GPT-2 and the Llama family (llama, mistral, qwen2, qwen3) and answers with a `ModelPlan`, or
+with the reason why it does not know this model: an engine that runs a model from its weights alone must be sure that
+they are the whole model. Nothing is copied: tensors are the model's own (a layer's merged ones are made when asked
+for), so a plan made before training sees the trained weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Static RoPE variants: inv_freq and attention_scaling of the rotary module say everything.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# The names of Hugging Face's ACT2FN -> ours. "gelu_tanh" is the tanh approximation under all its names.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+FAMILIES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer. Matrices are (out, in), possibly strided views; what a model has not (a bias, a q norm) is None.
+
+    qkv holds the rows of q, then k, then v. up holds the rows of gate, then up, where the plan is `gated`.
+    """
+
+    norm1: Tensor
+    norm1_bias: Tensor | None
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    norm2: Tensor
+    norm2_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors there are, by field name."""
+        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """All that a forward pass needs. x = embed(ids) (+ positions); layers; final norm; logits = head(x).
+
+    A layer is x += o(attention(qkv(norm1 x))); x += down(act(up(norm2 x))), or down(act(gate) * up) where `gated`.
+    """
+
+    model_type: str
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocab: int
+    max_positions: int
+    norm: str  # "layer" or "rms"
+    eps: float
+    activation: str  # a value of ACTIVATIONS
+    gated: bool
+    scaling: tuple[float, ...]  # of the scores, per layer
+    window: tuple[int, ...]  # per layer: how many positions a query sees, itself included; 0 for all
+    embed: Tensor  # (V, D)
+    positions: Tensor | None  # (max_positions, D): learned position embeddings
+    inv_freq: Tensor | None  # (K / 2,) fp32: rotary embedding of q and k, halves paired as (i, i + K/2)
+    rope_scaling: float  # multiplies cos and sin
+    final_norm: Tensor
+    final_norm_bias: Tensor | None
+    head: Tensor  # (V, D)
+    head_bias: Tensor | None
+    tied: bool
+    blocks: nn.ModuleList
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+    def layer(self, index: int) -> LayerPlan:
+        """The tensors of one layer; merged matrices are copies that live as long as the caller holds them."""
+        return (_gpt2_layer if self.model_type == "gpt2" else _llama_layer)(self.blocks[index])
+
+    def fingerprint(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a weight is replaced or written in place: how an engine knows that its packed copy is stale."""
+        tensors = [*self.blocks.parameters(), self.embed, self.final_norm, self.head]
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+def describe(hf_model: nn.Module) -> ModelPlan | str:
+    """The plan of a Hugging Face causal LM, or one sentence saying why it has none."""
+    config = getattr(hf_model, "config", None)
+    model_type = getattr(config, "model_type", type(hf_model).__name__)
+    if model_type not in FAMILIES:
+        return f"model type {model_type!r} is not one of {', '.join(FAMILIES)}"
+    cls = type(hf_model)
+    if cls.__name__ != FAMILIES[model_type] or not cls.__module__.startswith("transformers.models."):
+        return f"the model is a {cls.__module__}.{cls.__name__}, not transformers' {FAMILIES[model_type]}"
+    return (_describe_gpt2 if model_type == "gpt2" else _describe_llama)(hf_model)
+
+
+def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
+    config, body = model.config, model.transformer
+    if config.add_cross_attention:
+        return "cross attention is not supported"
+    if config.activation_function not in ACTIVATIONS:
+        return f"activation {config.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
+    plain = {"Embedding", "Dropout", "ModuleList", "LayerNorm", "Linear", "Conv1D"}
+    plain |= {"GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP"}
+    odd = _unusual_module(model, plain)
+    if odd:
+        return odd
+    return ModelPlan(
+        model_type="gpt2",
+        dim=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        inner=body.h[0].mlp.c_fc.nf if len(body.h) else 4 * config.hidden_size,
+        norm="layer",
+        eps=config.layer_norm_epsilon,
+        activation=ACTIVATIONS[config.activation_function],
+        gated=False,
+        scaling=tuple(block.attn.scaling for block in body.h),
+        window=(0,) * len(body.h),
+        positions=body.wpe.weight,
+        max_positions=body.wpe.num_embeddings,
+        inv_freq=None,
+        rope_scaling=1.0,
+        final_norm=body.ln_f.weight,
+        final_norm_bias=body.ln_f.bias,
+        blocks=body.h,
+        **_embedding_and_head(body.wte, model.lm_head),
+    )
+
+
+def _describe_llama(model: nn.Module) -> ModelPlan | str:
+    config, body = model.config, model.model
+    kind = type(model).__name__.removesuffix("ForCausalLM")
+    if config.hidden_act not in ACTIVATIONS:
+        return f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
+    plain = {"Embedding", "ModuleList", "Linear", f"{kind}ForCausalLM", f"{kind}Model", f"{kind}DecoderLayer"}
+    plain |= {f"{kind}Attention", f"{kind}MLP", f"{kind}RMSNorm", f"{kind}RotaryEmbedding"}
+    odd = _unusual_module(model, plain)
+    if odd:
+        return odd
+    rope = body.rotary_emb
+    if rope.rope_type not in STATIC_ROPE:
+        return f"rope type {rope.rope_type!r} changes with the length; only {', '.join(STATIC_ROPE)} are supported"
+    if not len(body.layers):
+        return "the model has no layers"
+    attention = [layer.self_attn for layer in body.layers]
+    head_dim = attention[0].head_dim
+    if rope.inv_freq.numel() * 2 != head_dim:
+        return f"rotary embedding covers {rope.inv_freq.numel() * 2} of the {head_dim} dimensions of a head"
+    window = [_window(model, layer) for layer in attention]
+    return ModelPlan(
+        model_type=config.model_type,
+        dim=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        inner=config.intermediate_size,
+        norm="rms",
+        eps=config.rms_norm_eps,
+        activation=ACTIVATIONS[config.hidden_act],
+        gated=True,
+        scaling=tuple(layer.scaling for layer in attention),
+        window=tuple(window),
+        positions=None,
+        max_positions=config.max_position_embeddings,
+        inv_freq=rope.inv_freq.float(),
+        rope_scaling=float(rope.attention_scaling),
+        final_norm=body.norm.weight,
+        final_norm_bias=None,
+        blocks=body.layers,
+        **_embedding_and_head(body.embed_tokens, model.lm_head),
+    )
+
+
+def _embedding_and_head(embed: nn.Embedding, head: nn.Linear) -> dict[str, object]:
+    return {
+        "embed": embed.weight,
+        "head": head.weight,
+        "head_bias": head.bias,
+        "tied": head.weight is embed.weight,
+        "vocab": embed.num_embeddings,
+    }
+
+
+def _window(model: nn.Module, attention: nn.Module) -> int:
+    if model.config.model_type == "mistral":
+        return model.config.sliding_window or 0
+    return getattr(attention, "sliding_window", None) or 0
+
+
+def _unusual_module(model: nn.Module, plain: set[str]) -> str | None:
+    """Why this is not the plain model: an adapter, a quantised layer, a hook, a parametrisation, a replaced module."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        ours = kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+        activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation")
+        if not ours or not (activation or kind.__name__ in plain):
+            return f"module {name} is a {kind.__module__}.{kind.__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"module {name or kind.__name__} has a forward hook"
+        if "forward" in vars(module):
+            return f"module {name or kind.__name__} has had its forward replaced"
+    return None
+
+
+def _gpt2_layer(block: nn.Module) -> LayerPlan:
+    def matrix(conv: Conv1D) -> Tensor:
+        return conv.weight.detach().t()  # Conv1D stores (in, out)
+
+    return LayerPlan(
+        norm1=block.ln_1.weight.detach(),
+        norm1_bias=_detached(block.ln_1.bias),
+        qkv=matrix(block.attn.c_attn),
+        qkv_bias=_detached(block.attn.c_attn.bias),
+        q_norm=None,
+        k_norm=None,
+        o=matrix(block.attn.c_proj),
+        o_bias=_detached(block.attn.c_proj.bias),
+        norm2=block.ln_2.weight.detach(),
+        norm2_bias=_detached(block.ln_2.bias),
+        up=matrix(block.mlp.c_fc),
+        up_bias=_detached(block.mlp.c_fc.bias),
+        down=matrix(block.mlp.c_proj),
+        down_bias=_detached(block.mlp.c_proj.bias),
+    )
+
+
+def _llama_layer(layer: nn.Module) -> LayerPlan:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
+    up, up_bias = _merged(mlp.gate_proj, mlp.up_proj)
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return LayerPlan(
+        norm1=layer.input_layernorm.weight.detach(),
+        norm1_bias=None,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=q_norm.weight.detach() if q_norm is not None else None,
+        k_norm=k_norm.weight.detach() if k_norm is not None else None,
+        o=attention.o_proj.weight.detach(),
+        o_bias=_detached(attention.o_proj.bias),
+        norm2=layer.post_attention_layernorm.weight.detach(),
+        norm2_bias=None,
+        up=up,
+        up_bias=up_bias,
+        down=mlp.down_proj.weight.detach(),
+        down_bias=_detached(mlp.down_proj.bias),
+    )
+
+
+def _merged(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        for linear in linears
+    ]
+    return weight, torch.cat(biases)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
