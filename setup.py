@@ -6,6 +6,7 @@ Everything else about the package stands in pyproject.toml.
 import os
 import re
 import subprocess
+import sys
 from glob import glob
 
 import torch
@@ -13,6 +14,8 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 OPTIMISE = ["-O3", "-std=c++20"]
+# at::parallel_for runs on torch's threads only where OpenMP is on. It is not linked: torch brings its own runtime.
+THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
 
 
 def why_no_cuda() -> str:
@@ -42,7 +45,7 @@ def extension() -> CppExtension:
     if reason:
         print(f"coconut_fast: building without CUDA kernels: {reason}")
         macros = [("COCONUT_FAST_NO_CUDA_REASON", f'"{reason}"')]
-        flags = {"cxx": [*OPTIMISE, "-pthread", "-fvisibility=hidden"]}
+        flags = {"cxx": [*OPTIMISE, *THREADS, "-fvisibility=hidden"]}
         return CppExtension(
             "coconut_fast._C", list(dict.fromkeys(sources)), define_macros=macros, extra_compile_args=flags, **common
         )
@@ -50,7 +53,7 @@ def extension() -> CppExtension:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     sources += sorted(glob("csrc/cuda/*.cu"))
     flags = {
-        "cxx": [*OPTIMISE, "-pthread", "-fvisibility=hidden"],
+        "cxx": [*OPTIMISE, *THREADS, "-fvisibility=hidden"],
         "nvcc": [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
     }
     macros = [("COCONUT_FAST_WITH_CUDA", None)]

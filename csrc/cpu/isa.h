@@ -1,0 +1,43 @@
+// Which instruction set the CPU kernels use: one binary runs on every x86-64 and on Arm, and chooses at run time.
+//
+// A kernel's source is included once per instruction set, each time in another namespace under another target:
+//
+//     namespace portable {
+//     #include "x_kernel.h"
+//     }
+//     #if COCONUT_FAST_X86
+//     #pragma GCC push_options
+//     #pragma GCC target("avx2,fma,f16c")                                  // exactly what Isa::avx2 promises
+//     namespace avx2 {
+//     #include "x_kernel.h"
+//     }
+//     #pragma GCC pop_options
+//     #endif
+//
+// Standard headers are included before, outside the pragmas, so that nothing they define needs a newer CPU. The kernel
+// sees the target through the predefined macros (__AVX2__, __AVX512F__, ...), which the pragma changes too.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define COCONUT_FAST_X86 1
+#else
+#define COCONUT_FAST_X86 0
+#endif
+
+namespace coconut_fast {
+
+// In rising order; each contains the ones before it. The names are those COCONUT_FAST_ISA takes.
+enum class Isa {
+  portable,     // whatever the compiler assumes: SSE2 on x86-64, NEON on aarch64
+  avx2,         // avx2,fma,f16c
+  avx512,       // + avx512f,avx512bw,avx512dq,avx512vl
+  avx512_bf16,  // + avx512bf16
+};
+
+// The best set that this build has and this machine runs. The environment variable COCONUT_FAST_ISA, read at every call,
+// asks for a lower one by name; a name that is unknown or that this machine cannot run throws std::invalid_argument.
+Isa best_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace coconut_fast
