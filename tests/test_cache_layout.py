@@ -9,7 +9,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from coconut_fast import ops
 
@@ -34,17 +41,17 @@ class LayoutMachine(RuleBasedStateMachine):
     """Random operations on a layout, a storage that does as `append` says, and {row: tokens} as the truth."""
 
     @initialize(
-        num_pages=st.integers(1, 12),
+        num_pages=st.integers(1, 24),
         page_size=st.integers(1, 5),
-        max_rows=st.integers(1, 6),
+        max_rows=st.integers(2, 8),
         extra=st.integers(0, 6),
-        per_row=st.none() | st.integers(1, 6),
+        per_row=st.none() | st.integers(2, 8),
     )
     def build(self, num_pages, page_size, max_rows, extra, per_row):
         self.reserve, self.page_size, self.max_rows = num_pages + extra, page_size, max_rows
         self.per_row = per_row or self.reserve
         self.layout = CacheLayout(num_pages, page_size, max_rows, per_row, self.reserve)
-        self.tokens: dict[int, list[int]] = {}
+        self.tokens: dict[int, list[int]] = {row: [] for row in self.layout.alloc(2)}
         self.storage: list[int | None] = [None] * (self.reserve * page_size)
         self.next_token = 0
         self.table, self.lengths = self.layout.page_table, self.layout.lengths
@@ -63,7 +70,7 @@ class LayoutMachine(RuleBasedStateMachine):
                 counts[page] = counts.get(page, 0) + 1
         return counts
 
-    @rule(n=st.integers(0, 7))
+    @rule(n=st.integers(0, 3))
     def alloc(self, n):
         if n > self.max_rows - len(self.tokens):
             return refused(self.layout, self.layout.alloc, n, match="alloc")
@@ -75,7 +82,21 @@ class LayoutMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data):
         rows = self.some_rows(data)
-        counts = [data.draw(st.integers(0, 3 * self.page_size)) for _ in rows]
+        self.append_to(rows, [data.draw(st.integers(0, 2 * self.page_size)) for _ in rows])
+
+    @precondition(lambda self: self.tokens)
+    @rule()
+    def decode_step(self):
+        self.append_to(sorted(self.tokens), [1] * len(self.tokens))
+
+    @precondition(lambda self: len(self.tokens) < self.max_rows)
+    @rule(data=st.data())
+    def prompt(self, data):
+        rows = self.layout.alloc(1)
+        self.tokens[rows[0]] = []
+        self.append_to(rows, [data.draw(st.integers(1, 3 * self.page_size))])
+
+    def append_to(self, rows, counts):
         ends = [len(self.tokens[row]) + count for row, count in zip(rows, counts, strict=True)]
         holders = self.holders()
         needed, num_copies = 0, 0
@@ -113,6 +134,8 @@ class LayoutMachine(RuleBasedStateMachine):
         assert len(set(forks)) == len(rows) and not set(forks) & set(self.tokens)
         assert self.layout.free_pages == free
         self.tokens |= {new: list(self.tokens[old]) for new, old in zip(forks, rows, strict=True)}
+        if data.draw(st.booleans()):
+            self.append_to(sorted({*rows, *forks}), [1] * len({*rows, *forks}))
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
@@ -125,34 +148,33 @@ class LayoutMachine(RuleBasedStateMachine):
         for row, length in zip(rows, lengths, strict=True):
             del self.tokens[row][length:]
 
-    @precondition(lambda self: self.tokens)
+    @precondition(lambda self: len(self.tokens) > 1)
     @rule(data=st.data())
     def free(self, data):
-        rows = self.some_rows(data)
+        rows = self.some_rows(data)[:2]
         self.layout.free(rows)
         for row in rows:
             del self.tokens[row]
 
-    @rule(num_pages=st.integers(-1, 20))
+    @rule(num_pages=st.integers(-1, 31))
     def grow(self, num_pages):
         if not self.layout.num_pages <= num_pages <= self.reserve:
             return refused(self.layout, self.layout.grow, num_pages, match="grow")
         self.layout.grow(num_pages)
         assert self.layout.num_pages == num_pages
 
+    @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def misuse(self, data):
+        rows = self.some_rows(data)
         absent = data.draw(st.sampled_from([row for row in range(-1, self.max_rows + 2) if row not in self.tokens]))
-        present = self.some_rows(data) if self.tokens else []
-        for rows in ([absent], [*present, absent], *([[*present, present[0]]] if present else [])):
-            ones = [1] * len(rows)
-            refused(self.layout, self.layout.append, rows, ones, match="append: row")
-            refused(self.layout, self.layout.truncate, rows, [0] * len(rows), match="truncate: row")
-            refused(self.layout, self.layout.free, rows, match="free: row")
-        refused(self.layout, self.layout.fork, [*present, absent], match="fork: row")
-        if present:
-            refused(self.layout, self.layout.append, present, [-1] * len(present), match="negative")
-            refused(self.layout, self.layout.truncate, present, [-1] * len(present), match="truncate")
+        wrong, why = data.draw(st.sampled_from([([*rows, absent], "not in use"), ([*rows, rows[0]], "named twice")]))
+        refused(self.layout, self.layout.append, wrong, [1] * len(wrong), match=f"append: .*{why}")
+        refused(self.layout, self.layout.truncate, wrong, [0] * len(wrong), match=f"truncate: .*{why}")
+        refused(self.layout, self.layout.free, wrong, match=f"free: .*{why}")
+        refused(self.layout, self.layout.fork, [*rows, absent], match="fork: .*not in use")
+        refused(self.layout, self.layout.append, rows, [-1] * len(rows), match="negative")
+        refused(self.layout, self.layout.truncate, rows, [-1] * len(rows), match="truncate")
 
     @invariant()
     def rows_read_back(self):
@@ -176,7 +198,12 @@ class LayoutMachine(RuleBasedStateMachine):
 
 
 TestLayoutMachine = LayoutMachine.TestCase
-TestLayoutMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLayoutMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.slow
+def test_many_more_operations():
+    run_state_machine_as_test(LayoutMachine, settings=settings(TestLayoutMachine.settings, max_examples=2000))
 
 
 def test_views_are_zero_copy_and_outlive_the_layout():
@@ -212,6 +239,15 @@ def test_the_last_holder_of_a_shared_page_writes_in_place():
     assert copies[:, 0].tolist() == [0, 0] and sorted([*copies[:, 1].tolist(), 0]) == [0, 1, 2]
     assert slots.tolist() == [4 * page + 2 for page in (*copies[:, 1].tolist(), 0)]
     assert layout.free_pages == 0
+
+
+def test_a_refused_copy_is_refused_again():
+    layout = CacheLayout(num_pages=1, page_size=4, max_rows=2)
+    (row,) = layout.alloc(1)
+    layout.append([row], [2])
+    rows = [row, *layout.fork([row])]
+    for _ in range(2):
+        refused(layout, layout.append, rows, [1, 1], match="append: 1 pages are needed, 0 of 1 are free")
 
 
 def test_a_full_cache_works_on_after_growing():
