@@ -1,0 +1,70 @@
+"""One training step in a process of its own: reads a job as JSON, prints seconds, losses and peak memory as JSON.
+
+who: "ours" (through the thoughts) or "hugging_face" (the plain step of transformers on the same tokens without any
+thought, loss on the labelled positions only). bfloat16 is autocast over fp32 weights, as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.shapes import make_hf, make_model, make_rows
+from coconut_fast.data.batch import collate
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    device = job.get("device", "cpu")
+    if job.get("threads"):
+        torch.set_num_threads(job["threads"])
+    vocab = make_hf(job["shape"], layers=1).config.vocab_size
+    rows, labels = make_rows(vocab, job["rows"], job["length"], job["thoughts"], job["labelled"])
+    if job["who"] == "ours":
+        model = make_model(job["shape"], device=device).train()
+        batch = collate(rows, model.tokens.thought, labels).to(device)
+
+        def loss() -> torch.Tensor:
+            return model(batch=batch).loss
+
+    else:
+        model = make_hf(job["shape"]).to(device).train()
+        ids, targets = torch.tensor(rows, device=device), torch.tensor(labels, device=device)
+        keep = job["labelled"] + 1
+
+        def loss() -> torch.Tensor:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, -keep + 1 :].flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    seconds, losses = [], []
+    for _ in range(job.get("rounds", 3)):
+        start = finished(device)
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(finished(device) - start)
+        losses.append(value.item())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device != "cpu":
+        peak = torch.cuda.max_memory_allocated()
+    print(json.dumps({"seconds": min(seconds), "losses": losses, "peak_bytes": peak}))
+
+
+def finished(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
