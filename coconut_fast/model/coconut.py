@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from coconut_fast import ops
 from coconut_fast.data.batch import RaggedBatch, from_padded
@@ -75,6 +76,7 @@ class Coconut(nn.Module):
     ) -> None:
         super().__init__()
         hf.set_attn_implementation(attention.NAME)
+        _fuse_gelu(hf)
         self.hf = hf
         self.feedback = feedback if feedback is not None else Identity()
         self.tokens = tokens
@@ -213,3 +215,14 @@ class Coconut(nn.Module):
         from coconut_fast.model.checkpoints import save
 
         save(self, directory)
+
+
+def _fuse_gelu(hf: PreTrainedModel) -> None:
+    """GPT-2's tanh GELU as PyTorch's one kernel: the same function, where transformers writes eight element-wise ops.
+
+    On a CPU those are a third of a training step: each one streams a (T, 4 D) tensor through memory.
+    """
+    for module in hf.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
