@@ -23,6 +23,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("triton", "cpu", "torch"),
     "ragged_attention_backward": ("triton", "cpu", "torch"),
     "kv_append": ("triton", "torch"),
+    "decode_attention": ("triton", "torch"),
     "linear_cross_entropy": ("torch",),
 }
 DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "torch": None}

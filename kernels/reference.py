@@ -42,13 +42,46 @@ def dropout_keep(seed: int, slots: Tensor, heads: Tensor, positions: Tensor, dro
 # ---- kv_append -------------------------------------------------------------------------------------------------------
 
 
-def kv_append_ref(key: Tensor, value: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+def _turn(
+    x: Tensor, positions: Tensor, cos: Tensor | None, sin: Tensor | None, norm: Tensor | None, eps: float
+) -> Tensor:
+    """x (T, heads, K) RMS-normed over K with weight norm, its first 2 cos.shape[1] components rotated by halves."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if norm is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm.to(x.dtype)
+    if cos is not None:
+        c, s = cos[positions][:, None].to(x.dtype), sin[positions][:, None].to(x.dtype)
+        low, high, rest = x.split([c.shape[-1], c.shape[-1], x.shape[-1] - 2 * c.shape[-1]], dim=-1)
+        x = torch.cat([low * c - high * s, high * c + low * s, rest], dim=-1)
+    return x
+
+
+def kv_append_ref(
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    query: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
     """keys[slots] = key, values[slots] = value, converted to the cache's dtype.
 
-    key (T, Hkv, K), value (T, Hkv, Kv), slots int64 (T,) without duplicates, keys (S, Hkv, K), values (S, Hkv, Kv).
+    key (T, Hkv, K), value (T, Hkv, Kv), slots int64 (T,) without duplicates (a negative one skips its token),
+    keys (S, Hkv, K), values (S, Hkv, Kv). Optional: RMS norm over each head with weights query_norm and key_norm (K,),
+    then rotary embedding by halves with cos and sin (P, rotary // 2) at positions (T,); query (T, H, K) in place.
     """
-    keys[slots] = key.to(keys.dtype)
-    values[slots] = value.to(values.dtype)
+    live = slots >= 0
+    keys[slots[live]] = _turn(key, positions, cos, sin, key_norm, eps).to(keys.dtype)[live]
+    values[slots[live]] = value.to(values.dtype)[live]
+    if query is not None:
+        query.copy_(_turn(query, positions, cos, sin, query_norm, eps))
 
 
 # ---- ragged_attention ------------------------------------------------------------------------------------------------
@@ -214,3 +247,53 @@ def linear_cross_entropy_ref(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+# ---- decode_attention ------------------------------------------------------------------------------------------------
+
+
+def decode_attention_ref(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    max_length: int,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """ragged_attention of one query (B, H, K) per row, after kv_append of the token's own key and value if given.
+
+    lengths include the query's token; its slot is that of position lengths[b] - 1. A row of length 0 gives zeros and
+    lse = -inf. counters is scratch of the CUDA implementation.
+    """
+    live = lengths > 0
+    if cos is not None or query_norm is not None:
+        query = _turn(query, positions, cos, sin, query_norm, eps).to(query.dtype)
+    if key is not None and value is not None:
+        last = (lengths.long() - 1).clamp(min=0)
+        slots = page_table[rows.long(), last // page_size].long() * page_size + last % page_size
+        turned = {"cos": cos, "sin": sin, "positions": positions, "key_norm": key_norm, "eps": eps}
+        kv_append_ref(key, value, torch.where(live, slots, -1), keys, values, **turned)
+    offsets = torch.arange(int(live.sum()) + 1, dtype=torch.int32, device=query.device)
+    some, some_lse = ragged_attention_ref(
+        query[live], keys, values, page_table, rows[live], offsets, lengths[live],
+        page_size=page_size, scaling=scaling, window=window, softcap=softcap, max_query=1, max_length=max_length,
+    )  # fmt: skip
+    out = query.new_zeros(*query.shape[:2], values.shape[2])
+    lse = some_lse.new_full(query.shape[:2], float("-inf"))
+    out[live], lse[live] = some, some_lse
+    return out, lse

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, which torch alone does not do
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("COCONUT_FAST_TEST_DATA", ROOT.parent / "shared"))
 
@@ -29,6 +32,12 @@ def golden() -> Path:
 def prosqa_sets() -> Path:
     """The released ProsQA validation and test sets."""
     return _folder("prosqa")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton kernels run: on the GPU where there is one, else in the interpreter on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,133 @@
+"""What the kernel files share: registration with torch, launch guards, and the device functions of several kernels.
+
+Device functions compute in fp32. tanh is written out because libdevice exists only on the device, and a formula that
+the interpreter runs too is a formula that the tests run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LIBRARY = torch.library.Library("coconut_fast", "FRAGMENT")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# ---- registration and launching --------------------------------------------------------------------------------------
+
+
+def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `coconut_fast::<schema>` with a CUDA and a shape-only implementation; returns the op's overload.
+
+    The low-level Library costs about 2 us a call where `torch.library.custom_op` costs 12. Under the interpreter the
+    launcher serves CPU tensors too, so that opcheck and torch.compile can be tested without a device.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, launch, "CUDA")
+    if INTERPRETED:
+        LIBRARY.impl(name, launch, "CPU")
+    torch.library.register_fake(f"coconut_fast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.coconut_fast, name).default
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's, at no cost where it is already."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def check_dtypes(op: str, **tensors: torch.Tensor | None) -> None:
+    """ValueError unless every tensor is fp32, fp16 or bf16 (fp64 runs on the torch backend)."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in TRITON_TYPE:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected float32, float16 or bfloat16")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """ValueError unless the tensor has the expected shape and its last dimension is contiguous."""
+    if tensor.shape != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+    if expected and tensor.stride(-1) != 1 and expected[-1] > 1:
+        raise ValueError(f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension, expected 1")
+
+
+def compute_type(*dtypes: torch.dtype) -> Any:
+    """The operand type of the matrix products: the inputs' common type, as PyTorch promotes."""
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return TRITON_TYPE[common]
+
+
+# ---- device functions ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a few ulp: the odd series below 1/4, where 1 - 2 / (exp(2x) + 1) would cancel."""
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's activation."""
+    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def mix(x):
+    """Bijective mixing of uint32 words: lowbias32, the hash of dropout and of Gumbel noise (reference.py, `_mix`)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def slots_of(table_row, j, mask, PAGE: tl.constexpr):
+    """Cache slots (int64) of positions j of the row whose pages start at table_row; masked positions give a slot of
+    page 0 and must not be read."""
+    pages = tl.load(table_row + j // PAGE, mask=mask, other=0)
+    return pages.to(tl.int64) * PAGE + j % PAGE
+
+
+@triton.jit
+def load_head(base, d, mask, K: tl.constexpr, weight, eps, cos, sin, NORM: tl.constexpr, ROTARY: tl.constexpr):
+    """Head vectors in fp32, RMS-normed over K where NORM, their first ROTARY components rotated by halves.
+
+    base: pointers to the vectors' first elements, broadcastable against d (components) to the shape of mask; weight:
+    pointer to (K,); cos, sin: pointers to the ROTARY // 2 values of the vector's position.
+    """
+    x = tl.load(base + d, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / K + eps)
+        x = x * scale * tl.load(weight + d, mask=d < K, other=0.0).to(tl.float32)
+    if ROTARY > 0:
+        HALF: tl.constexpr = ROTARY // 2
+        other = tl.where(d < HALF, d + HALF, d - HALF)
+        turns = d < ROTARY
+        y = tl.load(base + other, mask=mask & turns, other=0.0).to(tl.float32)
+        if NORM:
+            y = y * scale * tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
+        c = tl.load(cos + d % HALF, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + d % HALF, mask=turns, other=0.0).to(tl.float32)
+        x = tl.where(turns, tl.where(d < HALF, x * c - y * s, x * c + y * s), x)
+    return x

@@ -1,0 +1,176 @@
+"""Compiles every kernel ahead of time as its launcher would launch it, and prints what the assembler made of it.
+
+Run as a program (without TRITON_INTERPRET): the ops are called on meta tensors with JITFunction.run replaced by a
+recorder, so signature, constants, divisibility, warps and stages are the launcher's own. One JSON line a compiled kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTER = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+class Launch:
+    """One recorded launch: the kernel, and what the JIT would specialise it to."""
+
+    def __init__(self, kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+        self.signature: dict[str, str] = {}
+        self.constants: dict[tuple[int], Any] = {}
+        self.attributes: dict[tuple[int], list[Any]] = {}
+        for i, parameter in enumerate(kernel.params):
+            self._specialise(i, parameter, arguments[parameter.name])
+
+    def _specialise(self, i: int, parameter: Any, value: Any) -> None:
+        name = parameter.name
+        fixed = parameter.is_constexpr or value is None
+        if not fixed and isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+            fixed = not isinstance(value, bool)
+        if fixed:
+            self.signature[name] = "constexpr"
+            self.constants[(i,)] = value
+            return
+        divisible = not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            self.signature[name] = POINTER[value.dtype]
+        elif isinstance(value, bool):
+            self.signature[name], divisible = "i1", False
+        elif isinstance(value, int):
+            self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = divisible and value % 16 == 0
+        else:
+            self.signature[name], divisible = "fp32", False
+        if divisible:
+            self.attributes[(i,)] = [["tt.divisibility", 16]]
+
+    def compile(self, capability: int) -> dict[str, Any]:
+        """Registers, spilled bytes, shared memory and 128-bit loads of the binary for sm_<capability>."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(built.asm["cubin"])
+            cubin.flush()
+            usage = subprocess.run(
+                [str(CUOBJDUMP), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        ptx = built.asm["ptx"]
+        return {
+            "kernel": self.kernel.fn.__name__,
+            "capability": capability,
+            "warps": built.metadata.num_warps,
+            "registers": found["REG"],
+            "spilled": found["STACK"] + found["LOCAL"],
+            "shared": built.metadata.shared,
+            "vector_loads": len(
+                re.findall(r"ld\.global[^;]*\.v4\.b32|ld\.global[^;]*\.v2\.b64|cp\.async[^;]*0x10,", ptx)
+            ),
+            "tensor_cores": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
+        }
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that `call` would do."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        launches.append(Launch(self, {**dict(zip(names, args, strict=False)), **kwargs}, options))
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def indices(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# name -> (H, Hkv, K, model dim, inner dim, vocabulary)
+SHAPES = {
+    "gpt2": (12, 12, 64, 768, 3072, 50257),
+    "llama1b": (32, 8, 64, 2048, 8192, 128256),
+    "qwen3": (16, 8, 128, 1024, 3072, 151936),
+}
+DTYPES = {
+    "gpt2": (torch.bfloat16, torch.float32),
+    "llama1b": (torch.bfloat16,),
+    "qwen3": (torch.bfloat16,),
+}  # fmt: skip
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(label, call) of every op at the shapes of real models; the label starts with the op's name."""
+    from coconut_fast.kernels import decode_attention, kv_append
+
+    for name, (heads, kv_heads, head_dim, *_) in SHAPES.items():
+        for dtype in DTYPES[name]:
+            label = f"{name}/{str(dtype).removeprefix('torch.')}"
+            store = [empty(4096, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+            fused = empty(8, heads + 2 * kv_heads, head_dim, dtype=dtype)
+            query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+            table = [empty(2048, head_dim // 2, dtype=torch.float32) for _ in range(2)]
+            places = indices(8, dtype=torch.int64)
+            rotary = {} if name == "gpt2" else {"cos": table[0], "sin": table[1], "positions": places}
+            norms = {"query_norm": empty(head_dim), "key_norm": empty(head_dim)} if name == "qwen3" else {}
+            turned = {"query": query, **rotary, **norms} if rotary else {}
+            yield (
+                f"kv_append/{label}",
+                lambda k=key, v=value, s=store, t=turned, p=places: kv_append._launch(k, v, p, *s, **t),
+            )
+            for length in (512, 8192) if name == "gpt2" else (512,):
+                layout = (indices(64, length // 16), indices(8), indices(8))
+                options = {"page_size": 16, "scaling": 0.125, "max_length": length}
+                yield (
+                    f"decode_attention/{label}/{length}",
+                    lambda q=query, s=store, t=layout, o=options: decode_attention._launch(q, *s, *t, **o),
+                )
+                fresh = {**options, **rotary, **norms, "key": key, "value": value}
+                yield (
+                    f"decode_attention/{label}/{length}/append",
+                    lambda q=query, s=store, t=layout, o=fresh: decode_attention._launch(q, *s, *t, **o),
+                )
+
+
+def main() -> None:
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    seen: set[str] = set()
+    for label, call in cases():
+        if not label.startswith(only):
+            continue
+        for launch in record(call):
+            for capability in (80, 90) if "bfloat16" in label else (90,):
+                key = f"{launch.kernel.fn.__name__}{launch.signature}{launch.constants}{launch.attributes}{capability}"
+                if key not in seen:
+                    seen.add(key)
+                    print(json.dumps({"case": label, **launch.compile(capability)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

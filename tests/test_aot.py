@@ -1,0 +1,45 @@
+"""What the assembler makes of every Triton kernel for sm_80 and sm_90: no spills, bounded registers, wide loads.
+
+The bounds are the ones the kernel files state: a docstring that says "Registers at most N" or "128-bit" is held to it.
+The compilation runs in a process of its own, since this one may have loaded triton as an interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem not in ("common", "reference"))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "aot.py")], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_resources(compiled, op) -> None:
+    doc = importlib.import_module(f"coconut_fast.kernels.{op}").__doc__
+    bound = re.search(r"[Rr]egisters at most (\d+)", doc)
+    assert bound, f"kernels/{op}.py states no bound on its registers"
+    mine = [found for found in compiled if found["case"].split("/")[0] == op]
+    assert {found["capability"] for found in mine} == {80, 90}, f"{op} is not compiled for both architectures"
+    for found in mine:
+        assert found["spilled"] == 0, found
+        assert found["registers"] <= int(bound[1]), found
+        if "128-bit" in doc:
+            assert found["vector_loads"] > 0, found

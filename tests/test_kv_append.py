@@ -1,0 +1,82 @@
+"""kv_append: the Triton kernel against the reference, on odd shapes, strided views, skipped tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from coconut_fast.kernels.reference import kv_append_ref
+from compare import assert_as_good_as_torch
+from paged import truth_of
+
+from coconut_fast import ops
+
+
+def inputs(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    fused = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(device, dtype)
+    return fused.split([heads, kv_heads, kv_heads], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "kv_heads", "head_dim"), [(1, 1, 1), (5, 12, 64), (3, 3, 80), (2, 2, 128)])
+def test_plain_append_moves_the_bits(tokens, kv_heads, head_dim, dtype, device) -> None:
+    _, key, value = inputs(tokens, kv_heads, kv_heads, head_dim, dtype, device)
+    slots = torch.randperm(tokens + 4)[:tokens].to(device)
+    slots[0] = -1 if tokens > 1 else slots[0]
+    ours = [torch.full((tokens + 4, kv_heads, head_dim), float("nan"), dtype=dtype, device=device) for _ in range(2)]
+    theirs = [t.clone() for t in ours]
+    ops.kv_append(key, value, slots, *ours, backend="triton")
+    kv_append_ref(key, value, slots, *theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_the_values_may_be_wider_than_the_keys_and_the_cache_narrower_than_both(device) -> None:
+    key, value = torch.randn(3, 2, 24, device=device), torch.randn(3, 2, 40, device=device)
+    ours = [torch.zeros(9, 2, 24, device=device).half(), torch.zeros(9, 2, 40, device=device).half()]
+    theirs, slots = [t.clone() for t in ours], torch.tensor([8, 0, 3], device=device)
+    ops.kv_append(key, value, slots, *ours, backend="triton")
+    kv_append_ref(key, value, slots, *theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 32), (16, 16)])
+def test_rotary_and_norms(head_dim, rotary, norm, device) -> None:
+    tokens, heads, kv_heads = 4, 6, 3
+    query, key, value = inputs(tokens, heads, kv_heads, head_dim, torch.float32, device)
+    angles = torch.randn(50, rotary // 2, device=device)
+    extra = {"cos": angles.cos(), "sin": angles.sin(), "positions": torch.randint(0, 50, (tokens,), device=device)}
+    if norm:
+        extra |= {name: torch.rand(head_dim, device=device) + 0.5 for name in ("query_norm", "key_norm")}
+    slots = torch.tensor([3, 0, 6, 5], device=device)
+    results = []
+    for dtype, run in ((None, "triton"), (None, "torch"), (torch.float64, "torch")):
+        q, k, v = (t.clone() if dtype is None else t.cpu().double() for t in (query, key, value))
+        store = [torch.zeros(8, kv_heads, head_dim, dtype=v.dtype, device=v.device) for _ in range(2)]
+        named = extra if dtype is None else dict(zip(extra, truth_of(*extra.values()), strict=True))
+        ops.kv_append(k, v, slots.to(v.device), *store, query=q, **named, backend=run)
+        results.append((q, store[0], store[1]))
+    for name, ours, plain, truth in zip(("query", "keys", "values"), *results, strict=True):
+        assert_as_good_as_torch(ours.cpu(), plain.cpu(), truth, what=name)
+
+
+def test_wrong_inputs_are_named(device) -> None:
+    key = torch.randn(3, 2, 8, device=device)
+    store = torch.zeros(4, 2, 8, device=device)
+    slots = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="keys has shape"):
+        ops.kv_append(key, key, slots, store[:, :1], store, backend="triton")
+    with pytest.raises(ValueError, match="key is torch.float64"):
+        ops.kv_append(key.double(), key, slots, store, store, backend="triton")
+    with pytest.raises(ValueError, match="without sin and positions"):
+        ops.kv_append(key, key, slots, store, store.clone(), cos=key[0], backend="triton")
+
+
+def test_opcheck(device) -> None:
+    from coconut_fast.kernels import kv_append
+
+    key = torch.randn(3, 2, 8, device=device)
+    store = [torch.zeros(4, 2, 8, device=device) for _ in range(2)]
+    torch.library.opcheck(kv_append._OP, (key, key.clone(), torch.arange(3, device=device), *store))
