@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 
-# op -> its backends, fastest first. "cpu" is the C++ module, "torch" the plain mathematics (any device).
+# op -> its backends, fastest first. "cpu" is the C++ module, "chunked" PyTorch in bounded
+# memory, "torch" the plain mathematics (both on any device).
 BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("triton", "cpu", "torch"),
     "ragged_attention_backward": ("triton", "cpu", "torch"),
     "kv_append": ("triton", "torch"),
     "decode_attention": ("triton", "torch"),
-    "linear_cross_entropy": ("torch",),
+    "linear_cross_entropy": ("chunked", "torch"),
 }
-DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "torch": None}
+DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "chunked": None, "torch": None}
 
 _forced: str | None = None
 
@@ -94,7 +95,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "torch":
         return getattr(importlib.import_module("coconut_fast.kernels.reference"), f"{op}_ref")
-    if backend == "triton":
+    if backend in ("triton", "chunked"):
         stem = op.removesuffix("_backward")
         return getattr(importlib.import_module(f"coconut_fast.kernels.{stem}"), op)
     return getattr(extension(), op if backend == "cpu" else f"{op}_cuda")

@@ -10,15 +10,24 @@ import torch
 
 
 def assert_as_good_as_torch(
-    ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, *, ulps: int = 8, what: str = "result"
+    ours: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    ulps: int = 8,
+    what: str = "result",
+    working: torch.dtype | None = None,
 ) -> None:
-    """ours, plain: the same quantity by us and by plain PyTorch in the working dtype; truth: the same in fp64."""
+    """ours, plain: the same quantity by us and by plain PyTorch in the working dtype; truth: the same in fp64.
+
+    working: the dtype computed in, where the result is stored in a finer one.
+    """
     assert truth.dtype == torch.float64, f"the truth must be fp64, is {truth.dtype}"
     assert ours.shape == plain.shape == truth.shape, f"{what}: {ours.shape}, {plain.shape}, {truth.shape}"
     assert torch.isfinite(ours).all(), f"{what}: {int((~torch.isfinite(ours)).sum())} values are not finite"
     if truth.numel() == 0:
         return
-    dtype = plain.dtype if plain.dtype != torch.float64 else torch.float64
+    dtype = working or plain.dtype
     ours_error = (ours.double() - truth).abs().max().item()
     plain_error = (plain.double() - truth).abs().max().item()
     ulp = torch.finfo(dtype).eps * truth.abs().max().item()
