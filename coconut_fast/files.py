@@ -32,7 +32,7 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
@@ -42,7 +42,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
         file.write("\n")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut; not every file system allows it, and then there is nothing to do."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -123,6 +123,20 @@ class _Evil:
         return (print, ("code ran",))
 
 
+def test_trained_rows_of_special_tokens_survive_a_tokenizer_without_them(tmp_path) -> None:
+    """An official checkpoint has the three rows, its base's tokenizer does not know them."""
+    tokenizer = _tokenizer("<<", "a", "b")
+    hf = make_hf("gpt2")
+    hf.resize_token_embeddings(len(tokenizer) + 3, mean_resizing=False)
+    hf.config.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    state = {f"base_causallm.{k}": v for k, v in hf.state_dict().items()}
+    torch.save(state, tmp_path / "checkpoint_7")
+    model = load(tmp_path / "checkpoint_7", base=tmp_path / "base")
+    assert torch.equal(model.hf.get_input_embeddings().weight, hf.get_input_embeddings().weight)
+    assert model.tokens == LatentTokens(start=5, end=6, thought=7, eos=0)
+
+
 def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
     hf = make_hf("gpt2")
     hf.config.save_pretrained(tmp_path)

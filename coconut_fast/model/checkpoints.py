@@ -38,6 +38,7 @@ def load(
     dtype: torch.dtype | None = None,
     tokens: LatentTokens | None = None,
     feedback: str | nn.Module | None = None,
+    base: str | Path | None = None,
 ) -> Coconut:
     """A Coconut model, in evaluation mode, from any of:
 
@@ -47,14 +48,16 @@ def load(
     - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
 
     device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
-    (`identity`, `rescale`, `projection`) or a module, default what the checkpoint was saved with.
+    (`identity`, `rescale`, `projection`, `pause`) or a module, default what the checkpoint was saved with. base: the directory or
+    hub id that a torch file takes its configuration and tokenizer from, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing or unexpected
     weights, and special tokens that cannot be known.
     """
     path = Path(path_or_id)
+    trained_tokens = False
     if path.is_file():
-        hf = _read_reference(path)
-        home: Path | str = path.parent
+        home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
+        hf, trained_tokens = _read_reference(path, home)
     else:
         if not path.is_dir() and (path.is_absolute() or str(path_or_id).startswith(".") or path.suffix):
             raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
@@ -73,7 +76,7 @@ def load(
                 f"tokens: {path_or_id} has no tokenizer to take the special tokens from; "
                 "pass tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
             )
-        tokens = add_latent_tokens(hf, tokenizer)
+        tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
     _check_tokens(tokens, hf)
 
     if dtype is not None:
@@ -124,8 +127,13 @@ def write(model: Coconut, directory: Path) -> None:
     (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n")
 
 
-def add_latent_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LatentTokens:
-    """Adds the three special tokens where missing, and gives their rows the start the paper's code gives them."""
+def add_latent_tokens(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
+) -> LatentTokens:
+    """Adds the three special tokens where missing, and gives their rows the start the paper's code gives them.
+
+    trained: the model has rows for them already, which only the tokenizer does not know (official checkpoints).
+    """
     known = set(tokenizer.get_vocab())
     missing = [t for t in (START_LATENT, END_LATENT, LATENT) if t not in known]
     if missing:
@@ -134,7 +142,7 @@ def add_latent_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if len(tokenizer) > rows:
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     start, thought, end = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
-    if missing:
+    if missing and not trained:
         like = tokenizer.get_vocab().get("<<")
         new = torch.tensor(tokenizer.convert_tokens_to_ids(missing))
         old = len(tokenizer) - len(missing)
@@ -152,15 +160,19 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
         raise ValueError(f"path_or_id: {path_or_id} does not load as a causal language model: {error}") from error
 
 
-def _read_reference(path: Path) -> PreTrainedModel:
-    """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), beside a config."""
-    if not (path.parent / "config.json").is_file():
-        raise ValueError(f"path_or_id: {path} needs the model's config.json beside it; there is none in {path.parent}")
+def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
+    """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), and a config's home.
+
+    The second value says whether it is the former, whose rows for the special tokens are trained.
+    """
+    if isinstance(home, Path) and not (home / "config.json").is_file():
+        raise ValueError(f"path_or_id: {path} needs the model's config.json beside it; there is none in {home}")
     state = _read_pickle(path)
-    if any(k.startswith(REFERENCE_PREFIX) for k in state):
+    is_coconut = any(k.startswith(REFERENCE_PREFIX) for k in state)
+    if is_coconut:
         # `embedding.weight` is the same tensor as the model's own table.
         state = {k.removeprefix(REFERENCE_PREFIX): v for k, v in state.items() if k.startswith(REFERENCE_PREFIX)}
-    config = AutoConfig.from_pretrained(path.parent)
+    config = AutoConfig.from_pretrained(home)
     floating = [v.dtype for v in state.values() if v.is_floating_point()]
     hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
     table = next((k for k, v in hf.state_dict().items() if v is hf.get_input_embeddings().weight.data), None)
@@ -171,18 +183,18 @@ def _read_reference(path: Path) -> PreTrainedModel:
     try:
         missing, unexpected = hf.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"path_or_id: {path} does not fit {path.parent / 'config.json'}: {error}") from error
+        raise ValueError(f"path_or_id: {path} does not fit {home}: {error}") from error
     # Old releases of transformers saved constant buffers; a tied head is not saved twice.
     unexpected = [k for k in unexpected if not k.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
     head = {k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight}
     missing = [k for k in missing if k not in head or table is None]
     if missing or unexpected:
         raise ValueError(
-            f"path_or_id: {path} does not fit {path.parent / 'config.json'}: "
+            f"path_or_id: {path} does not fit {home}: "
             f"missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
         )
     hf.tie_weights()
-    return hf
+    return hf, is_coconut
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ class Settings:
     method: str = "coconut"
     stage: int | None = None
     c_thought: int = 1
+    curriculum: dict[str, Any] | None = None  # the CurriculumConfig of its training, where it differs from the default
+    symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, where they were
 
 
 @dataclass

@@ -43,7 +43,23 @@ class Projection(nn.Sequential):
         super().__init__(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim), nn.LayerNorm(dim))
 
 
-FEEDBACKS: dict[str, type[nn.Module]] = {"identity": Identity, "rescale": Rescale, "projection": Projection}
+class Pause(nn.Module):
+    """One learned embedding, whatever the hidden state: the paper's "pause as thought", with Coconut's extra passes."""
+
+    def __init__(self, start_D: torch.Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(start_D.clone())
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return self.embedding.to(hidden_BD.dtype).expand_as(hidden_BD)
+
+
+FEEDBACKS: dict[str, type[nn.Module]] = {
+    "identity": Identity,
+    "rescale": Rescale,
+    "projection": Projection,
+    "pause": Pause,
+}
 
 
 def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
@@ -56,6 +72,8 @@ def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
     if name == "rescale":
         mean_norm = torch.linalg.vector_norm(weight_VD.float(), dim=-1).mean().item()
         return Rescale(weight_VD.shape[1], mean_norm).to(weight_VD.device)
+    if name == "pause":
+        return Pause(weight_VD.mean(0))
     return Projection(weight_VD.shape[1]).to(device=weight_VD.device, dtype=weight_VD.dtype)
 
 
