@@ -55,7 +55,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     ".jsonl" or its first character is not "[". ValueError on any problem, and on a file without records.
     """
     path = Path(path)
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; expected a JSON list of records, or one record per line")
     if path.suffix == ".jsonl" or not text.lstrip().startswith("["):
@@ -125,17 +125,18 @@ def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The whole of a UTF-8 file (a byte order mark is dropped). ValueError where it cannot be read or is not UTF-8."""
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON or JSON lines file") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a file of problems") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{raw[error.start]:02x} on line {line}"
-        raise ValueError(f"{path}: not UTF-8 ({found}); expected JSON in UTF-8") from error
+        raise ValueError(f"{path}: not UTF-8 ({found}); expected UTF-8") from error
 
 
 def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
