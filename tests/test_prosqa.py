@@ -184,6 +184,12 @@ def test_hops_and_nodes():
         check_record(example.record())
 
 
+def test_hops_that_no_graph_has_end_in_an_error(monkeypatch):
+    monkeypatch.setattr("coconut_fast.data.prosqa._MOST_DRAWS", 50)
+    with pytest.raises(ValueError, match="hops: none of 50 graphs of 28 nodes has a target 20 to 25 hops away"):
+        generate_prosqa(1, hops=(20, 25))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

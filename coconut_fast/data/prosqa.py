@@ -41,6 +41,7 @@ SPLITS = {"train": 17886, "valid": 300, "test": 500}
 ALGORITHMS = {"calibrated": (28, (3, 6)), "printed": (23, (1, 40))}
 
 _POISSON = list(accumulate(exp(-1.5) * 1.5**k / factorial(k) for k in range(24)))
+_MOST_DRAWS = 50_000
 _FAR = 1000  # this deep or deeper below a root means: not below it
 
 
@@ -95,7 +96,7 @@ def generate_prosqa(
 
     nodes: nodes drawn per graph, 4 to 40 (there are 38 names of concepts); None: the algorithm's own.
     hops: fewest and most hops from root to target; None: the algorithm's own (calibrated: 3 to 6). Narrow bounds far
-        from the usual 3 to 5 cost many draws per graph.
+        from the usual 3 to 5 cost many draws per graph; ValueError where none of 50,000 fits.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: found {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
@@ -113,15 +114,13 @@ def generate_prosqa(
 
 
 def _problem(rng: random.Random, calibrated: bool, nodes: int, low: int, high: int) -> Example:
-    while True:
+    for _ in range(_MOST_DRAWS):
         graph = _draw(rng, calibrated, nodes)
         entities = sum(1 for parents in graph.parents if not parents)
         leaves = (graph.leaves(1), graph.leaves(2))
         if entities > len(ENTITIES) or not leaves[0] or not leaves[1]:
             continue
         if calibrated:
-            if not graph.children[0] or not graph.children[1]:
-                continue
             deepest = max(graph.depths[root][leaf] for root in (0, 1) for leaf in leaves[root])
             equals = [(r, leaf) for r in (0, 1) for leaf in leaves[r] if graph.depths[r][leaf] == deepest]
             root, target = rng.choice(equals)
@@ -129,6 +128,7 @@ def _problem(rng: random.Random, calibrated: bool, nodes: int, low: int, high: i
             root, target = 0, rng.choice(leaves[0])
         if low <= graph.depths[root][target] <= high:
             return _write(rng, graph, root, target, rng.choice(leaves[1 - root]))
+    raise ValueError(f"hops: none of {_MOST_DRAWS} graphs of {nodes} nodes has a target {low} to {high} hops away")
 
 
 def _draw(rng: random.Random, calibrated: bool, nodes: int) -> _Drawn:
