@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.prompts import Prompt, read_prompts
 from coconut_fast.model.coconut import Coconut
 
@@ -113,6 +114,13 @@ def generate(
     return engine.output()
 
 
+def choose_runner(model: Coconut) -> tuple[type[EagerRunner], str]:
+    """Who runs the passes of this model on this device, and why."""
+    if model.device.type == "cuda":
+        return GraphRunner, "chains of thoughts and tokens replay as CUDA graphs"
+    return EagerRunner, f"plain PyTorch calls on {model.device.type}"
+
+
 class Engine:
     """The running batch of one `generate` call."""
 
@@ -137,7 +145,8 @@ class Engine:
         answers = max(1, len(prompts) * num_samples)
         batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
         longest = max((len(p.ids) for p in prompts), default=0) + max_new_tokens
-        self.runner = EagerRunner(
+        runner, reason = choose_runner(model)
+        self.runner = runner(
             model,
             # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
             num_slots=batch_size * (-(-longest // 16) + 1) * 16,
@@ -146,7 +155,7 @@ class Engine:
             sampling=sampling,
         )
         self.batch_size = batch_size
-        self.stats = GenerateStats(self.runner.name, "the only runner")
+        self.stats = GenerateStats(self.runner.name, reason)
 
     def run(self) -> None:
         """Reads prompts while there is room, writes answers, until all are finished."""

@@ -37,6 +37,15 @@ def sample(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
+    numbers = [uniform(seed, step) for seed, step in zip(seeds, steps, strict=True)]
+    numbers_B = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)
+    return sample_at(logits_BV, numbers_B, temperature, top_k, top_p)
+
+
+def sample_at(
+    logits_BV: torch.Tensor, numbers_B: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """`sample` at a temperature above 0 with its random numbers given, (B,) fp64: no word to or from the host."""
     scaled_BV = logits_BV.double() / temperature
     if top_k or top_p < 1:
         ranked_BV, ids_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
@@ -47,6 +56,5 @@ def sample(
         ranked_BV = ranked_BV.masked_fill(before_BV >= top_p, float("-inf"))
         scaled_BV = torch.empty_like(scaled_BV).scatter_(-1, ids_BV, ranked_BV)
     sums_BV = scaled_BV.softmax(-1).cumsum(-1)
-    numbers = [uniform(seed, step) for seed, step in zip(seeds, steps, strict=True)]
-    at_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)[:, None] * sums_BV[:, -1:]
+    at_B1 = numbers_B[:, None] * sums_BV[:, -1:]
     return (sums_BV <= at_B1).sum(-1).clamp_max(logits_BV.shape[-1] - 1)

@@ -80,6 +80,10 @@ def _forward(
     cache = ragged.cache
     keys, values = cache.storage(layer, key, value)
     ops.kv_append(key, value, ragged.slots, keys, values)
+    if query.is_cuda and ragged.max_query == 1 and len(query) == len(ragged.rows) and not keywords["dropout"]:
+        # One query per row: split over the sequence, where the general kernel has a row's work in one block.
+        options = {k: v for k, v in keywords.items() if k not in ("dropout", "seed", "max_query")}
+        return ops.decode_attention(query, keys, values, cache.page_table, ragged.rows, ragged.lengths, **options)
     where = (cache.page_table, ragged.rows, ragged.row_offsets, ragged.lengths)
     return ops.ragged_attention(query, keys, values, *where, **keywords)
 

@@ -74,11 +74,7 @@ class KVCache:
 
     def append(self, rows: Sequence[int], counts: Sequence[int], dropout_seed: int = 0) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
-        slots, copies = self.layout.append(list(rows), list(counts))
-        if len(copies):
-            self._copy_pages(copies)
-        if self.device.type != "cpu":
-            self.page_table.copy_(self.layout.page_table, non_blocking=True)
+        slots = self.reserve(rows, counts)
         index = torch.tensor(list(rows), dtype=torch.int32)
         lengths = self.layout.lengths[index]
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
@@ -93,6 +89,15 @@ class KVCache:
             max_length=int(lengths.max()),
             dropout_seed=dropout_seed,
         )
+
+    def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """Places tokens like `append`, for passes that find their slots on the device -> their slots, on the CPU."""
+        slots, copies = self.layout.append(list(rows), list(counts))
+        if len(copies):
+            self._copy_pages(copies)
+        if self.device.type != "cpu":
+            self.page_table.copy_(self.layout.page_table, non_blocking=True)
+        return slots
 
     def fork(self, rows: Sequence[int]) -> list[int]:
         """New rows that share the tokens of `rows` until one of them appends (copy on write)."""
