@@ -147,24 +147,27 @@ def symbolic_examples(
     separators: False leaves out <eos> at the start and "|" between edges: a third fewer tokens.
     ValueError where a graph has more than 31 nodes.
     """
-    examples = []
-    for idx, graph in enumerate(graphs):
-        if graph.num_nodes > NUM_NODES:
-            raise ValueError(f"graph {idx}: found {graph.num_nodes} nodes, the vocabulary has {NUM_NODES}")
-        rng = random.Random(f"symbols/{seed}/{epoch}/{idx}")
-        if relabel:
-            graph = graph.relabeled(rng.sample(range(NUM_NODES), graph.num_nodes), NUM_NODES)
-        examples.append(
-            TokenizedExample(
-                question_ids=_question_ids(graph, rng, separators),
-                steps_ids=[[node] for node in graph.shortest_path(rng)[1:]],
-                answer_ids=[ANSWER, graph.target, EOS],
-                idx=idx,
-                frontiers=graph.frontiers(frontier)[1:],
-                cue=1,
-            )
-        )
-    return examples
+    written = {"seed": seed, "epoch": epoch, "frontier": frontier, "relabel": relabel, "separators": separators}
+    return [symbolic_example(graph, idx, **written) for idx, graph in enumerate(graphs)]
+
+
+def symbolic_example(
+    graph: Graph, idx: int, *, seed: int, epoch: int, frontier: str, relabel: bool, separators: bool
+) -> TokenizedExample:
+    """Problem `idx` of symbolic_examples by itself."""
+    if graph.num_nodes > NUM_NODES:
+        raise ValueError(f"graph {idx}: found {graph.num_nodes} nodes, the vocabulary has {NUM_NODES}")
+    rng = random.Random(f"symbols/{seed}/{epoch}/{idx}")
+    if relabel:
+        graph = graph.relabeled(rng.sample(range(NUM_NODES), graph.num_nodes), NUM_NODES)
+    return TokenizedExample(
+        question_ids=_question_ids(graph, rng, separators),
+        steps_ids=[[node] for node in graph.shortest_path(rng)[1:]],
+        answer_ids=[ANSWER, graph.target, EOS],
+        idx=idx,
+        frontiers=graph.frontiers(frontier)[1:],
+        cue=1,
+    )
 
 
 def _question_ids(graph: Graph, rng: random.Random, separators: bool) -> list[int]:

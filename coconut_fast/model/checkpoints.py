@@ -48,8 +48,8 @@ def load(
     - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
 
     device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
-    (`identity`, `rescale`, `projection`, `pause`) or a module, default what the checkpoint was saved with. base: the directory or
-    hub id that a torch file takes its configuration and tokenizer from, default the file's folder.
+    (see FEEDBACKS) or a module, default what the checkpoint was saved with. base: the directory or hub id that a torch
+    file takes its configuration and tokenizer from, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing or unexpected
     weights, and special tokens that cannot be known.
     """

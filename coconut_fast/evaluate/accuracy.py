@@ -1,0 +1,55 @@
+"""Accuracy of a checkpoint on a data set, by batched generation; infer/answers.py states what counts as the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig
+from coconut_fast.data.examples import Example
+from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train.problems import tokenize
+
+
+def evaluate(
+    model: Coconut,
+    examples: Sequence[Example],
+    *,
+    num_thoughts: int | None = None,
+    method: str | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Accuracy of a model on problems, greedily.
+
+    num_thoughts: for every question; None: as the checkpoint was trained (coconut.json). It is never derived from
+    anything else, so ValueError where a model that thinks does not say. method: how prompts are made, where the
+    checkpoint does not know (a plain Hugging Face model evaluated as "cot", say).
+    """
+    config, stage = trained_curriculum(model, method, num_thoughts)
+    problems = make_problems(
+        model, examples, tokenize(examples, model.tokenizer, model.settings.symbols), stage, config
+    )
+    return answer(model, problems, num_thoughts=num_thoughts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def trained_curriculum(
+    model: Coconut, method: str | None = None, num_thoughts: int | None = None
+) -> tuple[CurriculumConfig, int]:
+    """The curriculum and the stage a checkpoint was trained with; ValueError where nobody says how many thoughts."""
+    saved = model.settings
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
+    asked = method or saved.method
+    if saved.curriculum is not None and saved.stage is not None and asked == saved.method:
+        return CurriculumConfig(**saved.curriculum), saved.stage
+    if METHODS[asked].slot is None:
+        return CurriculumConfig(method=asked), 0
+    count = num_thoughts if num_thoughts is not None else saved.num_thoughts
+    if count is None:
+        raise ValueError(
+            f"num_thoughts: the checkpoint does not say how many thoughts it was trained with (method {asked!r}); "
+            "pass num_thoughts"
+        )
+    markers = saved.markers and model.tokens.start is not None and model.tokens.end is not None
+    return CurriculumConfig(method=asked, c_thought=1, max_latent_stage=count, markers=markers), count

@@ -1,0 +1,168 @@
+"""Problems in, judged answers out: prompts of a stage, batched generation, one stated rule for what the answer is.
+
+The answer is the text after the last "#", commas removed, stripped of space at both ends; the same is done to the
+expected answer (the official rule; without any "#" the whole text counts). A prediction is right where both are equal.
+Thoughts count as generated tokens, end-of-text does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from coconut_fast.data.curriculum import CurriculumConfig, question_row
+from coconut_fast.data.examples import Example, TokenizedExample
+from coconut_fast.infer.engine import generate
+from coconut_fast.model.coconut import Coconut
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked: a prompt as the model sees it, and the answers that count as right."""
+
+    idx: int
+    question: str
+    prompt: list[int]
+    accepted: tuple[str, ...]
+    length: int | None = None  # tokens of the answer that count; None: up to end-of-text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came back for one problem."""
+
+    idx: int
+    question: str
+    expected: str
+    answer: str
+    correct: bool
+    num_thoughts: int
+    new_tokens: int  # thoughts included, end-of-text not
+    text: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one model on one data set; `seconds` is wall clock for all problems, batched."""
+
+    predictions: list[Prediction] = field(repr=False)
+    seconds: float
+
+    @property
+    def correct(self) -> int:
+        return sum(p.correct for p in self.predictions)
+
+    @property
+    def accuracy(self) -> float:
+        """From 0 to 1."""
+        return self.correct / max(1, len(self.predictions))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Generated tokens per problem, thoughts included."""
+        return sum(p.new_tokens for p in self.predictions) / max(1, len(self.predictions))
+
+    @property
+    def mean_thoughts(self) -> float:
+        return sum(p.num_thoughts for p in self.predictions) / max(1, len(self.predictions))
+
+    @property
+    def seconds_per_example(self) -> float:
+        return self.seconds / max(1, len(self.predictions))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of a table's row, as JSON holds them."""
+        return {
+            "accuracy": self.accuracy,
+            "correct": self.correct,
+            "examples": len(self.predictions),
+            "mean_tokens": self.mean_tokens,
+            "mean_thoughts": self.mean_thoughts,
+            "seconds_per_example": self.seconds_per_example,
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON object per problem."""
+        return [asdict(p) for p in self.predictions]
+
+
+def extract_answer(text: str) -> str:
+    """The text after the last "#", commas removed, stripped."""
+    return text.split("#")[-1].replace(",", "").strip()
+
+
+def make_problems(
+    model: Coconut,
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    stage: int,
+    config: CurriculumConfig,
+) -> list[Problem]:
+    """The prompts of a stage with the answers that count as right.
+
+    Where the curriculum asks for one node of a graph, the nodes it may ask for at this stage are the right answers.
+    """
+    problems = []
+    for example, ids in zip(examples, tokenized, strict=True):
+        prompt = question_row(ids, stage, config, model.tokens)
+        accepted: tuple[str, ...] = (extract_answer("#" + example.answer),)
+        length = None
+        if config.target != "chain" and stage <= config.max_latent_stage and stage < len(ids.steps_ids):
+            prompt = prompt[: len(prompt) - ids.cue]
+            asked = [ids.steps_ids[stage]]
+            if config.target == "random_frontier" and ids.frontiers is not None:
+                asked = [[node] for node in ids.frontiers[stage]]
+            accepted = tuple(extract_answer(model.tokenizer.decode(nodes)) for nodes in asked)
+            length = len(asked[0])
+        problems.append(Problem(ids.idx, example.question, prompt, accepted, length))
+    return problems
+
+
+def answer(
+    model: Coconut,
+    problems: Sequence[Problem],
+    *,
+    num_thoughts: int | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for."""
+    room = model.max_positions
+    if room is not None and problems:
+        longest = max(len(p.prompt) for p in problems) + (num_thoughts or 0)
+        max_new_tokens = max(1, min(max_new_tokens, room - longest))
+    if problems and all(p.length for p in problems):
+        max_new_tokens = min(max_new_tokens, max(p.length or 0 for p in problems))
+    start = time.perf_counter()
+    output = generate(
+        model,
+        [p.prompt for p in problems],
+        num_thoughts=num_thoughts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    seconds = time.perf_counter() - start
+    if output.stats.interrupted:
+        raise KeyboardInterrupt
+    predictions = []
+    for problem, text, ids, thoughts in zip(problems, output.texts, output.token_ids, output.num_thoughts, strict=True):
+        assert ids is not None
+        if problem.length is not None:
+            ids = ids[: problem.length]
+            text = model.tokenizer.decode(ids)
+        found = extract_answer(text or "")
+        predictions.append(
+            Prediction(
+                idx=problem.idx,
+                question=problem.question,
+                expected=problem.accepted[0],
+                answer=found,
+                correct=found in problem.accepted,
+                num_thoughts=thoughts,
+                new_tokens=len(ids) + thoughts,
+                text=text or "",
+            )
+        )
+    return Evaluation(predictions, seconds)

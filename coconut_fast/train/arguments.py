@@ -1,0 +1,214 @@
+"""All settings of a training run in one dataclass; train/recipe.py reads it from YAML and the command line.
+
+The names are those of the official code's args/*.yaml where it has one. What a setting means stands beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig
+from coconut_fast.train.schedule import RESETS, StageSchedule
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16_weights")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
+
+
+@dataclass
+class CoconutArguments:
+    """Settings of a run; ValueError (naming the setting) where one makes no sense."""
+
+    # The run. Everything it writes goes to save_path/name.
+    name: str = "coconut"
+    project: str = "coconut"  # of the tracker
+    save_path: str = "runs"
+    seed: int = 0
+    debug: bool = False  # 5000 training and 32 validation problems, no checkpoints, no tracker
+    only_eval: bool = False  # no training: evaluate load_model_path (or model) on val_path
+
+    # The model: a hub id, a directory, or a mapping {from_config: gpt2, n_layer: 2, ...} for one trained from scratch.
+    model: str | dict[str, Any] = "openai-community/gpt2"
+    # None: the model's; "words": word by word, made from train_path; "symbols": graphs, one token a node; else a
+    # hub id or a directory.
+    tokenizer: str | None = None
+    feedback: str = "identity"  # how a hidden state becomes the next input (model/feedback.py)
+    load_model_path: str | None = None  # weights to start from: a directory, or a torch file (official checkpoints)
+    precision: str = "fp32"  # bf16, fp16: compute over fp32 weights; bf16_weights: everything in bf16, as official
+    device: str | None = None  # None: a GPU where there is one
+    fsdp: bool = False  # shard weights and optimizer over the processes of torchrun (FSDP2); False: DDP
+
+    # The data: JSON or JSON lines of {question, steps, answer}.
+    train_path: str | None = None
+    val_path: str | None = None
+
+    frontier: str = "shortest_paths"  # symbols: nodes a thought may be asked for (data/graphs.py)
+    relabel: bool = False  # symbols: new node numbers in every epoch
+    separators: bool = True  # symbols: <eos> and "|" in the question
+
+    # The method and its rows (data/curriculum.py says what each means).
+    method: str = "coconut"
+    c_thought: int = 1
+    max_latent_stage: int = 6
+    pad_latent_to_max: bool = True
+    uniform_prob: float = 0.0
+    replay_prob: float = 0.0
+    target: str = "chain"
+    markers: bool | None = None
+    tokens_per_stage: int = 8
+    removal_smoothing: float = float("inf")
+    detach_after: int | None = None  # gradients through the last n thoughts only; None: through all
+
+    # The stages (train/schedule.py).
+    epochs_per_stage: int = 1
+    first_stage_epochs: int | None = None  # of stage 0; None: as the others
+    num_epochs: int = 1
+    final_epochs: int | None = None  # end after so many epochs in the last stage
+    resume: int = 0  # epochs of the plan to skip, for a model trained before (a killed run goes on by itself)
+    advance_at: float | None = None  # leave a stage once an epoch's validation accuracy reaches this
+    reset_optimizer: str = "stage"  # at stage switches (the paper); "epoch" (official True); "never" (official False)
+
+    # Optimisation: AdamW on all parameters. Batch size is per process; all three factors make the effective one.
+    batch_size_training: int = 32
+    gradient_accumulation_steps: int = 1
+    epoch_size: int | None = None  # problems per epoch; None: all. The next epoch goes on where this one ended
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 0.0  # 0: no clipping
+    warmup_steps: int = 0
+    lr_schedule: str = "constant"  # linear, cosine: to 0 over the run; cosine_final: over the last stage's final_epochs
+    max_nonfinite: int = 20  # stop after so many steps in a row whose loss or gradient is not finite
+
+    # Evaluation after every epoch, by generation.
+    eval_batch_size: int | None = None  # None: what generate() chooses
+    eval_examples: int | None = None  # the first n of val_path; None: all
+    max_new_tokens: int | None = None  # None: 64 where val_path names gsm, else 128 (official)
+    num_thoughts: int | None = None  # only_eval: thoughts per question; None: as the checkpoint says
+
+    # Checkpoints and reports.
+    save_only_improve: bool = False  # save after epochs that beat the stage's best accuracy; else after every epoch
+    save_steps: int | None = None  # save every n steps as well
+    keep_last: int = 2  # checkpoints kept, beside the best one; 0: all
+    logging_steps: int = 10
+    report_to: str | list[str] = "none"  # trackers of transformers: wandb, tensorboard, trackio, ...
+    num_workers: int = 0  # processes that prepare batches
+    training_arguments: dict[str, Any] = field(default_factory=dict)  # any other transformers.TrainingArguments
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", METHODS),
+            ("precision", PRECISIONS),
+            ("lr_schedule", LR_SCHEDULES),
+            ("reset_optimizer", RESETS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name, low in (
+            ("batch_size_training", 1),
+            ("gradient_accumulation_steps", 1),
+            ("max_nonfinite", 1),
+            ("logging_steps", 1),
+            ("warmup_steps", 0),
+            ("keep_last", 0),
+            ("epoch_size", 1),
+            ("eval_examples", 1),
+            ("eval_batch_size", 1),
+            ("save_steps", 1),
+            ("max_new_tokens", 1),
+            ("num_thoughts", 0),
+            ("detach_after", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: found {value}, expected {low} or more")
+        for name in ("lr", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number of at least 0")
+        if isinstance(self.model, dict) and "from_config" not in self.model:
+            raise ValueError(
+                f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
+            )
+        if self.lr_schedule == "cosine_final" and self.final_epochs is None:
+            raise ValueError(
+                "final_epochs: found none, expected how many epochs lr_schedule 'cosine_final' decays over"
+            )
+        if self.advance_at is not None and self.val_path is None:
+            raise ValueError("val_path: found none, expected a file, because advance_at looks at validation accuracy")
+
+    @property
+    def output_dir(self) -> str:
+        return os.path.join(self.save_path, self.name)
+
+    def curriculum(self) -> CurriculumConfig:
+        """How rows are made."""
+        names = CurriculumConfig.__dataclass_fields__
+        return CurriculumConfig(**{name: getattr(self, name) for name in names})
+
+    def schedule(self) -> StageSchedule:
+        """Which stage each epoch has. The last stage is the one past max_latent_stage, which drops all language."""
+        staged = METHODS[self.method].stages == "all"
+        return StageSchedule(
+            last_stage=self.max_latent_stage + 1 if staged else 0,
+            epochs_per_stage=self.epochs_per_stage,
+            num_epochs=self.num_epochs,
+            first_stage_epochs=self.first_stage_epochs,
+            first_epoch=self.resume,
+            final_epochs=self.final_epochs,
+            advance_at=self.advance_at,
+            reset_optimizer=self.reset_optimizer,
+        )
+
+    def answer_length(self) -> int:
+        """max_new_tokens, or the official default for this data."""
+        return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
+
+    def to_training_arguments(self) -> TrainingArguments:
+        """The arguments of transformers.Trainer that make these settings true."""
+        from transformers import TrainingArguments
+
+        os.environ.setdefault("WANDB_PROJECT", self.project)
+        saving = "no" if self.debug else "epoch"
+        chosen: dict[str, Any] = {
+            "output_dir": self.output_dir,
+            "run_name": self.name,
+            "project": self.project,
+            "seed": self.seed,
+            "use_cpu": self.device == "cpu",
+            "per_device_train_batch_size": self.batch_size_training,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "num_train_epochs": self.num_epochs - self.resume,
+            "learning_rate": self.lr,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_beta1,
+            "adam_beta2": self.adam_beta2,
+            "max_grad_norm": self.max_grad_norm,
+            "warmup_steps": self.warmup_steps,
+            "bf16": self.precision == "bf16",
+            "fp16": self.precision == "fp16",
+            "eval_strategy": "epoch" if self.val_path else "no",
+            "save_strategy": saving,
+            "logging_steps": self.logging_steps,
+            "report_to": "none" if self.debug else self.report_to,
+            "dataloader_num_workers": self.num_workers,
+            "dataloader_pin_memory": self.device != "cpu",
+            "disable_tqdm": True,  # we bring our own progress bar
+            "logging_nan_inf_filter": False,  # it asks the device for a number in every step
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": self.feedback == "projection",  # a stage without thoughts does not use it
+        }
+        wrong = set(self.training_arguments) - set(TrainingArguments.__dataclass_fields__)
+        if wrong:
+            raise ValueError(
+                f"training_arguments: found {sorted(wrong)[0]!r}, which transformers.TrainingArguments lacks"
+            )
+        return TrainingArguments(**{**chosen, **self.training_arguments})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For run.json and comparisons."""
+        return asdict(self)

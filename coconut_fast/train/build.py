@@ -1,0 +1,117 @@
+"""The model of a run: from a hub id, a directory, an official checkpoint, or a fresh configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from coconut_fast.data.curriculum import METHODS
+from coconut_fast.data.examples import Example
+from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
+from coconut_fast.model.checkpoints import add_latent_tokens, load
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import make_feedback
+from coconut_fast.tokens import PAUSE
+from coconut_fast.train.arguments import CoconutArguments
+
+
+def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
+    """The model that training starts from, in the precision its weights are kept in, on the CPU.
+
+    examples: the training problems, from which a word-level tokenizer is made where the settings ask for one.
+    ValueError, naming the setting, where the model cannot be made.
+    """
+    torch.manual_seed(settings.seed)
+    dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
+    feedback = "pause" if settings.method == "pause_as_thought_multipass" else settings.feedback
+    if settings.load_model_path is not None:
+        model = _load_weights(settings, dtype, feedback)
+    elif isinstance(settings.model, dict):
+        model = _from_config(settings, examples, dtype, feedback)
+    elif settings.tokenizer is not None:
+        raise ValueError(f"tokenizer: found {settings.tokenizer!r}, expected none for a model that brings its own")
+    else:
+        model = load(settings.model, dtype=dtype, feedback=_asked(feedback))
+    if METHODS[settings.method].slot == "pause" and model.tokens.pause is None:
+        _add_pause(model)
+    return model
+
+
+def _load_weights(settings: CoconutArguments, dtype: torch.dtype, feedback: str) -> Coconut:
+    path = Path(settings.load_model_path or "")
+    if not path.exists():
+        raise ValueError(f"load_model_path: no such file or directory: {path}")
+    base = None if isinstance(settings.model, dict) or path.is_dir() else settings.model
+    return load(path, dtype=dtype, feedback=_asked(feedback), base=base)
+
+
+def _asked(feedback: str) -> str | None:
+    """None where the setting is the default: a saved model then keeps the feedback it was saved with."""
+    return None if feedback == "identity" else feedback
+
+
+def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype: torch.dtype, feedback: str) -> Coconut:
+    tokenizer = make_tokenizer(settings.tokenizer, examples)
+    assert isinstance(settings.model, dict)
+    config = make_config(settings.model, tokenizer)
+    hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tokens = add_latent_tokens(hf, tokenizer, trained=True)  # random rows, like all others
+    if PAUSE in tokenizer.get_vocab():
+        tokens = dataclasses.replace(tokens, pause=tokenizer.convert_tokens_to_ids(PAUSE))
+    module = make_feedback(feedback, hf.get_input_embeddings())
+    return Coconut(hf, tokens, tokenizer=tokenizer, feedback=module)
+
+
+def make_tokenizer(name: str | None, examples: Sequence[Example]) -> Any:
+    """ "words": made from the problems; "symbols": graph problems; else a hub id or a directory."""
+    if name is None:
+        raise ValueError(
+            "tokenizer: found none, expected 'words', 'symbols', a hub id or a directory for a fresh model"
+        )
+    if name == "words":
+        return word_tokenizer(examples)
+    if name == "symbols":
+        return symbolic_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {name} does not load: {str(error).splitlines()[0]}") from error
+
+
+def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
+    """{from_config: gpt2, n_layer: 2, ...} -> a configuration with the tokenizer's vocabulary."""
+    wanted = dict(model)
+    family = wanted.pop("from_config")
+    try:
+        known = AutoConfig.for_model(family)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"model: found from_config {family!r}, expected a family transformers has (gpt2, llama, qwen3, ...)"
+        ) from error
+    names = sorted({*known.to_dict(), *known.attribute_map})
+    for name in wanted:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"model: {family} has no setting {name!r}; the nearest it has is {near!r}")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **wanted})
+
+
+def _add_pause(model: Coconut) -> None:
+    """A pause token, whose row starts as that of a thought."""
+    if model.tokenizer is None:
+        raise ValueError("method: the pause methods need a tokenizer to add a token to, the model has none")
+    model.tokenizer.add_tokens([PAUSE])
+    pause = model.tokenizer.convert_tokens_to_ids(PAUSE)
+    if len(model.tokenizer) > model.hf.get_input_embeddings().weight.shape[0]:
+        model.hf.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for table in {model.hf.get_input_embeddings(), model.hf.get_output_embeddings()}:
+            table.weight[pause] = table.weight[model.tokens.thought]
+    model.tokens = dataclasses.replace(model.tokens, pause=pause)

@@ -1,0 +1,53 @@
+"""Problems of a data set as a model reads them: text through its tokenizer, or graphs as symbols, anew per epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coconut_fast.data.examples import Example, TokenizedExample, read_examples, tokenize_examples
+from coconut_fast.data.graphs import graph_of, symbolic_example, symbolic_examples
+
+
+class Problems:
+    """A data set. `fixed` holds every problem tokenized, as of epoch 0; `at` gives one as an epoch sees it.
+
+    symbols: None for text; for graph problems how they are written (keywords of data.graphs.symbolic_examples).
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> None:
+        self.examples = examples
+        self.symbols = symbols
+        self.seed = seed
+        self.fixed = tokenize(examples, tokenizer, symbols, seed)
+        self.graphs = [graph_of(example) for example in examples] if symbols is not None else []
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def at(self, idx: int, epoch: int) -> TokenizedExample:
+        """One problem; text is the same in every epoch."""
+        if self.symbols is None:
+            return self.fixed[idx]
+        return symbolic_example(self.graphs[idx], idx, seed=self.seed, epoch=epoch, **self.symbols)
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
+) -> list[TokenizedExample]:
+    """Token ids of problems; see Problems. ValueError where there is no tokenizer for text, or no graph for symbols."""
+    if symbols is not None:
+        return symbolic_examples([graph_of(example) for example in examples], seed=seed, **symbols)
+    if tokenizer is None:
+        raise ValueError("tokenizer: the model has none, expected one to read questions with")
+    return tokenize_examples(examples, tokenizer)
+
+
+def read_file(path: str | os.PathLike[str] | None, name: str, limit: int | None = None) -> list[Example]:
+    """The first `limit` problems of a file; `name` is the setting that names it."""
+    if path is None:
+        raise ValueError(f"{name}: found none, expected a file of problems")
+    return read_examples(path)[:limit]

@@ -1,0 +1,153 @@
+"""Recipes: YAML files of run settings, ours and the official code's args/*.yaml unchanged, with overrides.
+
+The official keys that do not have our name or meaning are translated here, and nowhere else:
+
+    model_id                            model
+    coconut, cot, no_thoughts, no_cot   method (all False: pause_as_thought, which is what it then trains)
+    reset_optimizer: True / False       "epoch" / "never" (the official code makes a new optimizer every epoch)
+    bf16: True / False                  precision: bf16_weights / fp32 (the official code casts the weights too)
+    load_model_path: "None"             none
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from coconut_fast.train.arguments import CoconutArguments
+
+FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets the earlier ones win
+RENAMED = {"model_id": "model"}
+TYPES = typing.get_type_hints(CoconutArguments)
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> CoconutArguments:
+    """A recipe file and `key=value` overrides -> settings.
+
+    Values are YAML; a key of a mapping is written `model.n_layer=4`. ValueError, naming the file (or the override), the
+    key, what was found and what is expected, for anything that cannot be read, an unknown key (with the nearest known
+    one), or a value of the wrong type.
+    """
+    return make_arguments(_read_yaml(path), parse_overrides(overrides), where=str(path))
+
+
+def make_arguments(
+    file: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, where: str = "settings"
+) -> CoconutArguments:
+    """Settings from a mapping of keys (ours or the official ones) and overriding ones."""
+    overrides = dict(overrides or {})
+    translated = _translate(dict(file), where)
+    if "model" in overrides and "model_id" in overrides:
+        raise ValueError("override: found model and model_id, expected one of them")
+    nested = {key: value for key, value in overrides.items() if "." in key}
+    changes = _translate({key: value for key, value in overrides.items() if "." not in key}, "override")
+    merged = {**translated, **changes}
+    for key, value in nested.items():
+        name, inner = key.split(".", 1)
+        name = RENAMED.get(name, name)
+        if not isinstance(merged.get(name, {} if name == "training_arguments" else None), dict):
+            raise ValueError(f"override: {key}: {name} is not a mapping here, so it has no {inner!r}")
+        merged[name] = {**merged.get(name, {}), inner: value}
+    return CoconutArguments(**merged)
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """["lr=3e-4", "model.n_layer=2"] -> {"lr": "3e-4", "model.n_layer": 2}; values are YAML."""
+    parsed = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"override: found {text!r}, expected key=value")
+        try:
+            parsed[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override: {key}: {value!r} is not YAML") from error
+    return parsed
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{path}: not YAML{line}; expected lines of `key: value`") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {type(content).__name__}, expected lines of `key: value`")
+    return content
+
+
+def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our keys, with values of the right type."""
+    official = {key for key in found if key in FLAGS or key in ("model_id", "bf16")}
+    known = [*TYPES, *FLAGS, "model_id", "bf16"]
+    for key in found:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {_nearest(str(key), known)!r}")
+    result = {key: value for key, value in found.items() if key not in official}
+    if "model_id" in found:
+        result["model"] = found["model_id"]
+    if "bf16" in found:
+        result["precision"] = "bf16_weights" if _typed("bf16", found["bf16"], bool, where) else "fp32"
+    flags = {flag: _typed(flag, found[flag], bool, where) for flag in FLAGS if flag in found}
+    if flags and "method" not in found:
+        result["method"] = _method(flags, where)
+    if isinstance(result.get("reset_optimizer"), bool):
+        result["reset_optimizer"] = "epoch" if result["reset_optimizer"] else "never"
+    return {key: _typed(key, value, TYPES[key], where) for key, value in result.items()}
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """A key that begins with the unknown one, else the most similar."""
+
+    def likeness(candidate: str) -> float:
+        return candidate.startswith(key) + difflib.SequenceMatcher(None, key, candidate).ratio()
+
+    return max(known, key=likeness)
+
+
+def _method(flags: dict[str, bool], where: str) -> str:
+    chosen = [flag for flag in FLAGS if flags.get(flag)]
+    others = [flag for flag in chosen if flag != "coconut"]
+    if len(others) > 1:
+        raise ValueError(f"{where}: found {' and '.join(others)} set, expected at most one of cot, no_cot, no_thoughts")
+    return chosen[0] if chosen else "pause_as_thought"
+
+
+def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    """`value` as `kind`; YAML 1.1 reads 1e-4 as text, and the official files write None as text."""
+    union = isinstance(kind, types.UnionType)
+    kinds = [typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,))]
+    if value in (None, "None") and type(None) in kinds:
+        return None
+    for wanted in kinds:
+        if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if wanted is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, wanted) and not (isinstance(value, bool) and wanted is int):
+            return value
+        if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)  # `name: 3`
+    expected = " or ".join(WORDS[k] for k in kinds if k in WORDS)
+    raise ValueError(f"{where}: {key}: found {value!r}, expected {expected}")

@@ -1,0 +1,144 @@
+"""What a run tells: metrics.jsonl always, a progress bar, and a picture of the learning curve at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coconut_fast.files import write_atomically
+
+METRICS = "metrics.jsonl"
+CURVE = "curve.png"
+SHOWN = ("stage", "loss", "eval_accuracy", "tokens_per_second", "thought_norm")
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a killed process left half-written is not one."""
+    records = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Report(TrainerCallback):
+    """Writes every logged record to metrics.jsonl and shows the latest figures in a progress bar."""
+
+    def __init__(self, run: str | os.PathLike[str]) -> None:
+        self.path = Path(run) / METRICS
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        # A run that goes on repeats the steps after its checkpoint; their old records go.
+        kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= state.global_step]
+        with write_atomically(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept if state.global_step)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, delay=2
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        record = {"step": state.global_step, **logs}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.shown.update({name: f"{logs[name]:.4g}" for name in SHOWN if logs.get(name) is not None})
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and metrics:
+            line = f"epoch {metrics['epoch']:g}  stage {metrics['stage']}  step {state.global_step}"
+            names = ("eval_loss", "eval_accuracy", "eval_mean_tokens")
+            line += "".join(f"  {name[5:]} {metrics[name]:.4g}" for name in names if name in metrics)
+            (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def draw_curve(run: str | os.PathLike[str]) -> Path | None:
+    """curve.png of a run, from its metrics.jsonl: loss and validation accuracy over steps, stages marked.
+
+    None where nothing was logged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(Path(run) / METRICS)
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    scores = [(r["step"], r["eval_accuracy"]) for r in records if "eval_accuracy" in r]
+    if not losses and not scores:
+        return None
+    figure, left = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    right = left.twinx()
+    if losses:
+        left.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=1, label="training loss")
+    if scores:
+        right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", markersize=3, label="accuracy")
+    left.set(xlabel="step", ylabel="training loss", title=Path(run).name)
+    left.set_ylim(bottom=0)
+    right.set(ylabel="validation accuracy", ylim=(0, 1.02))
+    for number, (start, stage) in enumerate(_stage_starts(records)):
+        left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
+        height = 0.98 - 0.05 * (number % 2)  # neighbours that are close do not overlap
+        left.text(start, height, f" stage {stage}", transform=left.get_xaxis_transform(), va="top", fontsize=7)
+    handles = [line for axis in (left, right) for line in axis.get_lines() if not line.get_label().startswith("_")]
+    left.legend(handles=handles, loc="lower left", fontsize=8)
+    target = Path(run) / CURVE
+    with write_atomically(target, binary=True) as file:
+        figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)
+    return target
+
+
+def _stage_starts(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """(step, stage) where each stage begins: the last step at which the one before was still seen."""
+    starts: list[tuple[int, int]] = []
+    step = 0
+    for record in records:
+        if "stage" in record:
+            if not starts or record["stage"] != starts[-1][1]:
+                starts.append((step, record["stage"]))
+            step = record["step"]
+    return starts

@@ -1,0 +1,73 @@
+"""Training rows on the fly: (problem, epoch, stage) -> token ids and labels -> one ragged batch.
+
+Problems are tokenized once. A stage changes nothing but the keys, so no data set is ever mapped again, and a row is the
+same in any process, in any order and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from coconut_fast.data.batch import collate
+from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
+from coconut_fast.tokens import LatentTokens
+from coconut_fast.train.problems import Problems
+
+Key = tuple[int, int, int]  # problem, epoch, stage
+
+
+class StageRows(Dataset):
+    """What the data loader indexes: `rows[problem, epoch, stage] -> (key, input_ids, labels)`."""
+
+    def __init__(self, problems: Problems, config: CurriculumConfig, tokens: LatentTokens, seed: int) -> None:
+        self.problems = problems
+        self.config = config
+        self.tokens = tokens
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, key: Key) -> tuple[Key, list[int], list[int]]:
+        idx, epoch, stage = key
+        rng = row_rng(self.seed, epoch, idx) if self.config.random else None
+        return key, *training_row(self.problems.at(idx, epoch), stage, self.config, self.tokens, rng)
+
+    def lengths(self, stage: int) -> list[int]:
+        """Tokens of every row at a stage, up to what is the same for all: enough to sort by."""
+        first = stage if stage <= self.config.max_latent_stage else None
+        return [
+            len(e.question_ids) + len(e.answer_ids) + (sum(map(len, e.steps_ids[first:])) if first is not None else 0)
+            for e in self.problems.fixed
+        ]
+
+    def check(self, stages: Sequence[int], max_positions: int | None) -> None:
+        """ValueError for the first row of any stage that is longer than the model's positions."""
+        if max_positions is None:
+            return
+        for idx, example in enumerate(self.problems.fixed):
+            chain = sum(map(len, example.steps_ids))
+            slots = self.config.c_thought * self.config.max_latent_stage + 2
+            if len(example.question_ids) + len(example.answer_ids) + chain + slots <= max_positions:
+                continue  # short enough whatever the stage
+            for stage in stages:
+                length = len(self[idx, 0, stage][1])
+                if length > max_positions:
+                    raise ValueError(
+                        f"train_path: problem {idx + 1} has {length} tokens at stage {stage}, expected at most the "
+                        f"{max_positions} positions of the model"
+                    )
+
+
+class Collate:
+    """Rows -> {"batch": RaggedBatch, "keys": the problems it holds}."""
+
+    def __init__(self, thought_id: int) -> None:
+        self.thought_id = thought_id
+
+    def __call__(self, rows: Sequence[tuple[Key, list[int], list[int]]]) -> dict[str, Any]:
+        keys, ids, labels = zip(*rows, strict=True)
+        return {"batch": collate(ids, self.thought_id, labels=labels), "keys": list(keys)}

@@ -1,0 +1,92 @@
+"""A whole training run: read, build or go on, train, keep the best, draw the curve. The same call again goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from coconut_fast.files import write_json
+from coconut_fast.model.checkpoints import load
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train import saving
+from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.build import build
+from coconut_fast.train.problems import Problems, read_file
+from coconut_fast.train.reports import draw_curve
+from coconut_fast.train.schedule import EpochRecord
+from coconut_fast.train.trainer import CoconutTrainer
+
+DEBUG_TRAIN, DEBUG_VAL = 5000, 32  # problems, as the official code
+
+
+def run(settings: CoconutArguments) -> Path:
+    """Trains as the settings say, from the newest checkpoint in `settings.output_dir` where there is one.
+
+    Returns that directory: it then holds the best model of the last stage (for `coconut_fast.load`), checkpoints,
+    metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, or another run's
+    checkpoint; OSError where the disk does not take a checkpoint; NonFiniteError where training diverges.
+    """
+    folder = Path(settings.output_dir)
+    if folder.is_file():
+        raise ValueError(f"save_path: {folder} is a file, expected a directory or nothing")
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        saving.sweep(folder)
+    examples = read_file(settings.train_path, "train_path", DEBUG_TRAIN if settings.debug else None)
+    limit = DEBUG_VAL if settings.debug else settings.eval_examples
+    held_out = read_file(settings.val_path, "val_path", limit) if settings.val_path else []
+
+    found = [] if settings.debug else saving.checkpoints(folder)
+    last = found[-1] if found else None
+    manifest: dict[str, Any] = saving.read_manifest(last) if last else {}
+    model = load(last) if last else build(settings, examples)
+    symbols = None
+    if settings.tokenizer == "symbols":
+        symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
+    model.settings.symbols = symbols
+    problems = Problems(examples, model.tokenizer, symbols, settings.seed)
+    validation = Problems(held_out, model.tokenizer, symbols, settings.seed) if held_out else None
+
+    trainer = CoconutTrainer(model, settings, problems, validation)
+    if main:
+        write_json(folder / "run.json", {**settings.to_dict(), "removal_smoothing": str(settings.removal_smoothing)})
+        print(summary(trainer, last), file=sys.stderr)
+    history = [EpochRecord(**record) for record in manifest.get("history", [])]
+    if trainer.schedule.next_stage(history) is not None:
+        trainer.train(resume_from_checkpoint=last)
+    if main:
+        finish(folder, model, trainer.run.best or manifest.get("best"), settings.debug)
+    return folder
+
+
+def finish(folder: Path, model: Coconut, best: dict[str, Any] | None, debug: bool) -> None:
+    """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
+    if not debug:
+        chosen = folder / f"{saving.PREFIX}{best['step']}" if best else None
+        (load(chosen) if chosen is not None and chosen.is_dir() else model).save_pretrained(folder)
+    draw_curve(folder)
+
+
+def summary(trainer: CoconutTrainer, last: Path | None) -> str:
+    """What is about to happen, in a few lines."""
+    settings, schedule = trainer.settings, trainer.schedule
+    model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    epochs = [schedule.planned_stage(e) for e in range(schedule.first_epoch, schedule.num_epochs)]
+    planned = ", ".join(f"{s} x {epochs.count(s)}" for s in sorted(set(epochs)))
+    if schedule.advance_at is not None:
+        planned = f"left at accuracy {schedule.advance_at:g}, after {schedule.epochs_per_stage} epochs at the latest"
+    held_out = f", {len(trainer.validation)} for validation" if trainer.validation else ""
+    return "\n".join(
+        [
+            f"run         {settings.output_dir}" + (f", from {last.name}" if last else ""),
+            f"model       {type(model.hf).__name__}, {parameters / 1e6:.1f}M parameters, {settings.precision}",
+            f"problems    {len(trainer.rows)}{held_out}",
+            f"method      {settings.method}, {settings.c_thought} thoughts per step; stages (stage x epochs) {planned}",
+            f"batch       {trainer.sampler.rows_per_update} = {settings.batch_size_training} per process x "
+            f"{settings.gradient_accumulation_steps} accumulated x {trainer.args.world_size} processes",
+            f"device      {trainer.args.device}",
+        ]
+    )

@@ -1,0 +1,122 @@
+"""Checkpoints of a run on disk: they appear whole or not at all, are checked before they are used, and are thinned out.
+
+A checkpoint is a directory `checkpoint-STEP` that `coconut_fast.load` reads, with the trainer's state beside the model.
+Its `checkpoint.json` is written last and lists every file with its size, so that a truncated one is recognised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coconut_fast.files import sync_folder, write_json
+
+MANIFEST = "checkpoint.json"
+PREFIX = "checkpoint-"
+UNFINISHED = ".unfinished-"  # being written, or being deleted; swept away when a run starts
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; says which file, why, and what is left."""
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `target` when the block ends, synced to disk; gone where the block raises.
+
+    OSError, naming the directory and the older checkpoints that are intact, where the disk does not take it.
+    """
+    temporary = target.with_name(UNFINISHED + target.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync(temporary)
+        remove(target)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        older = [folder.name for folder in checkpoints(target.parent)]
+        left = f"{older[-1]} is intact" if older else "there is no older checkpoint"
+        raise OSError(f"{target} could not be written ({_first_line(error)}); {left}") from error
+
+
+def finish(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest: `facts`, and the size of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_json(folder / MANIFEST, {**facts, "files": sizes})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The facts of a whole checkpoint; CheckpointError for a truncated or foreign one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, int] = manifest["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of ours (no readable {MANIFEST}); move it away to go on with an older one"
+        ) from error
+    for name, size in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"{found} bytes long"
+            raise CheckpointError(
+                f"{path} is {state}, expected {size} bytes; move {folder.name} away to go on with an older checkpoint"
+            )
+    return manifest
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint directories of a run, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [path for path in run.iterdir() if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(
+        (path for path in found if path.name.startswith(PREFIX)), key=lambda p: int(p.name.removeprefix(PREFIX))
+    )
+
+
+def sweep(run: Path) -> None:
+    """Removes what a killed process left half-written or half-deleted."""
+    if run.is_dir():
+        for path in run.iterdir():
+            if path.name.startswith(UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def thin_out(run: Path, keep_last: int, best_step: int | None) -> None:
+    """Keeps the last `keep_last` checkpoints (0: all) and the best one."""
+    found = checkpoints(run)
+    for folder in found[:-keep_last] if keep_last else []:
+        if folder.name != f"{PREFIX}{best_step}":
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a directory so that no half of it is ever seen under its name."""
+    if folder.exists():
+        away = folder.with_name(f"{UNFINISHED}removed-{folder.name}")
+        shutil.rmtree(away, ignore_errors=True)
+        os.rename(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Everything below `folder` is on the disk when this returns."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,101 @@
+"""The stage schedule as pure functions of what happened so far: which stage an epoch has, when the run is over.
+
+Stage s replaces the first s reasoning steps by thoughts; the last stage drops all language. By count, stage s lasts
+`epochs_per_stage` epochs (stage 0 may last `first_stage_epochs`) and the last stage lasts until the run ends. With
+`advance_at`, a stage is left as soon as the validation metric of an epoch reaches it, and by count at the latest.
+A stage holds for whole epochs, so a run is reproduced by its list of (stage, metric).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+RESETS = ("stage", "epoch", "never")
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """A finished epoch: its stage, and its validation metric (None where nothing was evaluated)."""
+
+    stage: int
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """ValueError where a value makes no sense.
+
+    last_stage: the stage after which nothing changes any more (max_latent_stage + 1; 0 for methods without stages).
+    epochs_per_stage: epochs of a stage, by count. first_stage_epochs: of stage 0 (None: as the others).
+    first_epoch: epochs of the plan that are skipped (the official code's `resume`, for a model trained before).
+    num_epochs: the end of the plan, skipped epochs included. final_epochs: end earlier, after so many epochs in the
+    last stage. advance_at: leave a stage when the metric of an epoch is at least this.
+    reset_optimizer: "stage" (the paper: when stages switch), "epoch" (the official code's `True`) or "never".
+    """
+
+    last_stage: int
+    epochs_per_stage: int = 1
+    num_epochs: int = 1
+    first_stage_epochs: int | None = None
+    first_epoch: int = 0
+    final_epochs: int | None = None
+    advance_at: float | None = None
+    reset_optimizer: str = "stage"
+
+    def __post_init__(self) -> None:
+        for name, low in (("last_stage", 0), ("epochs_per_stage", 1), ("num_epochs", 1), ("first_epoch", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
+        for name, low in (("first_stage_epochs", 0), ("final_epochs", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: found {value}, expected {low} or more")
+        if self.first_epoch >= self.num_epochs:
+            raise ValueError(
+                f"resume: found {self.first_epoch}, expected fewer than num_epochs = {self.num_epochs}: "
+                "nothing would be left to train"
+            )
+        if self.reset_optimizer not in RESETS:
+            raise ValueError(f"reset_optimizer: found {self.reset_optimizer!r}, expected one of {', '.join(RESETS)}")
+
+    def epochs_of(self, stage: int) -> int:
+        """Epochs of a stage by count; the last one has no end of its own."""
+        return self.first_stage_epochs if stage == 0 and self.first_stage_epochs is not None else self.epochs_per_stage
+
+    def planned_stage(self, epoch: int) -> int:
+        """The stage of an epoch of the plan (from 0, skipped ones included), by count alone."""
+        first = self.epochs_of(0)
+        if epoch < first:
+            return 0
+        return min(1 + (epoch - first) // self.epochs_per_stage, self.last_stage)
+
+    def next_stage(self, history: Sequence[EpochRecord]) -> int | None:
+        """The stage of the epoch after those in `history`; None where the run is over."""
+        if self.first_epoch + len(history) >= self.num_epochs:
+            return None
+        if not history:
+            return self.planned_stage(self.first_epoch)
+        now = history[-1].stage
+        spent = sum(1 for _ in takewhile(lambda record: record.stage == now, reversed(history)))
+        if now >= self.last_stage:
+            return None if self.final_epochs is not None and spent >= self.final_epochs else now
+        if self.advance_at is None:
+            return self.planned_stage(self.first_epoch + len(history))
+        metric = history[-1].metric
+        passed = metric is not None and metric >= self.advance_at
+        return now + 1 if passed or spent >= self.epochs_of(now) else now
+
+    def resets(self, history: Sequence[EpochRecord], stage: int) -> bool:
+        """Whether the optimizer forgets its state before the epoch after `history`, which has `stage`."""
+        if not history or self.reset_optimizer == "never":
+            return False
+        return self.reset_optimizer == "epoch" or history[-1].stage != stage
+
+    def final_start(self, history: Sequence[EpochRecord]) -> int | None:
+        """The epoch of the run (from 0, skipped ones not counted) in which the last stage begins, once it is known."""
+        stages = [record.stage for record in history]
+        if self.last_stage in stages:
+            return stages.index(self.last_stage)
+        return len(history) if self.next_stage(history) == self.last_stage else None

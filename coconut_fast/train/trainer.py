@@ -1,0 +1,336 @@
+"""CoconutTrainer: transformers.Trainer with what the method adds, and nothing else of its own.
+
+Its arguments, callbacks, trackers, mixed precision, accumulation and distributed engines are transformers'. Ours are:
+
+    the stage of an epoch, and the optimizer's reset (train/schedule.py)
+    ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py)
+    a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
+    evaluation by batched generation
+    checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
+    steps with a non-finite loss or gradient skipped on the device, counted, and ended after too many
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from coconut_fast.files import write_json
+from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.model.checkpoints import load, write
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train import saving
+from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.order import EpochBatches
+from coconut_fast.train.problems import Problems
+from coconut_fast.train.reports import Report
+from coconut_fast.train.rows import Collate, StageRows
+from coconut_fast.train.state import RunState, StageCallback, learning_rate_factor, remember, same_run
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row whose loss or gradient was not finite."""
+
+
+class CoconutTrainer(Trainer):
+    """Trains `model` on problems as `settings` says; `settings.output_dir` is the run.
+
+    ValueError, before anything runs, for rows longer than the model's positions, and for a checkpoint of another run.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
+
+    def __init__(
+        self,
+        model: Coconut,
+        settings: CoconutArguments,
+        problems: Problems,
+        validation: Problems | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.settings = settings
+        self.curriculum = settings.curriculum()
+        self.schedule = settings.schedule()
+        self.rows = StageRows(problems, self.curriculum, model.tokens, settings.seed)
+        self.rows.check(range(self.schedule.last_stage + 1), model.max_positions)
+        self.validation = validation
+        self.run = RunState()
+        self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
+        model.detach_after = settings.detach_after
+        super().__init__(
+            model=model,
+            args=settings.to_training_arguments(),
+            train_dataset=self.rows,
+            eval_dataset=validation,
+            callbacks=[StageCallback(self), Report(settings.output_dir), *callbacks],
+        )
+        self.model_accepts_loss_kwargs = True  # ask for num_items_in_batch
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
+        ]
+        self.sampler = EpochBatches(
+            len(self.rows),
+            batch_size=settings.batch_size_training,
+            accumulation=settings.gradient_accumulation_steps,
+            processes=self.args.world_size,
+            process=self.args.process_index,
+            seed=settings.seed,
+            epoch_size=settings.epoch_size,
+        )
+        self.step_keys: list[Any] = []  # the problems of the step in progress
+        self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
+        self.skipped = torch.zeros((), device=self.args.device)
+        self.thought_norm: torch.Tensor | None = None
+        self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
+
+    # ---- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.rows,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            collate_fn=Collate(self.rows.tokens.thought),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.step_keys = [batch["keys"] for batch in batches]
+        self.counted["rows"] += sum(map(len, self.step_keys)) * self.args.world_size
+        self.counted["tokens"] += sum(sum(batch["batch"].lengths) for batch in batches) * self.args.world_size
+        labelled: int | torch.Tensor = sum(batch["batch"].num_targets for batch in batches)
+        if self.args.world_size > 1:
+            labelled = torch.tensor(labelled, device=device)
+            dist.all_reduce(labelled)
+        return batches, labelled
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, "batch": inputs["batch"].to(self.args.device, non_blocking=True)}
+
+    # ---- a step
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        output = model(batch=inputs["batch"], num_items=num_items_in_batch)
+        # Data parallelism averages the gradients of processes; the sum is what is wanted.
+        loss = output.loss * self.args.world_size if model.training else output.loss
+        if model.training and (self.state.global_step + 1) % self.args.logging_steps == 0:
+            fed = [h[p.source] for h, p in zip(output.hidden_TD, output.batch.passes[1:], strict=False)]
+            if fed:
+                self.thought_norm = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1).mean()
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.run.loss_is_finite = self.run.loss_is_finite & torch.isfinite(loss)
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # a skipped step must not spoil the mean
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._skip_unless_finite(norm)
+        return norm
+
+    def _skip_unless_finite(self, grad_norm: torch.Tensor | float) -> None:
+        """Tells the optimizer to do nothing where loss or gradient is not finite, without a word from the device."""
+        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run.loss_is_finite
+        self.run.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        bad = (~finite).float()
+        if self.args.world_size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        self.streak = (self.streak + 1) * bad
+        self.skipped = self.skipped + bad
+        if self.accelerator.scaler is None:  # with a scaler (fp16) it is the scaler who skips
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner.found_inf = bad
+        looks = self.args.device.type == "cpu" or (self.state.global_step + 1) % self.args.logging_steps == 0
+        if looks and self.streak >= self.settings.max_nonfinite:
+            raise NonFiniteError(self._non_finite_message())
+
+    def _non_finite_message(self) -> str:
+        file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}.json"
+        rows = [self.rows[key] for keys in self.step_keys for key in keys]
+        names = ("problem", "epoch", "stage")
+        write_json(
+            file,
+            [{**dict(zip(names, key, strict=True)), "input_ids": ids, "labels": labels} for key, ids, labels in rows],
+        )
+        return (
+            f"loss or gradient was not finite in {int(self.streak)} steps in a row, up to step "
+            f"{self.state.global_step + 1}; the last batch is in {file}"
+        )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with weight decay on all parameters, as the official code; fused, which also lets it skip a step."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                [p for p in (model or self.model).parameters() if p.requires_grad],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            factor = learning_rate_factor(self, num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["stage"] = self.stage
+        if "loss" in logs:
+            seconds = time.perf_counter() - self.counted["since"]
+            logs["tokens_per_second"] = self.counted["tokens"] / seconds
+            logs["samples_per_second"] = self.counted["rows"] / seconds
+            self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
+            if self.thought_norm is not None:
+                logs["thought_norm"] = self.thought_norm.item()
+                self.thought_norm = None
+            if self.args.device.type == "cuda":
+                logs["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if skipped := int(self.skipped):
+                logs["skipped_steps"] = skipped
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, and accuracy by generation with the thoughts of the present stage; problems are dealt to processes."""
+        assert self.validation is not None
+        model: Coconut = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        start = time.perf_counter()
+        with self.accelerator.autocast():
+            result = self._answers(model)
+            loss = self._validation_loss(model)
+        model.train(was_training)
+        self.counted["since"] += time.perf_counter() - start
+        metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
+        metrics[f"{metric_key_prefix}_loss"] = loss
+        metrics["stage"] = self.stage
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _answers(self, model: Coconut) -> Evaluation:
+        assert self.validation is not None
+        problems = make_problems(model, self.validation.examples, self.validation.fixed, self.stage, self.curriculum)
+        mine = answer(
+            model,
+            problems[self.args.process_index :: self.args.world_size],
+            max_new_tokens=self.settings.answer_length(),
+            batch_size=self.settings.eval_batch_size,
+        )
+        if self.args.world_size == 1:
+            return mine
+        parts: list[Evaluation] = [mine] * self.args.world_size
+        dist.all_gather_object(parts, mine)
+        return Evaluation([p for part in parts for p in part.predictions], max(part.seconds for part in parts))
+
+    @torch.no_grad()
+    def _validation_loss(self, model: Coconut) -> float:
+        """Mean over all labelled tokens of the validation rows at the present stage."""
+        assert self.validation is not None
+        rows = StageRows(self.validation, self.curriculum, model.tokens, self.settings.seed)
+        mine = range(self.args.process_index, len(rows), self.args.world_size)
+        put_together, size = Collate(model.tokens.thought), self.settings.batch_size_training
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(mine), size):
+            batch = put_together([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
+            loss = model(batch=batch.to(self.args.device), num_items=1).loss
+            totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
+        if self.args.world_size > 1:
+            dist.all_reduce(totals)
+        return (totals[0] / totals[1]).item()
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Trains; goes on from a checkpoint where one is given. CheckpointError for a broken one or another run's."""
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            manifest = saving.read_manifest(folder)
+            same_run(manifest["run"], remember(self), folder)
+            self.run.restore(manifest, self.args.device)
+            self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
+        self.counted["since"] = time.perf_counter()
+        return super().train(
+            resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint is not None else None, **kwargs
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        target = Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}"
+        if self.args.world_size > 1:
+            self._save_together(target)
+            return
+        with saving.appearing(target) as folder:
+            self._write_checkpoint(folder)
+            saving.finish(folder, self._facts())
+        saving.thin_out(target.parent, self.settings.keep_last, self.run.best_step)
+
+    def _save_together(self, target: Path) -> None:
+        """All processes write into the directory that the first one makes appear."""
+        folder = target.with_name(saving.UNFINISHED + target.name)
+        if self.args.should_save:
+            with saving.appearing(target) as folder:
+                dist.barrier()
+                self._write_checkpoint(folder)
+                dist.barrier()
+                saving.finish(folder, self._facts())
+            saving.thin_out(target.parent, self.settings.keep_last, self.run.best_step)
+        else:
+            dist.barrier()
+            self._write_checkpoint(folder)
+            dist.barrier()
+        dist.barrier()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _facts(self) -> dict[str, Any]:
+        """What checkpoint.json holds: the run it belongs to, the stages so far and the best one."""
+        return {
+            "step": self.state.global_step,
+            "stage": self.stage,
+            "skipped": int(self.skipped),
+            "history": [asdict(record) for record in self.run.history],
+            "best": self.run.best,
+            "run": remember(self),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = load(resume_from_checkpoint)
+        self.accelerator.unwrap_model(self.model).load_state_dict(saved.state_dict())

@@ -1,0 +1,157 @@
+"""Run settings: the official files unchanged, our recipes, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The keys of the official gsm_coconut.yaml, with our own values where its own are placeholders.
+OFFICIAL = """
+project: coconut
+save_path: out
+name: gsm-coconut
+only_eval: False
+coconut: True
+cot: False
+no_thoughts: False
+no_cot: False
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: None
+seed: 0
+resume: 3
+bf16: False
+train_path: data/gsm_train.json
+val_path: data/gsm_valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: 0.01
+"""
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    file = tmp_path / "gsm_coconut.yaml"
+    file.write_text(OFFICIAL)
+    return file
+
+
+def test_official_file_keeps_its_meaning(official: Path) -> None:
+    found = read_recipe(official)
+    assert found.method == "coconut" and found.model == "openai-community/gpt2"
+    assert found.load_model_path is None and found.precision == "fp32"
+    assert found.reset_optimizer == "epoch" and found.lr == 1e-4 and found.batch_size_training == 32
+    assert found.output_dir == "out/gsm-coconut" and found.answer_length() == 64
+    schedule = found.schedule()
+    assert schedule.next_stage([]) == 1, "resume: 3 of 3 epochs per stage begins with stage 1"
+    assert schedule.last_stage == 4
+    args = found.to_training_arguments()
+    assert args.num_train_epochs == 22 and args.max_grad_norm == 0 and args.weight_decay == 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ({"coconut": True}, "coconut"),
+        ({"cot": True}, "cot"),
+        ({"no_cot": True}, "no_cot"),
+        ({"coconut": True, "no_thoughts": True}, "no_thoughts"),
+        ({"coconut": True, "no_cot": True}, "no_cot"),
+        ({"coconut": False}, "pause_as_thought"),
+    ],
+)
+def test_official_flags(flags: dict[str, bool], method: str) -> None:
+    assert make_arguments(flags).method == method
+
+
+def test_official_values() -> None:
+    assert make_arguments({"bf16": True}).precision == "bf16_weights"
+    assert make_arguments({"reset_optimizer": False}).reset_optimizer == "never"
+    assert make_arguments({"lr": "1e-5"}).lr == 1e-5  # YAML 1.1 reads it as text
+    with pytest.raises(ValueError, match="found no_cot and cot set, expected at most one"):
+        make_arguments({"cot": True, "no_cot": True})
+
+
+def test_overrides_win(official: Path) -> None:
+    found = read_recipe(official, ["lr=3e-4", "method=no_thoughts", "name=try", "advance_at=0.9"])
+    assert (found.lr, found.method, found.name, found.advance_at) == (3e-4, "no_thoughts", "try", 0.9)
+    assert read_recipe(official, ["coconut=false", "cot=true"]).method == "cot"
+    scratch = make_arguments(
+        {"model": {"from_config": "gpt2", "n_layer": 2}},
+        parse_overrides(["model.n_layer=4", "training_arguments.torch_compile=false"]),
+    )
+    assert scratch.model == {"from_config": "gpt2", "n_layer": 4}
+    assert scratch.training_arguments == {"torch_compile": False}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch_per_stage=2", "override: unknown key 'epoch_per_stage'; the nearest known one is 'epochs_per_stage'"),
+        ("learning_rate", "override: found 'learning_rate', expected key=value"),
+        ("num_epochs=many", "override: num_epochs: found 'many', expected a whole number"),
+        ("debug=1", "override: debug: found 1, expected true or false"),
+        ("c_thought=true", "override: c_thought: found True, expected a whole number"),
+        ("precision=fp8", "precision: found 'fp8', expected one of fp32, bf16, fp16, bf16_weights"),
+        ("method=magic", "method: found 'magic', expected one of coconut"),
+        ("model.n_layer=2", "override: model.n_layer: model is not a mapping here"),
+        ("lr=-1", "lr: found -1.0, expected a finite number of at least 0"),
+        ("advance_at=0.9", "val_path: found none"),
+    ],
+)
+def test_refuses(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: gpt2\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe(file, [override])
+
+
+def test_refuses_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent.yaml: cannot be read \(No such file"):
+        read_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match=r"list.yaml: found list, expected lines of `key: value`"):
+        read_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2\n")
+    with pytest.raises(ValueError, match=r"broken.yaml: not YAML \(line 2\)"):
+        read_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "typo.yaml").write_text("batch_size: 4\n")
+    with pytest.raises(ValueError, match="typo.yaml: unknown key 'batch_size'; .* 'batch_size_training'"):
+        read_recipe(tmp_path / "typo.yaml")
+    with pytest.raises(ValueError, match="training_arguments: found 'nope'"):
+        CoconutArguments(training_arguments={"nope": 1}).to_training_arguments()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_recipes_read(recipe: Path) -> None:
+    found = read_recipe(recipe)
+    assert found.name == recipe.stem
+    unused = set(yaml.safe_load(recipe.read_text())) - set(CoconutArguments.__dataclass_fields__)
+    assert not unused, "our own recipes use our own names"
+
+
+@pytest.mark.parametrize(
+    "method", ["cot", "no_cot", "icot", "pause", "no_curriculum", "no_thoughts", "pause_as_thought", "coconut"]
+)
+@pytest.mark.parametrize("recipe", ["gsm8k", "prosqa", "prontoqa"])
+def test_every_row_of_table_1_is_one_override(recipe: str, method: str) -> None:
+    found = read_recipe(ROOT / "recipes" / f"{recipe}.yaml", [f"method={method}"])
+    assert found.curriculum().method == method
+    assert found.schedule().next_stage([]) == 0

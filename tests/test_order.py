@@ -1,0 +1,74 @@
+"""The order of training problems: complete, seeded, dealt without loss, the same steps on any number of processes."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coconut_fast.train.order import EpochBatches, epoch_order
+
+
+def steps(num_examples: int, accumulation: int, processes: int, batch_size: int, epoch: int = 0) -> list[list[int]]:
+    """The problems of every optimizer step, from all processes."""
+    batches = []
+    for process in range(processes):
+        sampler = EpochBatches(
+            num_examples, batch_size=batch_size, accumulation=accumulation, processes=processes, process=process, seed=5
+        )
+        sampler.epoch = epoch
+        sampler.lengths = [(7 * i) % 13 for i in range(num_examples)]
+        batches.append([[key[0] for key in batch] for batch in sampler])
+        assert len(batches[-1]) == len(sampler)
+        assert all(batches[-1]), "a process has a row in every batch"
+    assert len({len(b) for b in batches}) == 1, "processes have equally many batches"
+    together = [list(chain(*parts)) for parts in zip(*batches, strict=True)]
+    return [sorted(chain(*together[i : i + accumulation])) for i in range(0, len(together), accumulation)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 90), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_every_problem_once(num_examples: int, accumulation: int, processes: int, batch_size: int) -> None:
+    seen = sorted(chain(*steps(num_examples, accumulation, processes, batch_size)))
+    assert len(seen) == len(set(seen))
+    assert num_examples - len(seen) < processes, "fewer problems left out than processes"
+
+
+def test_same_steps_however_dealt() -> None:
+    expected = steps(50, accumulation=1, processes=1, batch_size=8)
+    assert steps(50, accumulation=1, processes=2, batch_size=4) == expected
+    assert steps(50, accumulation=4, processes=1, batch_size=2) == expected
+    assert steps(50, accumulation=2, processes=2, batch_size=2) == expected
+    assert steps(50, 1, 1, 8, epoch=1) != expected
+
+
+def test_rows_of_a_step_are_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, size=2048)
+    sampler = EpochBatches(2048, batch_size=16, accumulation=1)
+    sampler.lengths = lengths
+    spreads = [np.ptp(lengths[[key[0] for key in batch]]) for batch in sampler]
+    assert np.mean(spreads) < 30, "of 490 without buckets"
+    means = [lengths[[key[0] for key in batch]].mean() for batch in sampler]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3, "steps are not sorted among themselves"
+
+
+def test_short_epochs_go_on_where_the_last_one_ended() -> None:
+    one_round = np.concatenate([epoch_order(20, epoch, seed=1, epoch_size=5) for epoch in range(4)])
+    assert sorted(one_round) == list(range(20))
+    assert sorted(epoch_order(20, 0, seed=1, epoch_size=40)) == sorted([*range(20), *range(20)])
+    across = np.concatenate([epoch_order(7, epoch, seed=1, epoch_size=3) for epoch in range(7)])
+    assert np.bincount(across).tolist() == [3] * 7
+
+
+def test_keys_name_epoch_and_stage() -> None:
+    sampler = EpochBatches(4, batch_size=4, accumulation=1)
+    sampler.epoch, sampler.stage = 3, 2
+    assert sorted(next(iter(sampler))) == [(i, 3, 2) for i in range(4)]
+
+
+def test_refuses_fewer_problems_than_processes() -> None:
+    with pytest.raises(ValueError, match="train_path: found 1 problems in an epoch, expected at least one for each"):
+        EpochBatches(1, batch_size=1, accumulation=1, processes=2)

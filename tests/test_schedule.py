@@ -1,0 +1,71 @@
+"""The stage schedule: by count, by metric, skipped epochs, the end of a run, and optimizer resets."""
+
+from __future__ import annotations
+
+import pytest
+
+from coconut_fast.train.schedule import EpochRecord, StageSchedule
+
+
+def play(schedule: StageSchedule, metrics: list[float | None] | None = None) -> tuple[list[int], list[bool]]:
+    """Stages of a whole run and, for each epoch, whether the optimizer was reset before it."""
+    history: list[EpochRecord] = []
+    resets = []
+    while (stage := schedule.next_stage(history)) is not None:
+        resets.append(schedule.resets(history, stage))
+        history.append(EpochRecord(stage, metrics[len(history)] if metrics else None))
+    return [record.stage for record in history], resets
+
+
+def test_by_count_as_the_official_code() -> None:
+    """Official: epoch // epochs_per_stage, and every stage past the maximum is the same."""
+    stages, _ = play(StageSchedule(last_stage=7, epochs_per_stage=5, num_epochs=50))
+    assert stages == [min(epoch // 5, 7) for epoch in range(50)]
+    stages, _ = play(StageSchedule(last_stage=4, epochs_per_stage=3, num_epochs=25, first_epoch=3))
+    assert stages == [min(epoch // 3, 4) for epoch in range(3, 25)]
+
+
+def test_first_stage_may_last_longer() -> None:
+    stages, _ = play(StageSchedule(last_stage=2, epochs_per_stage=2, first_stage_epochs=4, num_epochs=10))
+    assert stages == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert play(StageSchedule(last_stage=1, first_stage_epochs=0, num_epochs=2))[0] == [1, 1]
+
+
+def test_no_stages() -> None:
+    assert play(StageSchedule(last_stage=0, num_epochs=4))[0] == [0, 0, 0, 0]
+
+
+def test_advances_when_the_metric_passes_and_by_count_at_the_latest() -> None:
+    schedule = StageSchedule(last_stage=3, epochs_per_stage=3, num_epochs=20, advance_at=0.9, final_epochs=2)
+    stages, _ = play(schedule, [0.1, 0.95, 0.2, 0.3, 0.4, 0.9, 0.99, 0.0])
+    assert stages == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert schedule.final_start([EpochRecord(s) for s in stages]) == 6
+    assert schedule.final_start([EpochRecord(0, 0.1)]) is None
+
+
+def test_final_epochs_end_a_run_by_count() -> None:
+    assert play(StageSchedule(last_stage=2, epochs_per_stage=1, num_epochs=99, final_epochs=3))[0] == [0, 1, 2, 2, 2]
+
+
+def test_optimizer_resets() -> None:
+    def at(how: str) -> list[int]:
+        schedule = StageSchedule(last_stage=2, epochs_per_stage=2, num_epochs=6, reset_optimizer=how)
+        return [epoch for epoch, reset in enumerate(play(schedule)[1]) if reset]
+
+    assert at("stage") == [2, 4]
+    assert at("epoch") == [1, 2, 3, 4, 5]
+    assert at("never") == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs_per_stage": 0}, "epochs_per_stage: found 0, expected 1 or more"),
+        ({"first_epoch": 5, "num_epochs": 5}, "resume: found 5, expected fewer than num_epochs = 5"),
+        ({"reset_optimizer": "daily"}, "reset_optimizer: found 'daily', expected one of stage, epoch, never"),
+        ({"final_epochs": 0}, "final_epochs: found 0"),
+    ],
+)
+def test_refuses(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StageSchedule(**{"last_stage": 3, **wrong})

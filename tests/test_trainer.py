@@ -1,0 +1,217 @@
+"""The trainer: exact steps, stages, optimizer resets, what it keeps, skipped steps, and every method and precision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coconut_fast import generate, load
+from coconut_fast.data.batch import collate
+from coconut_fast.data.curriculum import METHODS
+from coconut_fast.train import saving
+from coconut_fast.train.build import build
+from coconut_fast.train.problems import Problems
+from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.run import run
+from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
+from tests.runs import MODEL, NO_DROPOUT, chains, tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_trainer(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> CoconutTrainer:
+    settings = tiny(folder, **changes)
+    train = chains(40)
+    model = build(settings, train).to(dtype)
+    validation = Problems(chains(8, seed=1), model.tokenizer) if settings.val_path else None
+    return CoconutTrainer(model, settings, Problems(train, model.tokenizer), validation)
+
+
+def weights(trainer: CoconutTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, others[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+EXACT = {"model": {**MODEL, **NO_DROPOUT}, "val_path": None, "debug": True, "num_epochs": 3}
+
+
+def test_a_run_is_adamw_on_the_mean_over_labelled_tokens(tmp_path: Path) -> None:
+    """Against a loop written out by hand, in fp64."""
+    trainer = make_trainer(tmp_path, torch.float64, **EXACT)
+    model = build(tiny(tmp_path, **EXACT), chains(40)).double().train()
+    trainer.train()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    for epoch in range(3):
+        if epoch:
+            optimizer.state.clear()
+        trainer.sampler.epoch, trainer.sampler.stage = epoch, epoch
+        trainer.sampler.lengths = trainer.rows.lengths(epoch)
+        for keys in trainer.sampler:
+            _, ids, labels = zip(*[trainer.rows[key] for key in keys], strict=True)
+            model(batch=collate(ids, model.tokens.thought, labels=labels)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(weights(trainer), dict(model.named_parameters()), 1e-11)
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    results = []
+    for batch_size, accumulation in ((16, 1), (4, 4)):
+        size = {"batch_size_training": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(tmp_path, torch.float64, **{**EXACT, **size})
+        trainer.train()
+        results.append(weights(trainer))
+    assert_equal(results[0], results[1], 1e-11)
+
+
+def test_optimizer_is_reset_at_stage_switches(tmp_path: Path) -> None:
+    def steps_since_reset(**changes: Any) -> int:
+        trainer = make_trainer(tmp_path, **{**EXACT, "epochs_per_stage": 2, "num_epochs": 4, **changes})
+        trainer.train()
+        return int(next(iter(trainer.optimizer.state.values()))["step"])
+
+    assert steps_since_reset() == 2 * 3
+    assert steps_since_reset(reset_optimizer="epoch") == 3
+    assert steps_since_reset(reset_optimizer="never") == 4 * 3
+
+
+def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
+    folder = run(tiny(tmp_path, epochs_per_stage=2, num_epochs=6, keep_last=1))
+    records = read_metrics(folder / "metrics.jsonl")
+    evaluations = [r for r in records if "eval_accuracy" in r]
+    assert [r["stage"] for r in evaluations] == [0, 0, 1, 1, 2, 2]
+    assert {"loss", "grad_norm", "tokens_per_second", "samples_per_second", "stage"} <= records[0].keys()
+    assert any("thought_norm" in r for r in records)
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "run.json").read_text())["max_latent_stage"] == 2
+
+    best = max(evaluations[4:], key=lambda r: r["eval_accuracy"])["step"]
+    assert {c.name for c in saving.checkpoints(folder)} == {"checkpoint-18", f"checkpoint-{best}"}
+    model = load(folder)
+    assert model.settings.stage == 2 and model.settings.num_thoughts == 2 and model.settings.method == "coconut"
+    assert torch.equal(model.embed(torch.arange(3)), load(folder / f"checkpoint-{best}").embed(torch.arange(3)))
+    assert generate(model, "go on from ada", max_new_tokens=4).num_thoughts == [2]
+    assert run(tiny(tmp_path, epochs_per_stage=2, num_epochs=6, keep_last=1)) == folder, "a finished run stays finished"
+
+
+def test_a_stage_is_left_when_accuracy_passes(tmp_path: Path) -> None:
+    folder = run(tiny(tmp_path, advance_at=0.0, epochs_per_stage=5, num_epochs=20, final_epochs=2))
+    stages = [r["stage"] for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
+    assert stages == [0, 1, 2, 3, 3], "every accuracy passes 0, and two epochs of the last stage end the run"
+
+
+def test_save_only_improve(tmp_path: Path) -> None:
+    folder = run(tiny(tmp_path, method="no_cot", save_only_improve=True, keep_last=0, num_epochs=3))
+    scores = [(r["step"], r["eval_accuracy"]) for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
+    improving = [step for i, (step, score) in enumerate(scores) if all(score > s for _, s in scores[:i])]
+    assert [c.name for c in saving.checkpoints(folder)] == [f"checkpoint-{step}" for step in improving]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(tmp_path: Path, method: str) -> None:
+    folder = run(tiny(tmp_path, method=method, num_epochs=2, tokens_per_stage=2))
+    model = load(folder)
+    assert model.settings.method == method
+    assert all(r["eval_loss"] > 0 for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
+def test_precisions(tmp_path: Path, precision: str) -> None:
+    folder = run(tiny(tmp_path, precision=precision, num_epochs=4, feedback="projection"))
+    model = load(folder)
+    assert model.dtype == (torch.float32 if precision == "bf16" else torch.bfloat16)
+    losses = [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_symbols(tmp_path: Path) -> None:
+    """Graph problems: stage s asks for a node s + 1 hops away, the last one for the target."""
+    from coconut_fast.data.examples import write_examples
+    from coconut_fast.data.graphs import layered_trees, symbolic_record
+
+    write_examples(tmp_path / "graphs.json", [symbolic_record(g, i) for i, g in enumerate(layered_trees(24, depth=2))])
+    path = str(tmp_path / "graphs.json")
+    changes = {"tokenizer": "symbols", "target": "random_frontier", "relabel": True, "num_epochs": 3}
+    folder = run(tiny(tmp_path, **changes, train_path=path, val_path=path, markers=False, max_latent_stage=2))
+    tokens = [r["eval_mean_tokens"] for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
+    assert tokens[:2] == [1, 2], "a node; a thought and a node"
+    assert load(folder).settings.symbols == {"frontier": "shortest_paths", "relabel": True, "separators": True}
+
+
+class Spoiled(CoconutTrainer):
+    """Its loss is not a number in chosen steps."""
+
+    bad_steps: tuple[int, ...] = ()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.model.training and self.state.global_step in self.bad_steps else loss
+
+
+def spoiled(folder: Path, bad_steps: tuple[int, ...], **changes: Any) -> Spoiled:
+    trainer = make_trainer(folder, **{**EXACT, **changes})
+    trainer.__class__ = Spoiled
+    trainer.bad_steps = bad_steps  # type: ignore[attr-defined]
+    return trainer  # type: ignore[return-value]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    trainer = spoiled(tmp_path, (0, 1, 4))
+    start = weights(trainer)
+    seen: list[dict[str, torch.Tensor]] = []
+    step = trainer.create_optimizer().step
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        seen.append(weights(trainer))
+        return result
+
+    trainer.optimizer.step = watch
+    trainer.train()
+    assert_equal(seen[1], start)
+    assert any(not torch.equal(seen[2][n], start[n]) for n in start)
+    assert_equal(seen[4], seen[3])
+    assert int(trainer.skipped) == 3
+    assert all(torch.isfinite(w).all() for w in weights(trainer).values())
+    records = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert records[-2]["skipped_steps"] == 3
+    assert all(r["loss"] == r["loss"] for r in records if "loss" in r), "a skipped step does not spoil the mean"
+
+
+def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="not finite in 3 steps in a row, up to step 5; the last batch is in"):
+        spoiled(tmp_path, (0, 2, 3, 4), max_nonfinite=3).train()
+    batch = json.loads((tmp_path / "runs" / "tiny" / "nonfinite-step-5.json").read_text())
+    assert len(batch) == 16 and batch[0].keys() == {"problem", "epoch", "stage", "input_ids", "labels"}
+
+
+def test_refuses_before_it_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train_path: problem \d+ has \d+ tokens at stage 0, expected at most the 12"):
+        run(tiny(tmp_path, model={**MODEL, "n_positions": 12}))
+    with pytest.raises(ValueError, match="train_path: found none, expected a file of problems"):
+        run(tiny(tmp_path, train_path=None))
+    with pytest.raises(ValueError, match="model: gpt2 has no setting 'n_layers'; the nearest it has is 'n_layer'"):
+        run(tiny(tmp_path, model={"from_config": "gpt2", "n_layers": 2}))
+    with pytest.raises(ValueError, match="model: found from_config 'gpt9', expected a family transformers has"):
+        run(tiny(tmp_path, model={"from_config": "gpt9"}))
+    with pytest.raises(ValueError, match="load_model_path: no such file or directory: nowhere"):
+        run(tiny(tmp_path, load_model_path="nowhere"))
+    with pytest.raises(ValueError, match="tokenizer: found none, expected 'words'"):
+        run(tiny(tmp_path, tokenizer=None))
