@@ -1,6 +1,7 @@
 """Builds coconut_fast._C with torch's extension builder: C++ always, CUDA where nvcc and a CUDA torch are.
 
-Everything else about the package stands in pyproject.toml.
+Everything else about the package stands in pyproject.toml, but for its dependencies: a wheel runs with the torch it was
+built against and no other, so it requires just that one.
 """
 
 import os
@@ -16,6 +17,23 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 OPTIMISE = ["-O3", "-std=c++20"]
 # at::parallel_for runs on torch's threads only where OpenMP is on. It is not linked: torch brings its own runtime.
 THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
+CXX = [*OPTIMISE, *THREADS, "-fvisibility=hidden"]
+NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is at hand to ask
+
+TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
+DEPENDENCIES = [
+    f"torch=={TORCH}.*",
+    "triton>=3.6; platform_system == 'Linux'",
+    "transformers>=5.17",
+    "accelerate>=1.1",
+    "tokenizers>=0.22",
+    "safetensors>=0.4.3",
+    "numpy>=1.26",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+]
 
 
 def why_no_cuda() -> str:
@@ -35,36 +53,32 @@ def why_no_cuda() -> str:
 
 
 def extension() -> CppExtension:
-    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
-    common = {
+    """The C++ module, with the CUDA kernels where they can be built; otherwise it knows why not."""
+    sources = sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")])
+    shared = {
         "include_dirs": [os.path.abspath("csrc")],
         "depends": [file for file in glob("csrc/**", recursive=True) if os.path.isfile(file)],
         "extra_link_args": ["-pthread"],
     }
     reason = why_no_cuda()
     if reason:
-        print(f"coconut_fast: building without CUDA kernels: {reason}")
-        macros = [("COCONUT_FAST_NO_CUDA_REASON", f'"{reason}"')]
-        flags = {"cxx": [*OPTIMISE, *THREADS, "-fvisibility=hidden"]}
-        return CppExtension(
-            "coconut_fast._C", list(dict.fromkeys(sources)), define_macros=macros, extra_compile_args=flags, **common
-        )
+        print(f"coconut_fast: building without CUDA kernels: {reason}", file=sys.stderr)
+        shared["define_macros"] = [("COCONUT_FAST_NO_CUDA_REASON", f'"{reason}"')]
+        return CppExtension("coconut_fast._C", sources, extra_compile_args={"cxx": CXX}, **shared)
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     sources += sorted(glob("csrc/cuda/*.cu"))
-    flags = {
-        "cxx": [*OPTIMISE, *THREADS, "-fvisibility=hidden"],
-        "nvcc": [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"],
-    }
-    macros = [("COCONUT_FAST_WITH_CUDA", None)]
-    return CUDAExtension(
-        "coconut_fast._C", list(dict.fromkeys(sources)), define_macros=macros, extra_compile_args=flags, **common
-    )
+    shared["define_macros"] = [("COCONUT_FAST_WITH_CUDA", None)]
+    return CUDAExtension("coconut_fast._C", sources, extra_compile_args={"cxx": CXX, "nvcc": NVCC}, **shared)
 
+
+if not (2, 11) <= tuple(map(int, TORCH.split("."))) < (2, 14):
+    sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.13 is needed")
 
 setup(
+    install_requires=DEPENDENCIES,
     packages=[*find_packages(include=["coconut_fast*"]), "coconut_fast.kernels"],
     package_dir={"coconut_fast.kernels": "kernels"},
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+    cmdclass={"build_ext": BuildExtension},
 )
