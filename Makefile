@@ -1,0 +1,59 @@
+# make demo     watch a model learn to think (CPU is enough)
+# make test     linters, types, and every test that needs no GPU
+# make lint | bench | sanitize | install | clean
+# `demo`, `test` and the others install what they need into .venv first; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SANITIZED_TESTS ?= tests/test_cache_layout.py
+
+.PHONY: install demo test lint bench sanitize clean
+
+install: $(VENV)/.built
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
+	  sys.exit("python %d.%d found, 3.11 to 3.13 needed; name one: make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+# Where only csrc/ changed the C++ module is compiled in place, else the package is installed anew (editable).
+EDITABLE = $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+IN_PLACE = $(BIN)/python setup.py --quiet build_ext --inplace
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py build_backend.py $(SOURCES)
+	$(if $(filter-out csrc/%,$?),$(EDITABLE),$(IN_PLACE))
+	@$(BIN)/python -c 'from coconut_fast import ops; print("built:", ops.extension().build_info())'
+	touch $@
+
+demo: install
+	$(BIN)/coconut-fast demo
+
+test: lint
+	$(BIN)/python -m pytest -q -rs -m "not slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest -q -rs benchmarks
+
+# The C++ module with address and undefined-behaviour sanitizers, in a copy of the package under build/, and its tests.
+# The runtimes must be there before python is; torch's own leaks are not ours to report.
+sanitize: install
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	LDFLAGS="-fsanitize=address,undefined" \
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+	  $(BIN)/pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
+
+clean:
+	rm -rf build dist *.egg-info coconut_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.built
