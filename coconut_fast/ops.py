@@ -79,7 +79,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
         if reason:
             raise ValueError(f"ops.{op}: backend {asked!r} was asked for, but {reason}")
         return asked, "asked for"
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in BACKENDS[op]:
         if candidate == "triton" and device.type != "cuda":
             reason = f"triton needs tensors on cuda, these are on {device.type}"

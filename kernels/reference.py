@@ -8,6 +8,8 @@ R rows and P pages of the page table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def _turn(
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if norm is not None:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm.to(x.dtype)
-    if cos is not None:
+    if cos is not None and sin is not None:
         c, s = cos[positions][:, None].to(x.dtype), sin[positions][:, None].to(x.dtype)
         low, high, rest = x.split([c.shape[-1], c.shape[-1], x.shape[-1] - 2 * c.shape[-1]], dim=-1)
         x = torch.cat([low * c - high * s, high * c + low * s, rest], dim=-1)
@@ -286,7 +288,7 @@ def decode_attention_ref(
     if key is not None and value is not None:
         last = (lengths.long() - 1).clamp(min=0)
         slots = page_table[rows.long(), last // page_size].long() * page_size + last % page_size
-        turned = {"cos": cos, "sin": sin, "positions": positions, "key_norm": key_norm, "eps": eps}
+        turned: dict[str, Any] = {"cos": cos, "sin": sin, "positions": positions, "key_norm": key_norm, "eps": eps}
         kv_append_ref(key, value, torch.where(live, slots, -1), keys, values, **turned)
     offsets = torch.arange(int(live.sum()) + 1, dtype=torch.int32, device=query.device)
     some, some_lse = ragged_attention_ref(

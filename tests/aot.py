@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time as its launcher would launch it, and prints what the assembler made of it.
 
 Run as a program (without TRITON_INTERPRET): the ops are called on meta tensors with JITFunction.run replaced by a
-recorder, so signature, constants, divisibility, warps and stages are the launcher's own. One JSON line a compiled kernel.
+recorder, so signature, constants, divisibility, warps and stages are the launcher's. One JSON line a compiled kernel.
 """
 
 from __future__ import annotations

@@ -164,11 +164,11 @@ def from_padded(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected the shape of input_ids {shape}, found {tuple(tensor.shape)}")
     ids = input_ids.cpu().numpy()
-    columns = [np.flatnonzero(m) for m in attention_mask.cpu().numpy()] if attention_mask is not None else None
-    if columns is None:
-        columns = [np.arange(shape[1])] * shape[0]
+    columns: list[Any] = [np.arange(shape[1])] * shape[0]
+    if attention_mask is not None:
+        columns = [np.flatnonzero(m) for m in attention_mask.cpu().numpy()]
 
-    def pick(tensor: torch.Tensor | None) -> list[np.ndarray] | None:
+    def pick(tensor: torch.Tensor | None) -> list[Any] | None:
         return None if tensor is None else [v[c] for v, c in zip(tensor.cpu().numpy(), columns, strict=True)]
 
     return collate(

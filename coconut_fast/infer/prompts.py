@@ -28,7 +28,7 @@ class Prompt:
 
 def read_prompts(
     model: Coconut,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]],
     num_thoughts: int | Sequence[int] | None,
     max_new_tokens: int,
 ) -> list[Prompt]:
@@ -98,7 +98,9 @@ def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
 
 def cut(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
     """[a, b, T, T, c] -> (a b, 2 thoughts), (c, none)."""
-    pieces, tokens, thoughts = [], [], 0
+    pieces: list[Piece] = []
+    tokens: list[int] = []
+    thoughts = 0
     for t in ids:
         if t == thought_id:
             thoughts += 1

@@ -9,6 +9,7 @@ for), so a plan made before training sees the trained weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
     )
 
 
-def _embedding_and_head(embed: nn.Embedding, head: nn.Linear) -> dict[str, object]:
+def _embedding_and_head(embed: nn.Embedding, head: nn.Linear) -> dict[str, Any]:
     return {
         "embed": embed.weight,
         "head": head.weight,
