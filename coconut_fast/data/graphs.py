@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from coconut_fast.data.examples import Example, TokenizedExample, read_examples
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
@@ -147,7 +148,13 @@ def symbolic_examples(
     separators: False leaves out <eos> at the start and "|" between edges: a third fewer tokens.
     ValueError where a graph has more than 31 nodes.
     """
-    written = {"seed": seed, "epoch": epoch, "frontier": frontier, "relabel": relabel, "separators": separators}
+    written: dict[str, Any] = {
+        "seed": seed,
+        "epoch": epoch,
+        "frontier": frontier,
+        "relabel": relabel,
+        "separators": separators,
+    }
     return [symbolic_example(graph, idx, **written) for idx, graph in enumerate(graphs)]
 
 

@@ -83,7 +83,7 @@ class Coconut(nn.Module):
         self.hf = hf
         self.feedback = feedback if feedback is not None else Identity()
         self.tokens = tokens
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()
         self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,13 @@ def update_batches(order: np.ndarray, lengths: Sequence[int], rows_per_update: i
 
     lengths: tokens of every problem, by its index. The steps themselves are in random order.
     """
-    lengths = np.asarray(lengths)
+    sizes = np.asarray(lengths)
     rng = np.random.default_rng(seed)
     full = len(order) // rows_per_update * rows_per_update
     steps = []
     for start in range(0, full, BUCKET * rows_per_update):
         bucket = order[start : min(start + BUCKET * rows_per_update, full)]
-        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        bucket = bucket[np.argsort(sizes[bucket], kind="stable")]
         steps += np.split(bucket, len(bucket) // rows_per_update)
     rest = order[full:]
     return [steps[i] for i in rng.permutation(len(steps))] + ([rest] if len(rest) else [])
@@ -82,7 +83,7 @@ class EpochBatches:
         self.epoch_size = epoch_size or num_examples
         self.epoch = 0
         self.stage = 0
-        self.lengths: Sequence[int] = np.zeros(num_examples, dtype=np.int64)
+        self.lengths: Any = np.zeros(num_examples, dtype=np.int64)
         if self.epoch_size < processes:
             raise ValueError(
                 f"train_path: found {self.epoch_size} problems in an epoch, expected at least one for each of "

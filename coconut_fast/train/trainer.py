@@ -46,6 +46,9 @@ class CoconutTrainer(Trainer):
     ValueError, before anything runs, for rows longer than the model's positions, and for a checkpoint of another run.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
 
     def __init__(
