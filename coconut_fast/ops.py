@@ -96,8 +96,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "torch":
         return getattr(importlib.import_module("coconut_fast.kernels.reference"), f"{op}_ref")
     if backend in ("triton", "chunked"):
-        stem = op.removesuffix("_backward")
-        return getattr(importlib.import_module(f"coconut_fast.kernels.{stem}"), op)
+        return getattr(importlib.import_module(f"coconut_fast.kernels.{op}"), op)
     return getattr(extension(), op if backend == "cpu" else f"{op}_cuda")
 
 

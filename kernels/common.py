@@ -17,6 +17,7 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = torch.library.Library("coconut_fast", "FRAGMENT")
+PLANNED = 90  # the architecture that shapes are planned for where there is no device (interpreter, compiling ahead)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -44,6 +45,14 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def arch(tensor: torch.Tensor) -> int:
+    """The tables' key: 80 for an A100, 90 for an H100 or H200."""
+    if not tensor.is_cuda:
+        return PLANNED
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def check_dtypes(op: str, **tensors: torch.Tensor | None) -> None:

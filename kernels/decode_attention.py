@@ -1,6 +1,7 @@
 """Attention of one query per row over the paged, ragged cache: one launch, split over the sequence.
 
-    s_j = scaling q.k_j (softcap tanh(s_j / softcap) where set), out = sum_j exp(s_j - lse) v_j, lse = ln sum_j exp(s_j)
+    s_j = scaling q.k_j (softcap tanh(s_j / softcap) where set)
+    lse = log sum_j exp(s_j),  out = sum_j exp(s_j - lse) v_j
     over j <= p and p - j < window, where p = lengths[b] - 1
 
 Optionally the launch also takes the new token's key and value, as they leave the projection: it norms and rotates query
@@ -8,8 +9,8 @@ and key (Qwen3, Llama), attends to them, and writes them to the slot of position
 
 Shapes: query (B, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32 (R, P); rows, lengths int32 (B,).
 Work: one program a (row, kv head, split); splits lie at fixed positions, so a row's result does not depend on the rows
-beside it. The programs of one row leave partial sums (fp32) and count up an integer; the last one adds them in the
-order of the splits. No float is added atomically.
+beside it. The programs of one row leave partial sums (fp32) and count up an integer; whoever comes last adds them in
+the order of the splits. No float is added atomically.
 Rows are the grid's fastest axis: rows that share a prefix read its pages at the same time, once from memory and then
 from L2 (60 MB on an H200, 1,600 tokens of GPT-2's 36 KiB), which is why there is no separate path for shared prefixes.
 Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 1.6% for partial sums (one
@@ -292,8 +293,7 @@ _OP = register(
     "decode_attention(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor page_table, Tensor rows, "
     "Tensor lengths, *, int page_size, float scaling, int window=0, float softcap=0.0, SymInt max_length, "
     "Tensor? key=None, Tensor? value=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
-    "Tensor? query_norm=None, "
-    "Tensor? key_norm=None, float eps=1e-6, Tensor(c!)? counters=None) -> (Tensor, Tensor)",
+    "Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6, Tensor(c!)? counters=None) -> (Tensor, Tensor)",
     _launch,
     _fake,
 )

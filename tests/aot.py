@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time as its launcher would launch it, and prints what the assembler made of it.
 
 Run as a program (without TRITON_INTERPRET): the ops are called on meta tensors with JITFunction.run replaced by a
-recorder, so signature, constants, divisibility, warps and stages are the launcher's. One JSON line a compiled kernel.
+recorder, so signature, constants, divisibility, warps and stages are the launcher's own. One JSON line a kernel.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ DTYPES = {
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, call) of every op at the shapes of real models; the label starts with the op's name."""
-    from coconut_fast.kernels import decode_attention, kv_append
+    from coconut_fast.kernels import decode_attention, kv_append, ragged_attention, ragged_attention_backward
 
     for name, (heads, kv_heads, head_dim, *_) in SHAPES.items():
         for dtype in DTYPES[name]:
@@ -156,20 +156,38 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     f"decode_attention/{label}/{length}/append",
                     lambda q=query, s=store, t=layout, o=fresh: decode_attention._launch(q, *s, *t, **o),
                 )
+            for dropout, queries in ((0.1, 1024), (0.1, 1)) if name == "gpt2" else ((0.0, 1024),):
+                out, lse = empty(64, heads, head_dim, dtype=dtype), empty(64, heads, dtype=torch.float32)
+                layout = (indices(64, 64), indices(8), indices(9), indices(8))
+                options = {"page_size": 16, "scaling": 0.125, "max_query": queries, "max_length": 1024}
+                options |= {"dropout": dropout, "seed": 1}
+                yield (
+                    f"ragged_attention/{label}/{queries}/{dropout}",
+                    lambda q=out, s=store, t=layout, o=options: ragged_attention._launch(q, *s, *t, **o),
+                )
+                grads = [empty(*t.shape, dtype=torch.float32) for t in store]
+                yield (
+                    f"ragged_attention_backward/{label}/{queries}/{dropout}",
+                    lambda q=out, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
+                        q, q, *s, q, n, *t, *g, **o
+                    ),
+                )
 
 
 def main() -> None:
+    from coconut_fast.kernels import common
+
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     seen: set[str] = set()
     for label, call in cases():
         if not label.startswith(only):
             continue
-        for launch in record(call):
-            for capability in (80, 90) if "bfloat16" in label else (90,):
-                key = f"{launch.kernel.fn.__name__}{launch.signature}{launch.constants}{launch.attributes}{capability}"
+        for common.PLANNED in (80, 90) if "bfloat16" in label else (90,):
+            for launch in record(call):
+                key = f"{common.PLANNED} {launch.kernel.fn.__name__} {sorted(vars(launch).items(), key=str)}"
                 if key not in seen:
                     seen.add(key)
-                    print(json.dumps({"case": label, **launch.compile(capability)}), flush=True)
+                    print(json.dumps({"case": label, **launch.compile(common.PLANNED)}), flush=True)
 
 
 if __name__ == "__main__":

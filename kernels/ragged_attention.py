@@ -1,0 +1,251 @@
+"""Causal attention of ragged queries over the paged cache that holds their keys and values.
+
+Query i of the n of row b stands at p = lengths[b] - n + i and sees positions j <= p with p - j < window (0: all):
+
+    s_j = scaling q.k_j (softcap tanh(s_j / softcap) where set),  lse = log sum_j exp(s_j),  w_j = exp(s_j - lse)
+    out = sum_j f_j w_j v_j,   f_j = keep(seed, slot of the query, head, j) / (1 - dropout)  (reference.dropout_keep)
+
+Shapes: query (T, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32 (R, P); rows, lengths int32 (B,);
+row_offsets int32 (B+1,). A tile holds BLOCK_M pairs (query, head of the group), so grouped heads share their loads and
+short rows still fill tensor-core tiles; keys come through the page table in 128-bit loads.
+4 T H L K flops (half under the causal mask): bound by the tensor cores for prompts, by latency for a few queries.
+A call with one query in every row and no dropout is decode_attention's. Registers at most 240.
+The derivative is in ragged_attention_backward.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import decode_attention as decode
+from .common import LN2, LOG2E, arch, check_dtypes, check_shape, compute_type, mix, on_device, register, slots_of, tanh
+
+
+@triton.jit
+def bend(s, SOFTCAP: tl.constexpr):
+    """Capped scores, and their slope against the scores."""
+    if SOFTCAP > 0:
+        bent = tanh(s / SOFTCAP)
+        return SOFTCAP * bent, 1 - bent * bent
+    return s, tl.full(s.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def words(table, p, valid, h, seed_word, PAGE: tl.constexpr):
+    """The dropout hash's word of each query: mix(mix(seed_word ^ slot) ^ head), seed_word already mixed."""
+    slot = slots_of(table, p, valid, PAGE).to(tl.uint32)
+    return mix(mix(slot ^ seed_word.to(tl.uint32)) ^ h.to(tl.uint32))
+
+
+@triton.jit
+def kept(words, j, threshold):
+    """Whether the weight of (query, j) survives; broadcasts."""
+    word = mix(words ^ (j.to(tl.uint32) * 0x9E3779B9))
+    return (word >> 8) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def load(base, at, stride, d, mask, D: tl.constexpr, TYPE: tl.constexpr):
+    """Rows `at` of a matrix of D columns, as TYPE; masked rows and columns beyond D are zero."""
+    return tl.load(base + at[:, None] * stride + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+
+
+@triton.jit(do_not_specialize=["seed_word", "threshold"])
+def _forward(
+    query, keys, values, out, lse, page_table, rows, row_offsets, lengths,
+    query_token, query_head, table_row, scaling, seed_word, threshold, keep_scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2)
+    kv_head = tl.program_id(1)
+    start_row = tl.load(row_offsets + b)
+    n = tl.load(row_offsets + b + 1) - start_row
+    tile = tl.cdiv(n * GROUP, BLOCK_M) - 1 - tl.program_id(0)  # the longest tiles first
+    if tile < 0:
+        return
+    length = tl.load(lengths + b)
+    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = m // GROUP
+    h = kv_head * GROUP + m % GROUP
+    valid = i < n
+    p = length - n + i
+    token = (start_row + i).to(tl.int64)
+    d = tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_KV)
+    q = load(query, token * query_token + h * query_head, 1, d, valid, K, TYPE)
+    hashed = p
+    if DROPOUT:
+        hashed = words(table, p, valid, h, seed_word, PAGE)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(length - n + (tile * BLOCK_M) // GROUP - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    high = length - n + tl.minimum(n, (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_KV], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        stored = j < high
+        slots = slots_of(table, j, stored, PAGE) * KV_HEADS + kv_head
+        k = load(keys, slots, K, d, stored, K, TYPE)
+        s, _ = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling, SOFTCAP)
+        seen = j[None, :] <= p[:, None]
+        if WINDOW > 0:
+            seen = seen & (p[:, None] - j[None, :] < WINDOW)
+        s = tl.where(seen, s * LOG2E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        w = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(w, axis=1)
+        if DROPOUT:
+            w = tl.where(kept(hashed[:, None], j[None, :], threshold), w * keep_scale, 0.0)
+        v = load(values, slots, KV, e, stored, KV, TYPE)
+        acc = tl.dot(w.to(TYPE), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    head = token * (KV_HEADS * GROUP) + h
+    mask = valid[:, None] & (e < KV)[None, :]
+    tl.store(out + head[:, None] * KV + e[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + head, (top + tl.log2(total)) * LN2, mask=valid)
+
+
+def _seed_word(seed: int) -> int:
+    """mix(seed_low) ^ seed_high as an int32: the part of the dropout hash that no program needs to repeat."""
+    word = seed & 0xFFFFFFFF
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ (word >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    word ^= (word >> 16) ^ ((seed >> 32) & 0xFFFFFFFF)
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, warps, stages for `pairs` queries x heads of a group and head vectors of `width` elements."""
+    m = max(16, triton.next_power_of_2(pairs))
+    if itemsize == 4:
+        return min(m, 32), 16 if m == 16 or width > 64 else 32, 4 if width <= 128 else 8, 1
+    if width > 128 or (width > 64 and arch < 90):
+        return min(m, 64), 32, 4, 2
+    return min(m, 128), 64, 4 if m <= 64 else 8, 3 if width <= 64 else 2
+
+
+def arguments(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
+    row_offsets: torch.Tensor, lengths: torch.Tensor, page_size: int, scaling: float, window: int, softcap: float,
+    dropout: float, seed: int, op: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The keywords that the forward and backward kernels share, after checking the inputs; op names it in errors."""
+    tokens, heads, head_dim = query.shape
+    slots, kv_heads, value_dim = values.shape
+    check_dtypes(op, query=query, keys=keys, values=values)
+    check_shape(op, "query", query, (tokens, heads, head_dim))
+    check_shape(op, "keys", keys, (slots, kv_heads, head_dim))
+    check_shape(op, "row_offsets", row_offsets, (rows.shape[0] + 1,))
+    check_shape(op, "lengths", lengths, (rows.shape[0],))
+    if heads % kv_heads:
+        raise ValueError(f"{op}: query has {heads} heads, expected a multiple of the cache's {kv_heads}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: dropout is {dropout}, expected 0 <= dropout < 1")
+    group = heads // kv_heads
+    return {
+        "query": query,
+        "keys": keys,
+        "values": values,
+        "page_table": page_table,
+        "rows": rows,
+        "row_offsets": row_offsets,
+        "lengths": lengths,
+        "query_token": query.stride(0),
+        "query_head": query.stride(1),
+        "table_row": page_table.stride(0),
+        "scaling": scaling,
+        "seed_word": _seed_word(seed) if dropout else 0,
+        "threshold": int(dropout * (1 << 24)),
+        "keep_scale": 1 / (1 - dropout),
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "K": head_dim,
+        "KV": value_dim,
+        "PAGE": page_size,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "DROPOUT": dropout > 0,
+        "TYPE": compute_type(query.dtype, keys.dtype, values.dtype),
+        "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_KV": max(16, triton.next_power_of_2(value_dim)),
+    }
+
+
+def _launch(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
+    row_offsets: torch.Tensor, lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
+    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    tokens, heads, _ = query.shape
+    batch = rows.shape[0]
+    if max_query == 1 and tokens == batch and not dropout:
+        return decode._launch(
+            query, keys, values, page_table, rows, lengths, page_size=page_size, scaling=scaling, window=window,
+            softcap=softcap, max_length=max_length,
+        )  # fmt: skip
+    shared = arguments(
+        query, keys, values, page_table, rows, row_offsets, lengths, page_size, scaling, window, softcap, dropout, seed,
+        "ragged_attention",
+    )  # fmt: skip
+    pairs, width = max_query * shared["GROUP"], max(shared["BLOCK_K"], shared["BLOCK_KV"])
+    block_m, block_n, warps, stages = _tiles(pairs, width, shared["TYPE"].primitive_bitwidth // 8, arch(query))
+    out = query.new_empty(tokens, heads, values.shape[2])
+    lse = query.new_empty(tokens, heads, dtype=torch.float32)
+    if tokens:
+        with on_device(query):
+            _forward[(triton.cdiv(pairs, block_m), shared["KV_HEADS"], batch)](
+                out=out,
+                lse=lse,
+                **shared,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=warps,
+                num_stages=stages,
+            )
+    return out, lse
+
+
+def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    shape = query.shape[:2]
+    return query.new_empty(*shape, values.shape[2]), query.new_empty(shape, dtype=torch.float32)
+
+
+KEYWORDS = (
+    "*, int page_size, float scaling, int window=0, float softcap=0.0, float dropout=0.0, int seed=0, "
+    "SymInt max_query, SymInt max_length"
+)
+LAYOUT = "Tensor page_table, Tensor rows, Tensor row_offsets, Tensor lengths"
+_OP = register(
+    f"ragged_attention(Tensor query, Tensor keys, Tensor values, {LAYOUT}, {KEYWORDS}) -> (Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+def ragged_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
+    row_offsets: torch.Tensor, lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
+    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out (T, H, Kv) in the query's dtype and lse (T, H) fp32; shapes and meaning as in the module's docstring.
+
+    lengths count this call's tokens, which are in the cache already. max_query and max_length bound the queries and
+    the length of any row (they size the grid; larger ones only cost programs that end at once). ValueError for inputs
+    that do not fit.
+    """
+    return _OP(
+        query, keys, values, page_table, rows, row_offsets, lengths, page_size=page_size, scaling=scaling,
+        window=window, softcap=softcap, dropout=dropout, seed=seed, max_query=max_query, max_length=max_length,
+    )  # fmt: skip

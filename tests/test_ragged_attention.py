@@ -1,0 +1,136 @@
+"""ragged_attention and its backward: the Triton kernels against the reference in fp64, on odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from coconut_fast.kernels.reference import ragged_attention_ref
+from compare import assert_as_good_as_torch
+from paged import paged, truth_of
+
+from coconut_fast import ops
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
+
+CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
+    "prompts": ([33, 1, 50], [33, 1, 50], 2, 2, 16, None, 16, {}),
+    "one query a row, with dropout": ([40, 3], [1, 1], 2, 1, 16, None, 16, {"dropout": 0.3, "seed": 5}),
+    "a row without queries": ([20, 30, 70], [5, 0, 40], 3, 1, 24, 40, 4, {}),
+    "tails, grouped, odd width": ([75, 9], [14, 9], 6, 2, 80, None, 16, {}),
+    "window": ([90, 70], [90, 3], 2, 2, 16, None, 16, {"window": 17}),
+    "window and dropout": ([60, 35], [20, 35], 4, 2, 8, None, 1, {"window": 33, "dropout": 0.5, "seed": -(2**40) - 7}),
+    "tiny": ([5, 3], [2, 3], 2, 1, 8, None, 4, {}),
+    "softcap": ([40, 50], [40, 2], 2, 1, 32, None, 16, {"softcap": 3.0}),
+}
+
+
+def arrange(case: str, dtype: torch.dtype, device: torch.device):
+    lengths, queries, heads, kv_heads, head_dim, value_dim, page, options = CASES[case]
+    cache = paged(
+        lengths, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=page, dtype=dtype, device=device
+    )
+    offsets = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    query = torch.randn(sum(queries), heads, head_dim).to(device, dtype)
+    table, rows, length = cache.layout()
+    bounds = {"page_size": page, "scaling": head_dim**-0.5, "max_query": max(queries), "max_length": max(lengths)}
+    return (query, *cache.store(), table, rows, offsets, length), bounds | options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, dtype, device) -> None:
+    arguments, options = arrange(case, dtype, device)
+    ours = ops.ragged_attention(*arguments, **options, backend="triton")
+    plain = ragged_attention_ref(*arguments, **options)
+    truth = ragged_attention_ref(*truth_of(*arguments), **options)
+    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+    for name, a, b, c in zip(("out", "lse"), ours, plain, truth, strict=True):
+        assert_as_good_as_torch(a.cpu(), b.cpu(), c, what=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_backward_adds_to_the_gradients(case, dtype, device) -> None:
+    arguments, options = arrange(case, dtype, device)
+    _, keys, values, *layout = arguments
+    out, lse = ragged_attention_ref(*arguments, **options)
+    grad_out = torch.randn_like(out)
+    runs = []
+    for double, backend in ((False, "triton"), (False, "torch"), (True, "torch")):
+        inputs = (grad_out, *arguments[:3], out, lse, *layout)
+        if double:
+            inputs = truth_of(*inputs)
+            inputs[4:6] = ragged_attention_ref(*truth_of(*arguments), **options)
+        grads = [torch.ones(t.shape, dtype=inputs[5].dtype, device=inputs[5].device) for t in (keys, values)]
+        runs.append((ops.ragged_attention_backward(*inputs, *grads, **options, backend=backend), *grads))
+    for name, ours, plain, truth in zip(("grad_query", "grad_keys", "grad_values"), *runs, strict=True):
+        # the buffers are fp32, but plain PyTorch's gradients of fp16 inputs are fp16
+        assert_as_good_as_torch(ours.cpu(), plain.cpu().to(dtype), truth, what=name)
+    used = torch.isfinite(keys).all(-1).all(-1).cpu()
+    assert (runs[0][1].cpu()[~used] == 1).all(), "slots without a token are left alone"
+
+
+def test_strided_queries_and_expanded_gradients(device) -> None:
+    (query, *rest), options = arrange("tails, grouped, odd width", torch.float32, device)
+    tokens, heads, width = query.shape
+    wide = torch.randn(tokens, heads + 4, width, device=device)
+    wide[:, :heads] = query
+    out, lse = ops.ragged_attention(query, *rest, **options, backend="triton")
+    again, _ = ops.ragged_attention(wide[:, :heads], *rest, **options, backend="triton")
+    assert torch.equal(out, again)
+    grads = [torch.zeros(t.shape, device=device) for t in (*rest[:2], *rest[:2])]
+    one = torch.ones((), device=device).expand(out.shape)
+    first = ops.ragged_attention_backward(
+        one, query, *rest[:2], out, lse, *rest[2:], *grads[:2], **options, backend="triton"
+    )
+    second = ops.ragged_attention_backward(
+        one.contiguous(), wide[:, :heads], *rest[:2], out, lse, *rest[2:], *grads[2:], **options, backend="triton"
+    )
+    assert torch.equal(first, second) and torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+
+
+def test_a_query_of_another_type_than_the_cache(device) -> None:
+    (query, keys, values, *layout), options = arrange("softcap", torch.float32, device)
+    arguments = (query, keys.half(), values.half(), *layout)
+    ours, _ = ops.ragged_attention(*arguments, **options, backend="triton")
+    plain, _ = ragged_attention_ref(*arguments, **options)
+    truth, _ = ragged_attention_ref(*truth_of(*arguments), **options)
+    assert ours.dtype == torch.float32
+    assert_as_good_as_torch(ours.cpu(), plain.cpu(), truth)
+
+
+def test_one_query_a_row_is_decode_attention(device) -> None:
+    cache = paged([70, 5], kv_heads=2, head_dim=16, device=device)
+    query = torch.randn(2, 2, 16, device=device)
+    table, rows, lengths = cache.layout()
+    options = {"page_size": 16, "scaling": 0.25, "max_length": 70, "backend": "triton"}
+    offsets = torch.arange(3, dtype=torch.int32, device=device)
+    ragged = ops.ragged_attention(query, *cache.store(), table, rows, offsets, lengths, max_query=1, **options)
+    decode = ops.decode_attention(query, *cache.store(), table, rows, lengths, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ragged, decode, strict=True))
+
+
+def test_wrong_inputs_are_named(device) -> None:
+    arguments, options = arrange("softcap", torch.float32, device)
+    with pytest.raises(ValueError, match="dropout is 1.5"):
+        ops.ragged_attention(*arguments, **options | {"dropout": 1.5}, backend="triton")
+    with pytest.raises(ValueError, match="lengths has shape"):
+        ops.ragged_attention(*arguments[:-1], arguments[-1][:1], **options, backend="triton")
+    out, lse = ragged_attention_ref(*arguments, **options)
+    grads = [torch.zeros_like(t, dtype=torch.float16) for t in arguments[1:3]]
+    with pytest.raises(ValueError, match="grad_keys is torch.float16"):
+        ops.ragged_attention_backward(
+            out, *arguments[:3], out, lse, *arguments[3:], *grads, **options, backend="triton"
+        )
+
+
+def test_opcheck(device) -> None:
+    from coconut_fast.kernels import ragged_attention, ragged_attention_backward
+
+    arguments, options = arrange("tiny", torch.float32, device)
+    arguments = tuple(t.nan_to_num(0.0) if t.is_floating_point() else t for t in arguments)
+    torch.library.opcheck(ragged_attention._OP, arguments, options)
+    out, lse = ragged_attention_ref(*arguments, **options)
+    grads = [torch.zeros_like(t) for t in arguments[1:3]]
+    inputs = (torch.ones_like(out), *arguments[:3], out, lse, *arguments[3:], *grads)
+    torch.library.opcheck(ragged_attention_backward._OP, inputs, options)
