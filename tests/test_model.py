@@ -133,6 +133,22 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(ours.parameters(), first, strict=True))
 
 
+@pytest.mark.parametrize("rounds", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointed_passes_give_the_same_gradients(dropout: float, rounds: int | None) -> None:
+    ours, _ = make_pair("gpt2", attn_pdrop=dropout, resid_pdrop=dropout)
+    ours.train()
+    ours.parallel_rounds = rounds
+    rows, labels = _batch()
+    gradients = []
+    for ours.checkpoint_passes in (False, True):
+        torch.manual_seed(4)
+        ours.zero_grad()
+        ours(batch=collate(rows, TOKENS.thought, labels)).loss.backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:
     ours, _ = make_pair("gpt2")
     with pytest.raises(ValueError, match="set_attn_implementation"):

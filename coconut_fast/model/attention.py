@@ -103,7 +103,8 @@ class _CachedAttention(torch.autograd.Function):
         keywords: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         output, lse = _forward(query, key, value, ragged, layer, keywords)
-        ctx.save_for_backward(query, output, lse)
+        # Slots that a later pass writes again must be put back before this pass can look at them in backward.
+        ctx.save_for_backward(query, output, lse, *((key, value) if ragged.rewritten else ()))
         ctx.ragged, ctx.layer, ctx.keywords = ragged, layer, keywords
         ctx.is_first = ragged.cache.order[layer] is None
         ctx.set_materialize_grads(False)
@@ -111,10 +112,12 @@ class _CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None, grad_order: torch.Tensor | None) -> Any:  # type: ignore[override]
-        query, output, lse = ctx.saved_tensors
+        query, output, lse, *rewritten = ctx.saved_tensors
         ragged, layer = ctx.ragged, ctx.layer
         cache = ragged.cache
         grad_keys, grad_values = cache.gradients(layer)
+        if rewritten:
+            ops.kv_append(*rewritten, ragged.slots, cache.keys[layer], cache.values[layer])
         if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
             grad_query = torch.zeros_like(query)
         else:
@@ -135,6 +138,9 @@ class _CachedAttention(torch.autograd.Function):
             )
         grad_key = grad_keys[ragged.slots].to(query.dtype)
         grad_value = grad_values[ragged.slots].to(query.dtype)
+        if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
+            grad_keys[ragged.slots] = 0
+            grad_values[ragged.slots] = 0
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
         return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), None, None, None

@@ -29,6 +29,7 @@ class Ragged:
     max_query: int
     max_length: int
     dropout_seed: int = 0
+    rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
 
 
 class KVCache:

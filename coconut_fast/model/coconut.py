@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
@@ -22,6 +23,7 @@ from coconut_fast.data.batch import RaggedBatch, from_padded
 from coconut_fast.model import attention
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.feedback import Identity
+from coconut_fast.model.parallel import refine
 from coconut_fast.tokens import LatentTokens
 
 
@@ -86,6 +88,8 @@ class Coconut(nn.Module):
         self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()
         self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
+        self.checkpoint_passes = False  # keep no activations of a pass but its inputs, and run it again in backward
+        self.parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one by one
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -115,6 +119,11 @@ class Coconut(nn.Module):
 
     def body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
         """(T, D) input embeddings of a ragged batch -> (T, D) hidden states after the final norm; no LM head."""
+        if self.checkpoint_passes and torch.is_grad_enabled():
+            return checkpoint(self._body, embeds_TD, position_ids_T, ragged, use_reentrant=False)
+        return self._body(embeds_TD, position_ids_T, ragged)
+
+    def _body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
         output = self.hf.base_model(
             inputs_embeds=embeds_TD[None],
             position_ids=position_ids_T[None],
@@ -122,6 +131,10 @@ class Coconut(nn.Module):
             ragged=ragged,
         )
         return output.last_hidden_state[0]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Activation checkpointing per pass; the name is the one the trainer of transformers calls."""
+        self.checkpoint_passes = True
 
     def head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, D) hidden states after the final norm -> (N, V) logits, scaled and capped as the model does it."""
@@ -175,9 +188,11 @@ class Coconut(nn.Module):
             max_length=max(batch.lengths),
             device=batch.input_ids.device,
         )
-        rows = cache.alloc(len(batch.lengths))
         # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
         dropout_seed = int(torch.randint(2**31, ())) if self.training else 0
+        if self.parallel_rounds is not None:
+            return refine(self, batch, cache, self.parallel_rounds, dropout_seed)
+        rows = cache.alloc(len(batch.lengths))
         embeds_TD = self.embed(batch.input_ids)
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []

@@ -62,6 +62,7 @@ class CoconutArguments:
     tokens_per_stage: int = 8
     removal_smoothing: float = float("inf")
     detach_after: int | None = None  # gradients through the last n thoughts only; None: through all
+    parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one after the other
 
     # The stages (train/schedule.py).
     epochs_per_stage: int = 1
@@ -123,6 +124,7 @@ class CoconutArguments:
             ("max_new_tokens", 1),
             ("num_thoughts", 0),
             ("detach_after", 0),
+            ("parallel_rounds", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:

@@ -68,6 +68,7 @@ class CoconutTrainer(Trainer):
         self.run = RunState()
         self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
         model.detach_after = settings.detach_after
+        model.parallel_rounds = settings.parallel_rounds
         super().__init__(
             model=model,
             args=settings.to_training_arguments(),

@@ -1,0 +1,69 @@
+"""Jacobi rounds: equal to sequential thinking from as many rounds as thoughts on, and to their definition before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coconut_fast.data.batch import IGNORE, collate
+from tests.families import TOKENS, make_pair, make_row
+
+ROWS = [make_row(5, 4, 3, 1), make_row(17, 0, 3, 2), make_row(9, 2, 5, 3), [7, 94, 8, 94, 94, 6, 5, 4]]
+BATCH = collate(ROWS, TOKENS.thought, [[IGNORE] * (len(r) - 3) + r[-3:] for r in ROWS])
+
+
+def _run(model, rounds: int | None) -> tuple:
+    model.zero_grad()
+    model.parallel_rounds = rounds
+    output = model(batch=BATCH)
+    output.loss.backward()
+    return output, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rounds", [4, 7])
+def test_enough_rounds_equal_sequential_thinking(rounds: int) -> None:
+    model, _ = make_pair("gpt2", torch.float64)
+    expected, gradients = _run(model, None)
+    found, found_gradients = _run(model, rounds)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.inputs_embeds, expected.inputs_embeds, rtol=1e-12, atol=1e-12)
+    for name, a, b in zip(dict(model.named_parameters()), found_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_fewer_rounds_follow_the_definition(rounds: int) -> None:
+    """Against rounds written out on an independent model, recomputing everything, gradients included."""
+    model, plain = make_pair("gpt2", torch.float64)
+    found, gradients = _run(model, rounds)
+    total = 0
+    for row in ROWS:
+        ids = torch.tensor(row)
+        words = plain.get_input_embeddings()(ids)
+        at = (ids == TOKENS.thought).nonzero().flatten().tolist()
+        x = words
+        for r in range(rounds):
+            cut = at[0] if at and r == 0 else len(row)  # the first thought is exact before any round
+            hidden = plain.base_model(inputs_embeds=x[None, :cut], use_cache=False).last_hidden_state[0]
+            fed = {t: hidden[t - 1] for t in at if t - 1 < cut}
+            x = torch.stack([fed.get(t, words[t]) for t in range(len(row))])
+        logits = plain(inputs_embeds=x[None], use_cache=False).logits[0]
+        targets = torch.tensor([IGNORE] * (len(row) - 3) + row[-3:])
+        total = total + torch.nn.functional.cross_entropy(logits[:-1], targets[1:], reduction="sum")
+    loss = total / BATCH.num_targets
+    loss.backward()
+    torch.testing.assert_close(found.loss, loss, rtol=1e-12, atol=1e-12)
+    for (name, p), g in zip(plain.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    model, _ = make_pair("gpt2", torch.float64)
+    model.parallel_rounds = 3
+    loss = model(batch=BATCH).loss
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), first, strict=True))
