@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.peers import hugging_face, official, official_missing
-from benchmarks.shapes import make_hf, make_model, make_prompts, save_for_peers
+from benchmarks.shapes import DEVICE, make_hf, make_model, make_prompts, save_for_peers
 from coconut_fast import generate
 
 VOCAB = 50260
@@ -57,7 +57,7 @@ def test_generate(benchmark, figures, weights, workload: str, dtype: str) -> Non
             "generate", weights, vocab_size=VOCAB, dtype=dtype, prompts=prompts[:timed], max_new_tokens=new
         )
         peers["official"] = theirs["seconds"] * count / timed
-    hf = make_hf("gpt2", DTYPES[dtype])
+    hf = make_hf("gpt2", DTYPES[dtype]).to(DEVICE)
     hugging_face.generate(hf, prompts[0], VOCAB - 1, 2)
     start = time.perf_counter()
     for prompt in prompts[:timed]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coconut_fast import Coconut, LatentTokens
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 SHAPES = {
     # GPT-2 small with the three special tokens of the reference
@@ -57,7 +58,7 @@ def make_tokens(vocab_size: int) -> LatentTokens:
     return LatentTokens(start=vocab_size - 3, end=vocab_size - 2, thought=vocab_size - 1, eos=None)
 
 
-def make_model(shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Coconut:
+def make_model(shape: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Coconut:
     """Ours, of a named shape."""
     hf = make_hf(shape, dtype)
     return Coconut(hf, make_tokens(hf.config.vocab_size)).to(device).eval()

@@ -16,19 +16,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shapes import make_hf, make_model, make_rows
+from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
 from coconut_fast.data.batch import collate
 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    device = job.get("device", "cpu")
-    if job.get("threads"):
-        torch.set_num_threads(job["threads"])
+    device = DEVICE
     vocab = make_hf(job["shape"], layers=1).config.vocab_size
     rows, labels = make_rows(vocab, job["rows"], job["length"], job["thoughts"], job["labelled"])
     if job["who"] == "ours":
-        model = make_model(job["shape"], device=device).train()
+        model = make_model(job["shape"]).train()
         batch = collate(rows, model.tokens.thought, labels).to(device)
 
         def loss() -> torch.Tensor:
@@ -47,7 +45,7 @@ def main() -> None:
     seconds, losses = [], []
     for _ in range(job.get("rounds", 3)):
         start = finished(device)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             value = loss()
         value.backward()
         optimizer.step()
@@ -60,7 +58,7 @@ def main() -> None:
     print(json.dumps({"seconds": min(seconds), "losses": losses, "peak_bytes": peak}))
 
 
-def finished(device: str) -> float:
+def finished(device: str = DEVICE) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

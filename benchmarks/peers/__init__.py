@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import make_tokens
+from benchmarks.shapes import DEVICE, make_tokens
 
 
 def official_missing() -> str | None:
@@ -25,7 +25,7 @@ def official_missing() -> str | None:
 
 
 def official(
-    work: str, model: Path, *, vocab_size: int, dtype: str, device: str = "cpu", rounds: int = 1, **job: Any
+    work: str, model: Path, *, vocab_size: int, dtype: str, rounds: int = 1, **job: Any
 ) -> dict[str, Any]:
     """Runs benchmarks/peers/official.py; work: "generate" or "train". RuntimeError with its output where it fails."""
     tokens = make_tokens(vocab_size)
@@ -34,7 +34,7 @@ def official(
         "checkout": os.environ["COCONUT_REFERENCE"],
         "model": str(model),
         "dtype": dtype,
-        "device": device,
+        "device": DEVICE,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "thought": tokens.thought,
