@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from tqdm import tqdm
+
 from coconut_fast.data.examples import Example, TokenizedExample, read_examples
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
@@ -223,7 +225,7 @@ def layered_trees(
     if not 0 <= extra_edges <= most:
         raise ValueError(f"extra_edges: found {extra_edges}, expected 0 to {most} for depth {depth}, width {width}")
     graphs = []
-    for number in range(count):
+    for number in tqdm(range(count), desc="graphs", unit="problem", delay=2):
         rng = random.Random(f"layered/{seed}/{split}/{number}")
         edges: list[tuple[int, int]] = []
         spare: list[tuple[int, int]] = []  # edges that may be added

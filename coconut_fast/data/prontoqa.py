@@ -19,6 +19,8 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+from tqdm import tqdm
+
 from coconut_fast.data.examples import Example
 
 # Problems per split in the paper.
@@ -63,7 +65,8 @@ def generate_prontoqa(count: int, *, seed: int = 0, split: str = "train", hops: 
     """
     if not 1 <= hops <= 6:
         raise ValueError(f"hops: found {hops}, expected 1 to 6")
-    return [_problem(random.Random(f"prontoqa/{seed}/{split}/{number}"), hops) for number in range(count)]
+    numbers = tqdm(range(count), desc="prontoqa", unit="problem", delay=2)
+    return [_problem(random.Random(f"prontoqa/{seed}/{split}/{number}"), hops) for number in numbers]
 
 
 def _problem(rng: random.Random, hops: int) -> Example:

@@ -24,6 +24,8 @@ from itertools import accumulate, pairwise
 from math import exp, factorial
 from typing import Any
 
+from tqdm import tqdm
+
 from coconut_fast.data.examples import Example
 
 # The names of the released sets.
@@ -107,7 +109,7 @@ def generate_prosqa(
     if not 1 <= low <= high or low > nodes - 3:
         raise ValueError(f"hops: found {low} to {high}, expected 1 <= fewest <= most, and fewest at most nodes - 3")
     examples = []
-    for number in range(count):
+    for number in tqdm(range(count), desc="prosqa", unit="problem", delay=2):
         rng = random.Random(f"prosqa/{algorithm}/{seed}/{split}/{number}")
         examples.append(_problem(rng, algorithm == "calibrated", nodes, low, high))
     return examples

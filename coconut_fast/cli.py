@@ -1,0 +1,55 @@
+"""The command line, `coconut-fast` and `python -m coconut_fast`. One file per command in commands/.
+
+Exit codes: 0 done; 1 it failed while running; 2 bad input, refused before any work. An error is one sentence on stderr
+(COCONUT_FAST_TRACEBACK=1 shows where it came from). Nothing heavy is imported until a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import coconut_fast
+from coconut_fast.commands import convert, data, doctor, evaluate, generate, train
+
+COMMANDS = (data, train, evaluate, generate, convert, doctor)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; every command's namespace carries `run`, the function that does the work."""
+    parser = argparse.ArgumentParser(
+        prog="coconut-fast",
+        description="Latent reasoning at speed: train, evaluate and run Coconut models (arXiv 2412.06769).",
+        epilog="example: coconut-fast generate runs/prosqa 'Tom is a terpus. ... Is Tom a lempus or scrompus?'",
+    )
+    parser.add_argument("--version", action="version", version=f"coconut-fast {coconut_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command -> its exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        return _failed("interrupted", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
+        return 0
+    except ValueError as error:
+        return _failed(error, 2)
+    except (OSError, RuntimeError, ImportError) as error:
+        return _failed(error, 1)
+
+
+def _failed(error: BaseException | str, code: int) -> int:
+    if os.environ.get("COCONUT_FAST_TRACEBACK") and isinstance(error, BaseException):
+        raise error
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    print(f"coconut-fast: error: {sentence}", file=sys.stderr)
+    return code

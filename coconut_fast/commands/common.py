@@ -1,0 +1,69 @@
+"""What several commands share: finding and loading a model, and its options. Imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coconut_fast.model.coconut import Coconut
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL_HELP = "a run's directory, a model directory, an official checkpoint file, or a hub id"
+
+
+def add_command(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose --help ends with an example."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the checkpoint's)")
+    parser.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
+    parser.add_argument("--batch-size", type=int, help="rows at a time (default: by device)")
+
+
+def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
+    """The model at `path`, on the device and in the type asked for."""
+    import torch
+
+    from coconut_fast.model.checkpoints import load
+
+    quiet()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+    return load(find_model(path), device=device, dtype=dtype, base=arguments.base)
+
+
+def find_model(path: str) -> str | Path:
+    """A run's directory that has checkpoints but is not finished stands for its best one, else its last one."""
+    from coconut_fast.train import saving
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        found = saving.checkpoints(folder)
+        if found:
+            best = saving.read_manifest(found[-1]).get("best")
+            chosen = folder / f"{saving.PREFIX}{best['step']}" if best else found[-1]
+            return chosen if chosen.is_dir() else found[-1]
+    return path
+
+
+def quiet() -> None:
+    """No progress bars and chatter of libraries between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,92 @@
+"""coconut-fast generate: answers to one prompt, a file of prompts, or prompts as they are typed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from coconut_fast.commands.common import MODEL_HELP, add_command, add_model_options, load_model
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "generate",
+        "answer one prompt, a file of prompts, or prompts as they are typed",
+        "coconut-fast generate runs/prosqa --file questions.txt --num-thoughts 6",
+    )
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("prompt", nargs="?", help="a question; without it and --file, prompts are read one by one")
+    parser.add_argument("--file", help="prompts: one per line, or JSON lines with a question")
+    parser.add_argument("--num-thoughts", type=int, help="thoughts per prompt (default: as the checkpoint was trained)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument("--num-samples", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--json", action="store_true", help="one JSON object per answer, with its token ids")
+    add_model_options(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.prompt is not None and arguments.file is not None:
+        raise ValueError("--file: found a prompt as well, expected one of them")
+    prompts = [arguments.prompt] if arguments.prompt is not None else None
+    if arguments.file is not None:
+        prompts = read_prompts_file(arguments.file)
+    model = load_model(arguments.model, arguments)
+    if prompts is not None:
+        _answer(model, prompts, arguments)
+        return 0
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if prompt.strip():
+            try:
+                _answer(model, [prompt], arguments)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+
+
+def read_prompts_file(path: str) -> list[str]:
+    """Prompts of a file: the questions of JSON lines (or of a JSON list), else its lines that are not blank."""
+    from pathlib import Path
+
+    from coconut_fast.data.examples import read_examples
+
+    if path.endswith((".json", ".jsonl")):
+        return [example.question for example in read_examples(path)]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file: {path} cannot be read ({error})") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--file: {path} is empty, expected one prompt per line")
+    return prompts
+
+
+def _answer(model: Any, prompts: list[str], arguments: argparse.Namespace) -> None:
+    from coconut_fast.infer.engine import generate
+
+    names = ("num_thoughts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples", "batch_size")
+    output = generate(model, prompts, **{name: getattr(arguments, name) for name in names})
+    for number, text in enumerate(output.texts):
+        if arguments.json:
+            record = {
+                "prompt": prompts[number // arguments.num_samples],
+                "text": text,
+                "token_ids": output.token_ids[number],
+                "num_thoughts": output.num_thoughts[number],
+            }
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        else:
+            print(text, flush=True)
+    if output.stats.interrupted:
+        raise KeyboardInterrupt

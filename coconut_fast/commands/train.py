@@ -1,0 +1,36 @@
+"""coconut-fast train: run a recipe, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from coconut_fast.commands.common import add_command, quiet
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        "train by a recipe; the same command again goes on where a killed run stopped",
+        "coconut-fast train recipes/prosqa.yaml method=no_thoughts name=prosqa-no-thoughts\n"
+        "  torchrun --nproc-per-node 4 -m coconut_fast train recipes/prosqa.yaml gradient_accumulation_steps=1",
+    )
+    parser.add_argument("recipe", help="a YAML file of settings (ours, or the official code's args/*.yaml)")
+    parser.add_argument("override", nargs="*", help="KEY=VALUE, instead of what the recipe says (model.n_layer=4 too)")
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from coconut_fast.train.recipe import read_recipe
+
+    settings = read_recipe(arguments.recipe, arguments.override)
+    quiet()
+    if settings.only_eval:
+        from coconut_fast.commands.evaluate import evaluate_recipe
+
+        return evaluate_recipe(settings)
+    from coconut_fast.train.run import run
+
+    print(run(settings))
+    return 0

@@ -1,0 +1,84 @@
+"""What is installed and built here, and which implementation of each op is chosen, with the reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import coconut_fast
+from coconut_fast import ops
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")
+
+
+def report(device: str | None = None) -> str:
+    """A few lines for people (and for bug reports). ValueError for a device that is no device."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device: found {device!r}, expected cpu, cuda, cuda:1, ...") from error
+    sections = {
+        "versions": list(_versions()),
+        "machine": list(_machine()),
+        "C++ module": list(_extension()),
+        f"ops on {chosen.type}": list(_ops(chosen)),
+    }
+    return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def _versions() -> Iterator[str]:
+    yield _line("coconut_fast", f"{coconut_fast.__version__} ({os.path.dirname(coconut_fast.__file__)})")
+    yield _line("python", platform.python_version())
+    for name in PACKAGES:
+        try:
+            yield _line(name, version(name))
+        except PackageNotFoundError:
+            yield _line(name, "not installed")
+
+
+def _machine() -> Iterator[str]:
+    yield _line("system", f"{platform.system()} {platform.machine()}")
+    yield _line("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield _line(
+            "GPU", f"none that torch can use (torch is built {f'for CUDA {built}' if built else 'without CUDA'})"
+        )
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        yield _line(f"cuda:{index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}")
+
+
+def _extension() -> Iterator[str]:
+    try:
+        built = ops.extension().build_info()
+    except ImportError as error:
+        yield str(error)
+        return
+    for name, value in built.items():
+        if name == "cuda_reason":
+            continue
+        if name == "cuda":
+            value = "yes" if value else f"no: {built['cuda_reason']}"
+        yield _line(name, str(value))
+    if built["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+        yield f"built for torch {built['torch']}, but {torch.__version__} is installed: build it again"
+
+
+def _ops(device: torch.device) -> Iterator[str]:
+    for op in ops.BACKENDS:
+        try:
+            backend, reason = ops.choose(op, device)
+            yield _line(op, f"{backend:8} {reason}")
+        except ValueError as error:
+            yield _line(op, str(error))
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:26}{value}"

@@ -1,0 +1,180 @@
+"""The command line: every command once, what --help costs, and how bad input ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from coconut_fast import load
+from coconut_fast.cli import COMMANDS, main
+from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
+from coconut_fast.data.curriculum import METHODS
+from coconut_fast.data.examples import read_examples
+from coconut_fast.model.checkpoints import REFERENCE_PREFIX
+from tests.conftest import ROOT
+from tests.runs import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the command line."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("cli")
+    settings = {k: v for k, v in tiny(folder, num_epochs=3).to_dict().items() if k != "removal_smoothing"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", str(folder / "recipe.yaml"), "lr=1e-3", "name=run"]) == 0
+    return folder
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str | Path) -> str:
+    """The one sentence a command ends with."""
+    try:
+        found = main([str(a) for a in arguments])
+    except SystemExit as exit_:  # argparse
+        found = exit_.code
+    error = capsys.readouterr().err
+    assert found == code, error
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+def test_help_is_instant_and_has_examples() -> None:
+    start = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "coconut_fast", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert shown.returncode == 0 and "example: coconut-fast" in shown.stdout
+    assert "torch" not in {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("command", ["data", "train", "eval", "generate", "convert", "doctor", "data prosqa"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert f"example:\n  coconut-fast {command}" in shown
+
+
+def test_spelled_out_choices_are_complete() -> None:
+    assert set(CLI_METHODS) == set(METHODS)
+    assert len(COMMANDS) == 6
+
+
+@pytest.mark.parametrize("kind", ["prosqa", "prontoqa", "graphs"])
+def test_data(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "data", kind, tmp_path / "a.json", "--count", "5")
+    call(capsys, "data", kind, tmp_path / "b.jsonl", "--count", "5", "--split", "test")
+    first, other = read_examples(tmp_path / "a.json"), read_examples(tmp_path / "b.jsonl")
+    assert len(first) == len(other) == 5 and first != other
+    assert "problems         5" in call(capsys, "data", "check", tmp_path / "a.json")
+
+
+def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = trained / "runs" / "run", trained / "val.json"
+    table = call(capsys, "eval", model, data, "--out", tmp_path / "out", "--max-new-tokens", "8", "--device", "cpu")
+    assert table.splitlines()[0].split() == ["model", "accuracy", "tokens", "thoughts", "s", "/", "example", "examples"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["run"]
+    lines = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
+    assert results["examples"] == len(lines) == 8 and results["mean_thoughts"] == 2
+    assert sum(json.loads(line)["correct"] for line in lines) == results["correct"]
+    printed = json.loads(call(capsys, "eval", model, data, "--num-thoughts", "1", "--limit", "3", "--json"))
+    assert printed["run"]["mean_thoughts"] == 1 and printed["run"]["examples"] == 3
+
+
+def test_generate(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained / "runs" / "run"
+    one = call(capsys, "generate", model, "go on from ada", "--max-new-tokens", "4")
+    (tmp_path / "prompts.txt").write_text("go on from ada\n\ngo on on from bo\n")
+    both = call(capsys, "generate", model, "--file", tmp_path / "prompts.txt", "--max-new-tokens", "4")
+    assert both.startswith(one)
+    record = json.loads(
+        call(capsys, "generate", model, "go on from ada", "--num-thoughts", "3", "--json", "--max-new-tokens", "2")
+    )
+    assert record["num_thoughts"] == 3 and len(record["token_ids"]) <= 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("go on from ada\n\n"))
+    assert call(capsys, "generate", model, "--max-new-tokens", "4") == one, "prompts as they are typed"
+
+
+def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained / "runs" / "run"
+    call(capsys, "convert", "official", model, tmp_path / "checkpoint_9")
+    state = torch.load(tmp_path / "checkpoint_9", weights_only=True)
+    assert all(name.startswith(REFERENCE_PREFIX) or name == "embedding.weight" for name in state)
+    again = ("convert", "model", tmp_path / "checkpoint_9", tmp_path / "back", "--base", model, "--num-thoughts", "2")
+    call(capsys, *again)
+    ours, back = load(model).state_dict(), load(tmp_path / "back").state_dict()
+    assert all(torch.equal(ours[name], back[name]) for name in ours)
+    assert load(tmp_path / "back").settings.num_thoughts == 2
+    (tmp_path / "icot.txt").write_text("How many?||<<1+1=2>> #### 2\n")
+    call(capsys, "convert", "icot", tmp_path / "icot.txt", tmp_path / "icot.json")
+    assert read_examples(tmp_path / "icot.json")[0].answer == "2"
+
+
+def test_only_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe of the official code with only_eval, on its own kind of checkpoint."""
+    run = trained / "runs" / "run"
+    call(capsys, "convert", "official", run, tmp_path / "checkpoint_3")
+    official = {
+        "model_id": str(run), "load_model_path": str(tmp_path / "checkpoint_3"), "only_eval": True, "coconut": True,
+        "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2, "num_epochs": 9, "resume": 3, "name": "only",
+        "save_path": str(tmp_path), "val_path": str(trained / "val.json"), "bf16": False, "reset_optimizer": True,
+    }  # fmt: skip
+    # As official checkpoints come: nothing says how many thoughts they were trained with.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / file).write_bytes((run / file).read_bytes())
+    official["model_id"] = str(bare)
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(official))
+    assert "only" in call(capsys, "train", tmp_path / "eval.yaml")
+    assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 2
+    error = fails(capsys, 2, "train", tmp_path / "eval.yaml", "resume=1")
+    assert "num_thoughts: found none, and resume=1 would mean 1 thoughts where a fully trained model has 2" in error
+    call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1")
+    assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 1
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = call(capsys, "doctor", "--device", "cpu")
+    assert "ragged_attention" in shown and "torch " in shown and "ops on cpu" in shown
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = trained / "runs" / "run", trained / "val.json"
+    recipe = trained / "recipe.yaml"
+    assert "invalid choice" in fails(capsys, 2, "learn")
+    assert "unknown key 'epoch'" in fails(capsys, 2, "train", recipe, "epoch=3")
+    assert "no such file or directory" in fails(capsys, 2, "eval", tmp_path / "absent", data)
+    assert "absent.json: cannot be read" in fails(capsys, 2, "eval", run, tmp_path / "absent.json")
+    assert "--limit: found 0" in fails(capsys, 2, "eval", run, data, "--limit", "0")
+    assert "--count: found 0" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "0")
+    assert "--file: found a prompt as well" in fails(capsys, 2, "generate", run, "a", "--file", "b")
+    assert "--device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
+    assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
+    (tmp_path / "bad.json").write_text('[{"question": "q", "steps": [], "answer": 5}]')
+    assert "record 1, field 'answer': found a number (5)" in fails(capsys, 2, "eval", run, tmp_path / "bad.json")
+
+
+def test_failures_while_running_exit_1(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in the way").write_text("")
+    target = tmp_path / "in the way" / "data.json"
+    assert fails(capsys, 1, "data", "graphs", target, "--count", "1").startswith("coconut-fast: error: ")

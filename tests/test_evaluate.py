@@ -1,0 +1,109 @@
+"""Evaluation: the stated extraction, what counts as a token, where the number of thoughts comes from, and results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from coconut_fast.data.curriculum import CurriculumConfig
+from coconut_fast.data.examples import Example
+from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
+from coconut_fast.evaluate.accuracy import evaluate
+from coconut_fast.evaluate.table import result_table, write_results
+from coconut_fast.infer.answers import Evaluation, Prediction, answer, extract_answer, make_problems
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train.build import build
+from coconut_fast.train.state import describe
+from tests.runs import chains, tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Coconut:
+    torch.set_num_threads(1)
+    return build(tiny(tmp_path), chains(40)).eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ada to bo\n### bo", "bo"),
+        ("### 1,234 ", "1234"),
+        ("# a # b\n", "b"),
+        ("no mark at all", "no mark at all"),
+        ("", ""),
+        ("### ", ""),
+    ],
+)
+def test_extraction(text: str, expected: str) -> None:
+    assert extract_answer(text) == expected
+
+
+def test_judgement_is_by_the_extracted_answer(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coconut_fast.infer import answers
+
+    class Output:
+        texts = ("cy to dee\n### dee", "### dee, dee", "### 1234")
+        token_ids = ([5, 6, 7], [5], [])
+        num_thoughts = (2, 2, 0)
+        stats = type("Stats", (), {"interrupted": False})
+
+    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: Output)
+    examples = [Example("go on from cy", [], "dee"), Example("go on from cy", [], "dee"), Example("go", [], "1,234")]
+    result = evaluate(model, examples, num_thoughts=2)
+    assert [p.correct for p in result.predictions] == [True, False, True]
+    assert [p.new_tokens for p in result.predictions] == [5, 3, 0]
+    assert (result.accuracy, result.correct) == (2 / 3, 2)
+    assert result.mean_tokens == 8 / 3 and result.mean_thoughts == 4 / 3
+
+
+def test_number_of_thoughts_is_said_or_remembered(model: Coconut) -> None:
+    examples = chains(3)
+    with pytest.raises(ValueError, match="num_thoughts: the checkpoint does not say how many thoughts"):
+        evaluate(model, examples, max_new_tokens=2)
+    assert evaluate(model, examples, num_thoughts=4, max_new_tokens=2).mean_thoughts == 4
+    assert evaluate(model, examples, method="cot", max_new_tokens=2).mean_thoughts == 0
+    with pytest.raises(ValueError, match="method: found 'magic'"):
+        evaluate(model, examples, method="magic")
+    describe(model, CurriculumConfig(c_thought=2, max_latent_stage=3), stage=2)
+    assert evaluate(model, examples, max_new_tokens=2).mean_thoughts == 4
+    assert evaluate(model, examples, num_thoughts=1, max_new_tokens=2).mean_thoughts == 1
+    describe(model, CurriculumConfig(pad_latent_to_max=False), stage=9)
+    counts = [p.num_thoughts for p in evaluate(model, examples, max_new_tokens=2).predictions]
+    assert counts == [len(e.steps) for e in examples], "unpadded, every question gets its own number"
+
+
+def test_answers_are_cut_to_the_positions_there_are(model: Coconut) -> None:
+    long = Example(" ".join(["go"] * 55), [], "ada")
+    assert evaluate(model, [long], num_thoughts=2, max_new_tokens=100).predictions[0].new_tokens <= 64
+
+
+def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
+    settings = tiny(tmp_path, tokenizer="symbols")
+    model = build(settings, []).eval()
+    examples = [symbolic_record(g, i) for i, g in enumerate(layered_trees(4, depth=2, extra_edges=2))]
+    tokenized = symbolic_examples([graph_of(e) for e in examples], frontier="all")
+    config = CurriculumConfig(target="random_frontier", max_latent_stage=2, markers=False)
+    early = make_problems(model, examples, tokenized, 1, config)
+    assert [len(p.accepted) for p in early] == [len(t.frontiers[1]) for t in tokenized if t.frontiers]
+    assert all(p.length == 1 and p.prompt[-1] == model.tokens.thought for p in early)
+    late = make_problems(model, examples, tokenized, 2, config)
+    assert [p.accepted for p in late] == [(e.answer,) for e in examples]
+    assert all(p.length is None and p.prompt[-1] == 37 for p in late), "[A] is given"
+    assert answer(model, early, max_new_tokens=9).mean_tokens == 2, "one thought, one node"
+
+
+def test_tables_and_files(tmp_path: Path) -> None:
+    result = Evaluation(
+        [Prediction(0, "q", "a", "a", True, 6, 8, "### a"), Prediction(1, "q", "a", "b", False, 6, 9, "b")], 0.5
+    )
+    table = result_table({"ours": result, "other one": result}).splitlines()
+    assert table[0].split()[:3] == ["model", "accuracy", "tokens"]
+    assert table[2].split() == ["ours", "50.0%", "8.5", "6.0", "0.2500", "2"]
+    assert len({len(line) for line in table}) == 1
+    write_results(tmp_path, {"ours": result}, {"data": "test.json"})
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["data"] == "test.json" and saved["results"]["ours"]["accuracy"] == 0.5
+    assert [json.loads(line)["correct"] for line in (tmp_path / "ours.jsonl").read_text().splitlines()] == [True, False]
