@@ -63,6 +63,4 @@ def test_generate(benchmark, figures, weights, workload: str, dtype: str) -> Non
     for prompt in prompts[:timed]:
         hugging_face.generate(hf, prompt, VOCAB - 1, new)
     peers["hf_cached"] = (time.perf_counter() - start) * count / timed
-    stats = output.stats
-    note = f"{stats.backend}: read {stats.read_seconds:.2f} s, write {stats.write_seconds:.2f} s"
-    figures.add(f"generate {dtype}: {workload}", seconds, note=note, **peers)
+    figures.add(f"generate {dtype}: {workload}", seconds, note=str(output.stats), **peers)

@@ -24,9 +24,7 @@ def official_missing() -> str | None:
     return None
 
 
-def official(
-    work: str, model: Path, *, vocab_size: int, dtype: str, rounds: int = 1, **job: Any
-) -> dict[str, Any]:
+def official(work: str, model: Path, *, vocab_size: int, dtype: str, rounds: int = 1, **job: Any) -> dict[str, Any]:
     """Runs benchmarks/peers/official.py; work: "generate" or "train". RuntimeError with its output where it fails."""
     tokens = make_tokens(vocab_size)
     job |= {

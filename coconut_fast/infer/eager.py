@@ -9,6 +9,7 @@ import torch
 from coconut_fast.infer.decode import Draft, Sampling, choose, decode
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
+from coconut_fast.infer.stats import Clock
 from coconut_fast.infer.think import think
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
@@ -22,6 +23,7 @@ class EagerRunner:
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         self.model = model
         self.sampling = sampling
+        self.clock = Clock(model.device)
         self.cache = KVCache(
             model.num_layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length, device=model.device
         )
@@ -44,17 +46,22 @@ class EagerRunner:
             if fed_BD is not None and kept is not None:
                 for sink, thought_D in zip(kept, fed_BD, strict=True):
                     sink.append(thought_D)
-            hidden_BD = prefill(self.model, self.cache, member_rows, [p.tokens for p in pieces], fed_BD)
+            with self.clock("prefill" if fed_BD is None else "think"):
+                hidden_BD = prefill(self.model, self.cache, member_rows, [p.tokens for p in pieces], fed_BD)
             more = [max(p.thoughts - 1, 0) for p in pieces]
-            hidden_BD = think(self.model, self.cache, member_rows, hidden_BD, more, kept)
+            with self.clock("think", passes=max(more)):
+                hidden_BD = think(self.model, self.cache, member_rows, hidden_BD, more, kept)
             last_BD = hidden_BD if last_BD is None else last_BD.index_copy(0, index, hidden_BD)
         assert last_BD is not None
         return last_BD
 
     def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
         """The first token of each draft, from its prompt's last hidden state."""
-        choose(self.model, hidden_BD, drafts, self.sampling)
+        with self.clock("write", passes=0):
+            choose(self.model, hidden_BD, drafts, self.sampling)
 
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """Up to `steps` more tokens of each draft."""
-        decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)
+        longest = max((min(steps, d.limit - len(d.tokens)) for d in drafts), default=0)
+        with self.clock("write", passes=longest):
+            decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)

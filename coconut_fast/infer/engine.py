@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,31 +15,12 @@ from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.prompts import Prompt, read_prompts
+from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.coconut import Coconut
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits
 PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
-
-
-@dataclass
-class GenerateStats:
-    """Where the time of a `generate` call went. Seconds are wall clock; tokens and thoughts are those of all rows."""
-
-    backend: str
-    reason: str
-    prompt_tokens: int = 0
-    thoughts: int = 0
-    new_tokens: int = 0
-    read_seconds: float = 0.0  # prefill and thoughts
-    write_seconds: float = 0.0  # answer tokens
-    interrupted: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens and thoughts per second, prefill included in the time."""
-        seconds = self.read_seconds + self.write_seconds
-        return (self.new_tokens + self.thoughts) / seconds if seconds else 0.0
 
 
 @dataclass
@@ -172,9 +152,7 @@ class Engine:
                     room -= self.num_samples
                 if group:
                     active.update(self._read(group))
-                start = time.perf_counter()
                 self.runner.write(list(active.values()), WRITE_STEPS)
-                self.stats.write_seconds += time.perf_counter() - start
                 for number in [n for n, d in active.items() if d.done(self.model.tokens.eos)]:
                     draft = active.pop(number)
                     self.runner.cache.free([draft.row])
@@ -183,7 +161,6 @@ class Engine:
 
     def _read(self, group: list[int]) -> dict[int, Draft]:
         """Prompts -> the first token of each of their answers."""
-        start = time.perf_counter()
         prompts = [self.prompts[i] for i in group]
         kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
         rows = self.runner.cache.alloc(len(group))
@@ -197,7 +174,6 @@ class Engine:
             if kept is not None:
                 self.thoughts[i] = torch.stack(kept[n]) if kept[n] else hidden_BD.new_zeros(0, hidden_BD.shape[1])
         self.runner.first(hidden_BD.repeat_interleave(self.num_samples, 0), list(drafts.values()))
-        self.stats.read_seconds += time.perf_counter() - start
         self.stats.prompt_tokens += sum(len(p.ids) - p.num_thoughts for p in prompts)
         self.stats.thoughts += sum(p.num_thoughts for p in prompts)
         return drafts
@@ -211,6 +187,7 @@ class Engine:
 
     def output(self) -> GenerateOutput:
         """What is finished, in the order of the prompts."""
+        self.stats.take(self.runner.clock)
         answers = [self.finished.get(n) for n in range(len(self.prompts) * self.num_samples)]
         tokenizer = self.model.tokenizer
         texts = [

@@ -16,6 +16,7 @@ import torch
 
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.sampling import sample_at, uniform
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.coconut import Coconut
@@ -131,19 +132,19 @@ class GraphRunner(EagerRunner):
         usual = all([len(p.tokens) for p in prompt.pieces[1:]] == [1] for prompt in prompts)
         if not usual or thoughts is not None or len(rows) > BUCKETS[-1]:
             return super().read(rows, prompts, thoughts)
-        from coconut_fast.infer.prefill import prefill
-
-        hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
+        with self.clock("prefill"):
+            hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
         counts = [p.num_thoughts for p in prompts]
         batch = self._batch(len(rows))
         batch.fill(rows, self._lengths(rows), counts)
         batch.hidden[: len(rows)] = hidden_BD
         self.cache.reserve(rows, [c + 1 for c in counts])
         left = max(counts)
-        while left:
-            chain = min(left, LONGEST_CHAIN)
-            self._replay(batch, "think", chain)
-            left -= chain
+        with self.clock("think", passes=left):
+            while left:
+                chain = min(left, LONGEST_CHAIN)
+                self._replay(batch, "think", chain)
+                left -= chain
         batch.remaining[: len(rows)] = 1
         tails = [p.pieces[1].tokens[0] for p in prompts]
         batch.tokens[: len(rows)] = torch.tensor(tails, device=self.cache.device)
@@ -156,7 +157,9 @@ class GraphRunner(EagerRunner):
         eos = self.model.tokens.eos
         writing = [d for d in drafts if not d.done(eos)]
         for start in range(0, len(writing), BUCKETS[-1]):
-            self._write(writing[start : start + BUCKETS[-1]], steps)
+            part = writing[start : start + BUCKETS[-1]]
+            with self.clock("write", passes=max(min(steps, d.limit - len(d.tokens)) for d in part)):
+                self._write(part, steps)
 
     def _write(self, drafts: Sequence[Draft], steps: int) -> None:
         rows = [d.row for d in drafts]

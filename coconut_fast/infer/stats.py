@@ -1,0 +1,99 @@
+"""Where the time of a `generate` call went, and how near a pass came to what the memory allows."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+class Clock:
+    """Seconds and passes of each phase: "prefill", "think" (latent passes), "write" (answer tokens).
+
+    On a GPU a phase ends when the device has done it; phases are whole reads or writes, so that costs nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self.passes: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self, phase: str, passes: int = 1) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - start
+        self.passes[phase] += passes
+
+
+@dataclass
+class GenerateStats:
+    """backend: who ran the passes, and reason: why. Counts are of all rows; seconds are wall clock.
+
+    A pass is one forward of the whole batch. bytes_per_*_pass: the weights it must read (a latent pass has no LM head).
+    """
+
+    backend: str
+    reason: str
+    prompt_tokens: int = 0
+    thoughts: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    think_seconds: float = 0.0
+    write_seconds: float = 0.0
+    latent_passes: int = 0
+    token_passes: int = 0
+    bytes_per_latent_pass: int | None = None
+    bytes_per_token_pass: int | None = None
+    interrupted: bool = False
+    _bandwidth: Callable[[], float] | None = field(default=None, repr=False)
+
+    def take(self, clock: Clock) -> None:
+        """Brings seconds and passes up to date."""
+        self.prefill_seconds = clock.seconds["prefill"]
+        self.think_seconds = clock.seconds["think"]
+        self.write_seconds = clock.seconds["write"]
+        self.latent_passes, self.token_passes = clock.passes["think"], clock.passes["write"]
+
+    @property
+    def seconds(self) -> float:
+        """All three phases."""
+        return self.prefill_seconds + self.think_seconds + self.write_seconds
+
+    @property
+    def seconds_per_latent_pass(self) -> float | None:
+        return self.think_seconds / self.latent_passes if self.latent_passes else None
+
+    @property
+    def seconds_per_token_pass(self) -> float | None:
+        return self.write_seconds / self.token_passes if self.token_passes else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens and thoughts per second, prefill included in the time."""
+        return (self.new_tokens + self.thoughts) / self.seconds if self.seconds else 0.0
+
+    @property
+    def bandwidth_share(self) -> float | None:
+        """Share of this machine's measured read bandwidth that the latent passes reached; measured on first use."""
+        if self._bandwidth is None or not self.bytes_per_latent_pass or not self.seconds_per_latent_pass:
+            return None
+        return self.bytes_per_latent_pass / self.seconds_per_latent_pass / self._bandwidth()
+
+    def __str__(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{self.backend}: {self.new_tokens} tokens and {self.thoughts} thoughts in {self.seconds:.2f} s",
+            f"{self.tokens_per_second:.0f} a second",
+        ]
+        if self.seconds_per_latent_pass:
+            parts.append(f"{self.seconds_per_latent_pass * 1e3:.2f} ms a latent pass")
+        if self.seconds_per_token_pass:
+            parts.append(f"{self.seconds_per_token_pass * 1e3:.2f} ms a token pass")
+        return ", ".join(parts)
