@@ -77,8 +77,9 @@ if not (2, 11) <= tuple(map(int, TORCH.split("."))) < (2, 14):
 
 setup(
     install_requires=DEPENDENCIES,
-    packages=[*find_packages(include=["coconut_fast*"]), "coconut_fast.kernels"],
-    package_dir={"coconut_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["coconut_fast*"]), "coconut_fast.kernels", "coconut_fast.recipes"],
+    package_dir={"coconut_fast.kernels": "kernels", "coconut_fast.recipes": "recipes"},
+    package_data={"coconut_fast.recipes": ["*.yaml"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
 )
