@@ -112,6 +112,15 @@ def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
     assert [ids is not None for ids in output.token_ids] == [True, True, False, False, False]
 
 
+def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
+    free = type("", (), {"available": 20_000})
+    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ValueError, match="batch_size: a cache of 5 rows needs .* GB are free"):
+        generate(model, PROMPTS)
+    monkeypatch.undo()
+    assert generate(model, PROMPTS, max_new_tokens=1).token_ids
+
+
 def test_no_prompts() -> None:
     model, _ = make_pair("gpt2")
     assert generate(model, []).token_ids == []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -125,11 +126,13 @@ class Engine:
         answers = max(1, len(prompts) * num_samples)
         batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
         longest = max((len(p.ids) for p in prompts), default=0) + max_new_tokens
+        # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
+        num_slots = batch_size * (-(-longest // 16) + 1) * 16
+        check_memory(model, num_slots, batch_size)
         runner, reason = choose_runner(model)
         self.runner = runner(
             model,
-            # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
-            num_slots=batch_size * (-(-longest // 16) + 1) * 16,
+            num_slots=num_slots,
             max_rows=batch_size + 1,
             max_length=longest + 16,
             sampling=sampling,
@@ -199,6 +202,21 @@ class Engine:
         if self.keep_thoughts:
             thoughts = [self.thoughts.get(i) for i in range(len(self.prompts)) for _ in range(self.num_samples)]
         return GenerateOutput(texts, answers, counts, thoughts, self.stats)
+
+
+def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
+    """ValueError where the cache of this call would not fit into the memory that is free now."""
+    config = model.hf.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    needed = 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "use a smaller batch_size, fewer max_new_tokens or shorter prompts"
+        )
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:
