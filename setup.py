@@ -31,6 +31,7 @@ DEPENDENCIES = [
     "safetensors>=0.4.3",
     "numpy>=1.26",
     "psutil>=5.9",
+    "psutil>=5.9",
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "matplotlib>=3.8",

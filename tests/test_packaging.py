@@ -56,9 +56,7 @@ def _imports(file: Path) -> Iterator[str]:
             parents = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
-            yield str(node.values[0].value)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"coconut_fast(\.\w+)+", str(node.value)):
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"coconut_fast(\.\w+)+\.?", str(node.value)):
             yield str(node.value)
 
 
@@ -97,6 +95,15 @@ def test_data_needs_no_model_and_no_gpu():
         assert "torch.cuda" not in text and ".cuda(" not in text, file
         allowed = re.compile(r"coconut_fast\.(data|tokens|files|config)\b")
         assert all(allowed.match(name) for name in _ours(file)), file
+
+
+def test_everything_imported_is_a_declared_dependency():
+    declared = {name.lower() for name in re.findall(r'^    f?"([\w-]+)[>=]', (ROOT / "setup.py").read_text(), re.M)}
+    distribution = {"yaml": "pyyaml"}
+    for file in _sources():
+        for name in {imported.split(".")[0] for imported in _imports(file)} - set(sys.stdlib_module_names):
+            if name.isidentifier() and name != "coconut_fast":
+                assert distribution.get(name, name) in declared, f"{_name(file)} imports {name}, setup.py has it not"
 
 
 def test_the_oracle_imports_nothing_of_ours():
