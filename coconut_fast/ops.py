@@ -25,6 +25,11 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention_backward": ("triton", "cpu", "torch"),
     "kv_append": ("triton", "torch"),
     "decode_attention": ("triton", "torch"),
+    "latent_feedback": ("triton", "torch"),
+    "residual_norm": ("triton", "torch"),
+    "gated_mlp": ("triton", "torch"),
+    "skinny_linear": ("triton", "torch"),
+    "lm_head_sample": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
 }
 DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "chunked": None, "torch": None}
@@ -102,7 +107,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
 
 def call(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
     """Run `op` on the backend chosen for its first tensor argument's device."""
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
     chosen, _ = choose(op, device, backend)
     return _implementation(op, chosen)(*args, **kwargs)
 

@@ -140,3 +140,62 @@ def load_head(base, d, mask, K: tl.constexpr, weight, eps, cos, sin, NORM: tl.co
         s = tl.load(sin + d % HALF, mask=turns, other=0.0).to(tl.float32)
         x = tl.where(turns, tl.where(d < HALF, x * c - y * s, x * c + y * s), x)
     return x
+
+
+@triton.jit
+def row_statistics(x, rows, mask_m, x_row, eps, IN: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
+    """Mean (0 unless LayerNorm) and reciprocal deviation of rows of x: one pass each, over a row that lies in L2."""
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    if NORM == "layer":
+        for start in range(0, IN, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = mask_m[:, None] & (k < IN)[None, :]
+            t = tl.load(x + rows[:, None] * x_row + k[None, :], mask=mask, other=0.0)
+            mean += tl.sum(t.to(tl.float32), axis=1)
+        mean = mean / IN
+    square = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, IN, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = mask_m[:, None] & (k < IN)[None, :]
+        t = tl.load(x + rows[:, None] * x_row + k[None, :], mask=mask, other=0.0)
+        centred = tl.where(mask, t.to(tl.float32) - mean[:, None], 0.0)
+        square += tl.sum(centred * centred, axis=1)
+    return mean, tl.rsqrt(square / IN + eps)
+
+
+@triton.jit
+def products(
+    x, rows, mask_m, x_row, weight, n, mask_n, weight_row, mean, scale, norm_weight, norm_bias,
+    IN: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+    DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """norm(x)[rows] @ weight[n].T in fp32, (BLOCK_M, BLOCK_N): the weights' rows are streamed once, in order.
+
+    DOT: tensor cores, rows padded to 16. Else plain multiplies, for up to 4 rows: partial sums stay apart per
+    component until the end, so the loop has no shuffles and its loads run STAGES ahead.
+    """
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    BLOCK_N: tl.constexpr = n.shape[0]
+    if DOT:  # noqa: SIM108 (a constant, and the branches differ in shape)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < IN
+        w = tl.load(weight + n[:, None] * weight_row + k[None, :], mask=mask_n[:, None] & inside[None, :], other=0.0)
+        mask = mask_m[:, None] & inside[None, :]
+        t = tl.load(x + rows[:, None] * x_row + k[None, :], mask=mask, other=0.0)
+        if NORM != "none":
+            gain = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+            t = (t.to(tl.float32) - mean[:, None]) * scale[:, None] * gain[None, :]
+            if HAS_NORM_BIAS:
+                t += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if DOT:
+            acc = tl.dot(t.to(TYPE), tl.trans(w.to(TYPE)), acc, input_precision="ieee")
+        else:
+            acc += t.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
+    if not DOT:
+        acc = tl.sum(acc, axis=2)
+    return acc

@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
+    gated_mlp_ref,
+    latent_feedback_ref,
+    lm_head_sample_ref,
+    residual_norm_ref,
+    skinny_linear_ref,
+)
+
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1", torch.uint8: "*u8",
+    torch.float64: "*fp64", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -127,6 +127,11 @@ DTYPES = {
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, call) of every op at the shapes of real models; the label starts with the op's name."""
+    yield from attention_cases()
+    yield from dense_cases()
+
+
+def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from coconut_fast.kernels import decode_attention, kv_append, ragged_attention, ragged_attention_backward
 
     for name, (heads, kv_heads, head_dim, *_) in SHAPES.items():
@@ -172,6 +177,68 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         q, q, *s, q, n, *t, *g, **o
                     ),
                 )
+
+
+def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from coconut_fast.kernels import gated_mlp, latent_feedback, lm_head_sample, residual_norm, skinny_linear
+
+    for name, (_, _, _, dim, inner, vocabulary) in SHAPES.items():
+        gpt2 = name == "gpt2"
+        kind, activation = ("layer", "gelu_tanh") if gpt2 else ("rms", "swiglu")
+        wide = inner if gpt2 else 2 * inner
+        for dtype in DTYPES[name]:
+            label = f"{name}/{str(dtype).removeprefix('torch.')}"
+            weight, bias = empty(dim, dtype=dtype), empty(dim, dtype=dtype) if gpt2 else None
+            one, many = empty(1, dim, dtype=torch.float32), empty(8, dim, dtype=dtype)
+            norm = {"weight": weight, "bias": bias, "norm": kind}
+            numbers = empty(8, dtype=torch.float64)
+            place = (
+                indices(8, dtype=torch.int64),
+                indices(8),
+                indices(8, dtype=torch.int64),
+                indices(64, 64),
+                indices(8),
+            )
+            yield (
+                f"latent_feedback/{label}",
+                lambda x=many, p=place, n=norm: latent_feedback._launch(
+                    x,
+                    p[4],
+                    x,
+                    *p,
+                    page_size=16,
+                    **n,
+                    position_embedding=x if n["bias"] is not None else None,
+                    remaining=p[4],
+                ),
+            )
+            yield (
+                f"residual_norm/{label}",
+                lambda x=many, w=weight, b=bias, k=kind: residual_norm._launch(
+                    x, w, kind=k, residual=empty(*x.shape, dtype=torch.float32), norm_bias=b
+                ),
+            )
+            yield (
+                f"gated_mlp/{label}",
+                lambda a=activation, w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation=a),
+            )
+            up, down = empty(wide, dim, dtype=dtype), empty(dim, inner, dtype=dtype)
+            normed = {"norm": kind, "norm_weight": weight, "norm_bias": bias, "activation": activation}
+            for x in (one, many):
+                yield f"skinny_linear/{label}/{len(x)}/up", lambda x=x, w=up, n=normed: skinny_linear._launch(x, w, **n)
+                yield (
+                    f"skinny_linear/{label}/{len(x)}/down",
+                    lambda x=x, w=down, i=inner, t=dtype: skinny_linear._launch(
+                        empty(len(x), i, dtype=t), w, residual=x
+                    ),
+                )
+                head = empty(vocabulary, dim, dtype=dtype)
+                drawn = {"numbers": numbers[: len(x)], "temperature": 1.0}
+                for options in ({}, drawn, drawn | {"top_k": 50, "top_p": 0.9}) if gpt2 else ({},):
+                    yield (
+                        f"lm_head_sample/{label}/{len(x)}/{len(options)}",
+                        lambda x=x, w=head, o=options: lm_head_sample._launch(x, w, **o),
+                    )
 
 
 def main() -> None:

@@ -42,5 +42,6 @@ def test_resources(compiled, op) -> None:
     for found in mine:
         assert found["spilled"] == 0, found
         assert found["registers"] <= int(bound[1]), found
-        if "128-bit" in doc:
-            assert found["vector_loads"] > 0, found
+    if "128-bit" in doc:  # of the launches of a case, the one that streams; a reduction of partial results may not
+        for case in {found["case"] for found in mine}:
+            assert any(found["vector_loads"] for found in mine if found["case"] == case), case

@@ -1,0 +1,160 @@
+"""The mathematics of the ops on dense rows: norms, feedback, products, the head. reference.py exports them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# ---- residual_norm ---------------------------------------------------------------------------------------------------
+
+
+def _normed(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm ("layer"), RMSNorm ("rms") or nothing ("none") over the last dimension, in x's dtype."""
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    if kind != "none" and weight is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def _work(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def residual_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    kind: str = "layer",
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """total = x (+ bias) (+ residual), in the residual's dtype (x's without one), and normed = norm(total), in x's.
+
+    Returns (normed, total).
+
+    x, residual (N, D); weight, bias, norm_bias (D,); kind "layer" or "rms".
+    """
+    total = _work(x)
+    for term in (bias, residual):
+        total = total if term is None else total + term.to(total.dtype)
+    normed = _normed(total, kind, weight, norm_bias, eps).to(x.dtype)
+    return normed, total.to(x.dtype if residual is None else residual.dtype)
+
+
+# ---- gated_mlp -------------------------------------------------------------------------------------------------------
+
+
+def gated_mlp_ref(x: Tensor, *, activation: str, bias: Tensor | None = None) -> Tensor:
+    """gelu(x + bias), tanh approximation, x (N, F); or "swiglu": silu(gate) * up, x = (gate, up) (N, 2 F)."""
+    wide = _work(x) if bias is None else _work(x) + bias.to(_work(x).dtype)
+    if activation == "swiglu":
+        gate, up = wide.chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+    return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
+
+
+# ---- latent_feedback -------------------------------------------------------------------------------------------------
+
+
+def latent_feedback_ref(
+    source: Tensor,
+    last: Tensor,
+    next_input: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    rows: Tensor,
+    *,
+    page_size: int,
+    norm: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    target: float = 0.0,
+    position_embedding: Tensor | None = None,
+    remaining: Tensor | None = None,
+    thought: Tensor | None = None,
+) -> None:
+    """Each active row's hidden state source[last[b]], normed and rescaled to norm `target`, becomes its next input.
+
+    source (T, D), last (B,), next_input and thought (B, D), positions, slots int64 (B,), lengths, remaining int32 (B,).
+    In place: next_input (with position_embedding[positions + 1] added), thought (without), positions + 1, lengths + 1,
+    slots of the new last positions, remaining - 1. Rows with remaining 0 keep all that and get slot -1.
+    """
+    active = torch.ones_like(rows, dtype=torch.bool) if remaining is None else remaining > 0
+    h = _normed(_work(source[last.long()]), norm, weight, bias, eps)
+    if target:
+        h = h * (target / torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    if thought is not None:
+        thought[active] = h.to(thought.dtype)[active]
+    if position_embedding is not None:
+        h = h + position_embedding[positions + 1].to(h.dtype)
+    next_input[active] = h.to(next_input.dtype)[active]
+    pages = page_table[rows.long(), (lengths // page_size).long().clamp_max(page_table.shape[1] - 1)].long()
+    slots.copy_(torch.where(active, pages * page_size + lengths % page_size, -1))
+    for counter, step in ((positions, 1), (lengths, 1), (remaining, -1)):
+        if counter is not None:
+            counter += step * active.to(counter.dtype)
+
+
+# ---- skinny_linear ---------------------------------------------------------------------------------------------------
+
+
+def skinny_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """residual + act(norm(x) W^T + bias): x (M, IN), weight (OUT, IN); in the residual's dtype, else the weight's.
+
+    activation "none", "gelu_tanh", or "swiglu": then weight is (2 OUT, IN), gate rows before up rows.
+    """
+    x = _normed(_work(x), norm, norm_weight, norm_bias, eps)
+    y = x @ weight.to(x.dtype).t()
+    y = y if bias is None else y + bias.to(x.dtype)
+    y = y if activation == "none" else gated_mlp_ref(y, activation=activation)
+    return y.to(weight.dtype) if residual is None else (y + residual.to(y.dtype)).to(residual.dtype)
+
+
+# ---- lm_head_sample --------------------------------------------------------------------------------------------------
+
+
+def lm_head_sample_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    numbers: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Token ids int64 (B,) from hidden (B, D) and the head's weight (V, D): the likeliest, ties to the lowest id.
+
+    At a temperature above 0, with numbers (B,) fp64 in [0, 1): of softmax(logits / temperature) the top_k likeliest
+    (0: all), renormalised, of these the fewest that reach top_p together, ties to lower ids; the first id, in order of
+    ids, at which the kept probabilities add up to more than numbers[b] of their sum. The same as infer/sampling.py.
+    """
+    logits = _work(hidden) @ weight.to(_work(hidden).dtype).t()
+    logits = logits if bias is None else logits + bias.to(logits.dtype)
+    if not temperature or numbers is None:
+        return logits.argmax(-1)
+    scaled = logits.double() / temperature
+    ranked, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = float("-inf")
+    shares = ranked.softmax(-1)
+    ranked = ranked.masked_fill(shares.cumsum(-1) - shares >= top_p, float("-inf"))
+    sums = torch.empty_like(scaled).scatter_(-1, ids, ranked).softmax(-1).cumsum(-1)
+    return (sums <= numbers[:, None] * sums[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)

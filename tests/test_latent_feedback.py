@@ -1,0 +1,90 @@
+"""latent_feedback: next inputs and the rows' places, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_as_good_as_torch
+from paged import truth_of
+
+from coconut_fast import ops
+
+
+def arrange(dtype: torch.dtype, device: torch.device, dim: int = 100):
+    batch = 4
+    return {
+        "source": torch.randn(9, dim).to(device, dtype) * 4 + 1,
+        "last": torch.tensor([8, 0, 3, 5], device=device),
+        "next_input": torch.full((batch, dim), 7.0, device=device),
+        "positions": torch.tensor([15, 0, 30, 2], device=device),
+        "lengths": torch.tensor([16, 1, 31, 3], dtype=torch.int32, device=device),
+        "slots": torch.zeros(batch, dtype=torch.int64, device=device),
+        "page_table": torch.randperm(20, dtype=torch.int32).view(5, 4).to(device),
+        "rows": torch.tensor([4, 0, 2, 1], dtype=torch.int32, device=device),
+    }
+
+
+CASES = {
+    "identity": {},
+    "layer norm and positions": {"norm": "layer", "position_embedding": True, "bias": True},
+    "rms norm, rescaled": {"norm": "rms", "target": 2.5},
+    "rescaled, counted, thoughts kept": {"target": 0.5, "remaining": True, "thought": True, "position_embedding": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(case, dtype, device) -> None:
+    inputs, options = arrange(dtype, device), dict(CASES[case])
+    dim = inputs["source"].shape[1]
+    made = {
+        "bias": torch.randn(dim), "position_embedding": torch.randn(40, dim), "thought": torch.zeros(4, dim),
+        "remaining": torch.tensor([2, 0, 1, 5], dtype=torch.int32),
+    }  # fmt: skip
+    for name in options.keys() & made.keys():
+        options[name] = made[name].to(device, dtype if made[name].is_floating_point() else torch.int32)
+    if "norm" in options:
+        options["weight"] = (torch.rand(dim) + 0.5).to(device, dtype)
+    runs = []
+    for backend, double in (("triton", False), ("torch", False), ("torch", True)):
+        given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in (inputs | options).items()}
+        if double:
+            given = {k: truth_of(v)[0] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        ops.latent_feedback(**given, page_size=16, backend=backend)
+        runs.append(given)
+    for name in {"next_input", "thought"} & runs[0].keys():
+        assert_as_good_as_torch(runs[0][name].cpu(), runs[1][name].cpu(), runs[2][name], what=name)
+    for name in {"positions", "lengths", "slots", "remaining"} & runs[0].keys():
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+def test_a_row_that_is_done_stays_as_it_is(device) -> None:
+    inputs = arrange(torch.float32, device)
+    before = {name: t.clone() for name, t in inputs.items()}
+    remaining = torch.tensor([1, 0, 0, 3], dtype=torch.int32, device=device)
+    ops.latent_feedback(**inputs, page_size=16, remaining=remaining, backend="triton")
+    assert inputs["slots"][1:3].tolist() == [-1, -1] and remaining.tolist() == [0, 0, 0, 2]
+    assert torch.equal(inputs["next_input"][1:3], before["next_input"][1:3])
+    assert inputs["lengths"].tolist() == [17, 1, 31, 4] and inputs["positions"].tolist() == [16, 0, 30, 3]
+    table = inputs["page_table"]
+    assert inputs["slots"][[0, 3]].tolist() == [int(table[4, 1]) * 16, int(table[1, 0]) * 16 + 3]
+
+
+def test_a_token_is_fed_from_the_embedding_table(device) -> None:
+    inputs = arrange(torch.float32, device)
+    ops.latent_feedback(**inputs, page_size=16, backend="triton")
+    assert torch.equal(inputs["next_input"], inputs["source"][inputs["last"]])
+
+
+def test_wrong_inputs_are_named(device) -> None:
+    inputs = arrange(torch.float32, device)
+    with pytest.raises(ValueError, match="weight is absent with norm 'rms'"):
+        ops.latent_feedback(**inputs, page_size=16, norm="rms", backend="triton")
+    with pytest.raises(ValueError, match="norm is 'batch'"):
+        ops.latent_feedback(**inputs, page_size=16, norm="batch", backend="triton")
+
+
+def test_opcheck(device) -> None:
+    from coconut_fast.kernels import latent_feedback
+
+    torch.library.opcheck(latent_feedback._OP, tuple(arrange(torch.float32, device, 8).values()), {"page_size": 16})
