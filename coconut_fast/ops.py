@@ -23,7 +23,7 @@ import torch
 BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("triton", "cpu", "torch"),
     "ragged_attention_backward": ("triton", "cpu", "torch"),
-    "kv_append": ("triton", "torch"),
+    "kv_append": ("triton", "cpu", "torch"),
     "decode_attention": ("triton", "torch"),
     "latent_feedback": ("triton", "torch"),
     "residual_norm": ("triton", "torch"),

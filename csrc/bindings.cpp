@@ -1,5 +1,5 @@
-// The one file that knows torch and Python: everything else in csrc/ is plain C++ (or CUDA) on raw pointers.
-// One `static void bind_<area>(py::module_&)` per area, called at the end.
+// The bindings*.cpp files alone know torch and Python: everything else in csrc/ is plain C++ (or CUDA) on raw pointers.
+// One `bind_<area>(py::module_&)` per area, called at the end.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings.h"
 #include "cache_layout.h"
 
 namespace py = pybind11;
@@ -140,4 +141,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ half of coconut_fast: cache layout, CPU kernels, and CUDA kernels where they were built.";
   bind_build(m);
   bind_cache_layout(m);
+  bind_attention(m);
 }

@@ -123,11 +123,11 @@ def _row_weights(
     return scores, torch.logsumexp(scores, dim=-1), slope
 
 
-def _row_kept(seed: int, dropout: float, slots: Tensor, j: Tensor, n: int, heads: int) -> Tensor:
+def _row_kept(seed: int, dropout: float, slots: Tensor, j: Tensor, n: int, heads: int, work: torch.dtype) -> Tensor:
     """Factors (H, n, J) on the weights of one row: 0 where dropped, 1 / (1 - dropout) where kept."""
     h = torch.arange(heads, device=j.device)
     keep = dropout_keep(seed, slots[-n:][None, :, None], h[:, None, None], j[None, None, :], dropout)
-    return keep / (1 - dropout)
+    return keep.to(work) / (1 - dropout)
 
 
 def ragged_attention_ref(
@@ -173,7 +173,7 @@ def ragged_attention_ref(
         scores, lse, _ = _row_weights(q, k, scaling, softcap, seen)
         weights = torch.exp(scores - lse[..., None])
         if dropout:
-            weights = weights * _row_kept(seed, dropout, slots, j, n, heads).to(work)
+            weights = weights * _row_kept(seed, dropout, slots, j, n, heads, work)
         outs.append((weights @ v).transpose(0, 1).to(query.dtype))
         lses.append(lse.transpose(0, 1))
     if not outs:
@@ -231,7 +231,7 @@ def ragged_attention_backward_ref(
         delta = (do * out[mine].to(work).transpose(0, 1)).sum(-1, keepdim=True)
         grad_weights, kept = do @ v.transpose(1, 2), weights
         if dropout:
-            factor = _row_kept(seed, dropout, slots, j, n, heads).to(work)
+            factor = _row_kept(seed, dropout, slots, j, n, heads, work)
             grad_weights, kept = grad_weights * factor, weights * factor
         grad_scores = scaling * weights * (grad_weights - delta) * slope
         grad_query[mine] = (grad_scores @ k).transpose(0, 1).to(query.dtype)

@@ -1,0 +1,220 @@
+// Attention of a few queries (a latent pass, a decoded token), and all of fp64: dot products and sums over rows of the
+// cache, which stream through once, all heads of the task side by side. Bound by memory: 256 bytes of a 64-wide fp32 key
+// take 60 cycles of one core's share of the bandwidth here, the arithmetic of one query 15.
+// Included once per instruction set after vec.h.
+
+template <typename F>
+struct Wide {
+  typedef F V __attribute__((vector_size(W * 4)));
+  static constexpr int64_t lanes = W * 4 / sizeof(F);
+};
+
+template <typename F>
+static INLINE F dot(const F* a, const F* b, int64_t n) {
+  typedef typename Wide<F>::V V;
+  constexpr int64_t w = Wide<F>::lanes;
+  V even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    even += load<V>(a + i) * load<V>(b + i);
+    odd += load<V>(a + i + w) * load<V>(b + i + w);
+  }
+  for (; i + w <= n; i += w) even += load<V>(a + i) * load<V>(b + i);
+  F total = sum(even + odd);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+template <typename F>
+static INLINE void add_scaled(F* y, F factor, const F* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+// In place over n values, a multiple of 16.
+static INLINE void exp_all(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(x + i, exp(load(x + i)));
+}
+static INLINE void exp_all(double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i]);
+}
+static INLINE void tanh_all(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(x + i, tanh(load(x + i)));
+}
+static INLINE void tanh_all(double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = std::tanh(x[i]);
+}
+
+// n values at index `offset` of a tensor of `dtype`: where they lie if they are F, else widened into `space`.
+template <typename F>
+static INLINE const F* values_at(const void* tensor, Dtype dtype, int64_t offset, int64_t n, F* space) {
+  if constexpr (sizeof(F) == sizeof(double)) {
+    return static_cast<const F*>(tensor) + offset;
+  } else {
+    if (dtype == Dtype::f32) return static_cast<const F*>(tensor) + offset;
+    widen(space, static_cast<const char*>(tensor) + offset * size_of(dtype), dtype, n);
+    return space;
+  }
+}
+
+// One task's lanes of a (T, heads, dim) tensor -> (kv heads of the task, lanes, dim), times factor; and back.
+template <typename F>
+static void gather(const Attention& a, const Task& t, const Row& row, const void* tensor, int64_t dim, F factor, F* to) {
+  for (int64_t g = t.first_head; g < t.last_head; ++g)
+    for (int64_t e = t.first_lane; e < t.last_lane; ++e, to += dim) {
+      const F* from = values_at<F>(tensor, a.query_dtype, row.pair(e, g, a.heads) * dim, dim, to);
+      for (int64_t i = 0; i < dim; ++i) to[i] = from[i] * factor;
+    }
+}
+
+template <typename F>
+static void scatter(const Attention& a, const Task& t, const Row& row, const F* from, int64_t dim, F factor, void* tensor) {
+  for (int64_t g = t.first_head; g < t.last_head; ++g)
+    for (int64_t e = t.first_lane; e < t.last_lane; ++e, from += dim) {
+      char* to = static_cast<char*>(tensor) + row.pair(e, g, a.heads) * dim * size_of(a.query_dtype);
+      if constexpr (sizeof(F) == sizeof(double)) {
+        for (int64_t i = 0; i < dim; ++i) reinterpret_cast<F*>(to)[i] = from[i] * factor;
+      } else {
+        narrow(to, from, factor, a.query_dtype, dim);
+      }
+    }
+}
+
+// Scores (any value beyond the `seen` range) -> weights exp(s - max) / sum, dropped ones 0; returns log-sum-exp.
+template <typename F>
+static INLINE F soften(const Attention& a, F* s, int64_t n, int64_t lo, int64_t hi, int64_t from, uint32_t word) {
+  typedef typename Wide<F>::V V;
+  const F cap = static_cast<F>(a.softcap);
+  if (a.softcap != 0) {
+    for (int64_t i = 0; i < n; ++i) s[i] /= cap;
+    tanh_all(s, n);
+    for (int64_t i = 0; i < n; ++i) s[i] *= cap;
+  }
+  for (int64_t i = 0; i < lo; ++i) s[i] = -INFINITY;
+  for (int64_t i = hi; i < n; ++i) s[i] = -INFINITY;
+  V most = load<V>(s);
+  for (int64_t i = Wide<F>::lanes; i < n; i += Wide<F>::lanes) {
+    const V x = load<V>(s + i);
+    most = x > most ? x : most;
+  }
+  F top = most[0];
+  for (int64_t i = 1; i < Wide<F>::lanes; ++i) top = std::max<F>(top, most[i]);
+  for (int64_t i = 0; i < n; ++i) s[i] -= top;
+  exp_all(s, n);
+  V parts{};
+  for (int64_t i = 0; i < n; i += Wide<F>::lanes) parts += load<V>(s + i);
+  const F total = sum(parts), factor = static_cast<F>(1 / (total * (1 - a.dropout)));
+  for (int64_t i = 0; i < n; ++i) s[i] *= factor;
+  if (a.dropout > 0) {
+    const uint32_t threshold = dropout_threshold(a.dropout);
+    for (int64_t i = lo; i < hi; ++i)
+      if (mix(word ^ static_cast<uint32_t>(from + i) * kPositionStep) >> 8 < threshold) s[i] = 0;
+  }
+  return top + std::log(total);
+}
+
+template <typename F>
+static void rows_forward(const Attention& a, const Task& t, void* out, void* lse) {
+  static thread_local Scratch scratch;
+  const Row row(a, t.b);
+  const int64_t heads = t.last_head - t.first_head, lanes = t.last_lane - t.first_lane, pairs = heads * lanes;
+  const int64_t from = row.first_seen(t.first_lane), to = row.position(t.last_lane - 1) + 1;
+  const int64_t stride = (to - from + 15) / 16 * 16, K = a.key_dim, Kv = a.value_dim;
+  scratch.reset((pairs * (K + stride + Kv) + heads * (K + Kv)) * sizeof(F) + 5 * 64);
+  F *q = scratch.take<F>(pairs * K), *weights = scratch.take<F>(pairs * stride), *sums = scratch.take<F>(pairs * Kv);
+  F *key_space = scratch.take<F>(heads * K), *value_space = scratch.take<F>(heads * Kv);
+
+  gather<F>(a, t, row, a.query, K, static_cast<F>(a.scaling), q);
+  for (int64_t j = from; j < to; ++j) {
+    const int64_t first = row.slot(j) * a.kv_heads + t.first_head;
+    const F* k = values_at<F>(a.keys, a.cache_dtype, first * K, heads * K, key_space);
+    for (int64_t i = 0; i < pairs; ++i) weights[i * stride + j - from] = dot(q + i * K, k + i / lanes * K, K);
+  }
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t e = t.first_lane + i % lanes, pair = row.pair(e, t.first_head + i / lanes, a.heads);
+    const int64_t hi = row.position(e) + 1 - from, lo = row.first_seen(e) - from;
+    const uint32_t word = dropout_word(a.seed, row.slot(row.position(e)), pair % a.heads);
+    static_cast<F*>(lse)[pair] = soften(a, weights + i * stride, stride, lo, hi, from, word);
+  }
+  std::fill(sums, sums + pairs * Kv, F(0));
+  for (int64_t j = from; j < to; ++j) {
+    const int64_t first = row.slot(j) * a.kv_heads + t.first_head;
+    const F* v = values_at<F>(a.values, a.cache_dtype, first * Kv, heads * Kv, value_space);
+    for (int64_t i = 0; i < pairs; ++i) add_scaled(sums + i * Kv, weights[i * stride + j - from], v + i / lanes * Kv, Kv);
+  }
+  scatter<F>(a, t, row, sums, Kv, F(1), out);
+}
+
+// For 16 keys at a time and one query: weights w and, from dp = dout.v, score gradients ds; both 0 outside [lo, hi).
+template <typename F>
+static INLINE void soften_backward(const Attention& a, F* w, F* dp, int64_t lo, int64_t hi, int64_t first, F lse, F delta,
+                                   uint32_t word) {
+  F slope[16];
+  const F cap = static_cast<F>(a.softcap), kept = static_cast<F>(1 / (1 - a.dropout));
+  if (a.softcap != 0) {
+    for (int i = 0; i < 16; ++i) w[i] /= cap;
+    tanh_all(w, 16);
+    for (int i = 0; i < 16; ++i) slope[i] = 1 - w[i] * w[i];
+    for (int i = 0; i < 16; ++i) w[i] *= cap;
+  } else {
+    for (int i = 0; i < 16; ++i) slope[i] = 1;
+  }
+  for (int i = 0; i < 16; ++i) w[i] = i >= lo && i < hi ? w[i] - lse : -INFINITY;
+  exp_all(w, 16);
+  const uint32_t threshold = dropout_threshold(a.dropout);
+  for (int i = 0; i < 16; ++i) {
+    const bool drop = a.dropout > 0 && mix(word ^ static_cast<uint32_t>(first + i) * kPositionStep) >> 8 < threshold;
+    const F factor = drop ? 0 : kept;
+    dp[i] = w[i] * (factor * dp[i] - delta) * slope[i];
+    w[i] *= factor;
+  }
+}
+
+template <typename F>
+static void rows_backward(const Attention& a, const Task& t, const AttentionGrads& grads) {
+  static thread_local Scratch scratch;
+  const Row row(a, t.b);
+  const int64_t heads = t.last_head - t.first_head, lanes = t.last_lane - t.first_lane, pairs = heads * lanes;
+  const int64_t from = row.first_seen(t.first_lane), to = row.length, K = a.key_dim, Kv = a.value_dim;
+  scratch.reset((pairs * (2 * K + 2 * Kv + 1) + 16 * heads * (K + Kv)) * sizeof(F) + 7 * 64);
+  F *q = scratch.take<F>(pairs * K), *dq = scratch.take<F>(pairs * K), *delta = scratch.take<F>(pairs);
+  F *dout = scratch.take<F>(pairs * Kv), *out = scratch.take<F>(pairs * Kv);
+  F *key_space = scratch.take<F>(16 * heads * K), *value_space = scratch.take<F>(16 * heads * Kv);
+
+  gather<F>(a, t, row, a.query, K, static_cast<F>(a.scaling), q);
+  gather<F>(a, t, row, grads.grad_out, Kv, F(1), dout);
+  gather<F>(a, t, row, grads.out, Kv, F(1), out);
+  for (int64_t i = 0; i < pairs; ++i) delta[i] = dot(dout + i * Kv, out + i * Kv, Kv);
+  std::fill(dq, dq + pairs * K, F(0));
+
+  for (int64_t first = from; first < to; first += 16) {
+    const int64_t count = std::min<int64_t>(16, to - first);
+    const F *k[16], *v[16];
+    F *dk[16], *dv[16];
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t at = row.slot(first + j) * a.kv_heads + t.first_head;
+      k[j] = values_at<F>(a.keys, a.cache_dtype, at * K, heads * K, key_space + j * heads * K);
+      v[j] = values_at<F>(a.values, a.cache_dtype, at * Kv, heads * Kv, value_space + j * heads * Kv);
+      dk[j] = static_cast<F*>(grads.grad_keys) + at * K;
+      dv[j] = static_cast<F*>(grads.grad_values) + at * Kv;
+    }
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t h = i / lanes, e = t.first_lane + i % lanes, pair = row.pair(e, t.first_head + h, a.heads);
+      const int64_t lo = std::max<int64_t>(0, row.first_seen(e) - first);
+      const int64_t hi = std::min(count, row.position(e) + 1 - first);
+      if (lo >= hi) continue;
+      F w[16] = {}, ds[16] = {};
+      for (int64_t j = lo; j < hi; ++j) {
+        w[j] = dot(q + i * K, k[j] + h * K, K);
+        ds[j] = dot(dout + i * Kv, v[j] + h * Kv, Kv);
+      }
+      const uint32_t word = dropout_word(a.seed, row.slot(row.position(e)), pair % a.heads);
+      soften_backward(a, w, ds, lo, hi, first, static_cast<const F*>(grads.lse)[pair], delta[i], word);
+      for (int64_t j = lo; j < hi; ++j) {
+        add_scaled(dq + i * K, ds[j], k[j] + h * K, K);
+        add_scaled(dk[j] + h * K, ds[j], q + i * K, K);
+        add_scaled(dv[j] + h * Kv, w[j], dout + i * Kv, Kv);
+      }
+    }
+  }
+  scatter<F>(a, t, row, dq, K, static_cast<F>(a.scaling), grads.grad_query);
+}
