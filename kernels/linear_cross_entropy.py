@@ -4,10 +4,10 @@
 
 hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,) -> () in fp32 (fp64 for fp64).
 
-Forward computes the gradients as well, while a chunk's logits are at hand: g = scale * (softmax(l) - onehot), then
-dhidden = g W, dW += g^T hidden, db += sum g. Backward only multiplies them with the incoming gradient. Three matrix
-products of N x V x D, and one chunk of logits: plain PyTorch, since the products are the vendor library's best case
-and the rest is a few passes over one chunk.
+Forward computes g = scale * (softmax(l) - onehot) while a chunk's logits are at hand, and of several chunks also
+dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies with the incoming gradient; of a
+single chunk it keeps g. Three matrix products of N x V x D, and one chunk of logits: plain PyTorch, since the products are the
+vendor library's best case and the rest is a few passes over one chunk.
 """
 
 from __future__ import annotations
@@ -46,42 +46,78 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(compute, torch.float32)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        w, total = weight.to(compute), hidden.new_zeros((), dtype=exact)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
+        w, total, noted = weight.to(compute), hidden.new_zeros((), dtype=exact), None
+        wants_grad = any(ctx.needs_input_grad)
         rows = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
+        ctx.grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), rows):
+            for start in range(0, max(len(hidden), 1), rows):
                 piece = slice(start, start + rows)
-                h, target_N1 = hidden[piece].to(compute), targets[piece, None]
-                logits = (h @ w.T).to(exact)
-                if bias is not None:
-                    logits += bias
-                logits *= scale
-                if softcap:
-                    logits = softcap * torch.tanh(logits / softcap)
-                lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
-                total += (lse_N1 - logits.gather(1, target_N1)).sum()
-                if not (wants_hidden or wants_weight or wants_bias):
-                    continue
-                slope = 1 - (logits / softcap).square() if softcap else None
-                g = logits.sub_(lse_N1).exp_()
-                g.scatter_add_(1, target_N1, g.new_full((1, 1), -1.0).expand_as(target_N1))
-                if slope is not None:
-                    g *= slope
-                g = g.mul_(scale).to(compute)
-                if grad_hidden is not None:
-                    grad_hidden[piece] = g @ w
-                if grad_weight is not None:
-                    grad_weight += g.T @ h
-                if grad_bias is not None:
-                    grad_bias += g.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+                h = hidden[piece].to(compute)
+                loss, g = _chunk(h, w, bias, targets[piece, None], exact, scale, softcap, wants_grad)
+                total += loss
+                if g is not None and len(hidden) > rows:
+                    ctx.grads.add(piece, g.to(compute), h, w)
+                elif g is not None:
+                    noted = (g.to(compute), h, w)  # one chunk: its products can wait for the incoming gradient
+        ctx.save_for_backward(*(noted or ()))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> Any:  # type: ignore[override]
-        grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, None, None, None
+        if not ctx.saved_tensors:
+            return *ctx.grads.scaled(grad_total), None, None, None
+        g, h, w = ctx.saved_tensors
+        grads = ctx.grads.fresh()
+        grads.add(slice(None), g * grad_total.to(g.dtype), h, w)
+        return *grads.scaled(None), None, None, None
+
+
+class _Gradients:
+    """dhidden, dweight and dbias, summed over chunks; None where nobody wants one. Made when first added to."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any) -> None:
+        self.like, self.wanted = (hidden.detach(), weight.detach(), bias if bias is None else bias.detach()), wanted
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def fresh(self) -> _Gradients:
+        return _Gradients(*self.like, self.wanted)
+
+    def add(self, piece: slice, g: Tensor, h: Tensor, w: Tensor) -> None:
+        hidden, weight, bias = self.like
+        if self.wanted[0]:
+            self.hidden = torch.empty_like(hidden) if self.hidden is None else self.hidden
+            self.hidden[piece] = g @ w
+        if self.wanted[1]:
+            part = g.T @ h
+            self.weight = part.to(weight.dtype) if self.weight is None else self.weight.add_(part)
+        if bias is not None and self.wanted[2]:
+            part = g.sum(0)
+            self.bias = part.to(bias.dtype) if self.bias is None else self.bias.add_(part)
+
+    def scaled(self, by: Tensor | None) -> list[Tensor | None]:
+        grads = [self.hidden, self.weight, self.bias]
+        return grads if by is None else [None if g is None else g * by.to(g.dtype) for g in grads]
+
+
+def _chunk(
+    h: Tensor, w: Tensor, bias: Tensor | None, target_N1: Tensor, exact: torch.dtype, scale: float, softcap: float,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The loss of some rows and its derivative by (h W^T + b), in `exact`."""
+    logits = (h @ w.T).to(exact)
+    if bias is not None:
+        logits += bias
+    logits *= scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
+    loss = (lse_N1 - logits.gather(1, target_N1)).sum()
+    if not wants_grad:
+        return loss, None
+    slope = 1 - (logits / softcap).square() if softcap else None
+    g = logits.sub_(lse_N1).exp_()
+    g.scatter_add_(1, target_N1, g.new_full((1, 1), -1.0).expand_as(target_N1))
+    return loss, g.mul_(scale) if slope is None else g.mul_(slope).mul_(scale)

@@ -26,10 +26,10 @@ def _run(op, inputs: list, **options) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("n", [0, 1, 5, 64])
+@pytest.mark.parametrize("n", [0, 1, 5, 64])  # 64: several chunks
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_linear_cross_entropy(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softcap: float) -> None:
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 13)  # several chunks, the last one short
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 13)
     options = {"scale": 0.6, "softcap": softcap}
     inputs = _inputs(n, bias, dtype)
     double = [x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]

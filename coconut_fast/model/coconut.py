@@ -8,12 +8,14 @@ through the feedback and becomes the next input embedding (arXiv 2412.06769, sec
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
@@ -22,6 +24,7 @@ from coconut_fast import ops
 from coconut_fast.data.batch import RaggedBatch, from_padded
 from coconut_fast.model import attention
 from coconut_fast.model.cache import KVCache, Ragged
+from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
 from coconut_fast.model.parallel import refine
 from coconut_fast.tokens import LatentTokens
@@ -88,6 +91,7 @@ class Coconut(nn.Module):
         self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()
         self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
+        self.defer_weight_gradients = True  # one weight gradient for all passes (model/deferred.py)
         self.checkpoint_passes = False  # keep no activations of a pass but its inputs, and run it again in backward
         self.parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one by one
 
@@ -174,7 +178,13 @@ class Coconut(nn.Module):
             if input_ids is None:
                 raise ValueError("forward: expected input_ids or batch, found neither")
             batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels).to(self.device)
-        hidden, embeds = self._passes(batch)
+        # A checkpointed pass runs again without the mode; sharded weights are not at hand when their gradient is due.
+        deferred = self.defer_weight_gradients and torch.is_grad_enabled() and len(batch.passes) > 1
+        deferred = (
+            deferred and not self.checkpoint_passes and not any(isinstance(p, DTensor) for p in self.parameters())
+        )
+        with DeferredWeightGradients() if deferred else nullcontext():
+            hidden, embeds = self._passes(batch)
         loss = self._loss(batch, hidden, num_items) if batch.num_targets else None
         return CoconutOutput(loss, self, batch, hidden, embeds)
 
