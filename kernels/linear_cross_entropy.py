@@ -6,8 +6,8 @@ hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,) -> () in fp3
 
 Forward computes g = scale * (softmax(l) - onehot) while a chunk's logits are at hand, and of several chunks also
 dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies with the incoming gradient; of a
-single chunk it keeps g. Three matrix products of N x V x D, and one chunk of logits: plain PyTorch, since the products are
-the vendor library's best case and the rest is a few passes over one chunk.
+single chunk it keeps g. Three matrix products of N x V x D, and one chunk of logits: plain PyTorch, since the products
+are the vendor library's best case and the rest is a few passes over one chunk.
 """
 
 from __future__ import annotations
