@@ -1,0 +1,200 @@
+"""Nothing is lost: kill -9 anywhere, a full disk, broken and foreign checkpoints. A run that goes on ends bit for bit
+where an undisturbed one ends."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coconut_fast.train import saving
+from coconut_fast.train.recipe import make_arguments
+from coconut_fast.train.reports import read_metrics
+from tests.runs import tiny
+
+# Where a process kills itself: what is called, and at which call of it.
+SPOTS = [
+    ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 2),  # before the first checkpoint
+    ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 6),  # in the middle of an epoch
+    ("coconut_fast.train.trainer", "CoconutTrainer._save_optimizer_and_scheduler", 2),  # the weights are written
+    ("coconut_fast.train.saving", "finish", 1),  # all but the manifest is written
+    ("coconut_fast.train.saving", "sync", 1),  # everything is written, nothing is renamed
+    ("coconut_fast.train.trainer", "answer", 1),  # in an evaluation
+    ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
+    ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
+]
+CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3, "warmup_steps": 4}
+
+
+def child(settings: dict[str, Any], spot: tuple[str, str, int] | None, file_limit: int | None, pipe: Any) -> None:
+    """Runs in a process of its own; sends the error's type and text, or None."""
+    torch.set_num_threads(1)
+    from coconut_fast.train.run import run
+
+    if spot:
+        _kill_at(*spot)
+    if file_limit:  # what a full disk does: a write fails
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    try:
+        run(make_arguments(settings))
+        pipe.send(None)
+    except Exception as error:
+        pipe.send((type(error).__name__, str(error)))
+
+
+def _kill_at(module: str, name: str, call: int) -> None:
+    *owner_names, last = name.split(".")
+    owner = importlib.import_module(module)
+    for part in owner_names:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, last, wrapped)
+
+
+def start(
+    folder: Path, spot: tuple[str, str, int] | None = None, file_limit: int | None = None, **changes: Any
+) -> tuple[str, str] | None:
+    """One process that trains; "killed" where it was."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["coconut_fast.train.run"])
+    ours, theirs = context.Pipe(duplex=False)
+    settings = {k: v for k, v in tiny(folder, **{**CHANGES, **changes}).to_dict().items() if k != "removal_smoothing"}
+    process = context.Process(target=child, args=(settings, spot, file_limit, theirs))
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        answer = ("killed", "")
+    process.join()
+    if answer == ("killed", ""):
+        assert process.exitcode == -signal.SIGKILL
+    return answer
+
+
+def digest(run: Path) -> dict[str, Any]:
+    """What has to be the same: weights, optimizer and the losses of every step."""
+    last = saving.checkpoints(run)[-1]
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    state = {f"{i}.{name}": value for i, s in optimizer.items() for name, value in s.items()}
+    losses = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    scores = [
+        (r["step"], r["eval_accuracy"], r["eval_loss"]) for r in read_metrics(run / "metrics.jsonl") if "eval_loss" in r
+    ]
+    files = {name: (folder / name).read_bytes() for folder in (run, last) for name in ("model.safetensors",)}
+    return {"files": files, "losses": losses, "scores": scores, "last": last.name, **state}
+
+
+def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        same = torch.equal(value, expected[name]) if isinstance(value, torch.Tensor) else value == expected[name]
+        assert same, name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder) is None
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def stopped(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of the run, without its end: two checkpoints, the newer one in the middle of the last epoch."""
+    shutil.copytree(undisturbed.parents[1], tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / "tiny"
+    shutil.rmtree(run / "checkpoint-12")
+    return run
+
+
+def test_killed_again_and_again(undisturbed: Path, tmp_path: Path) -> None:
+    for spot in SPOTS:
+        assert start(tmp_path, spot) == ("killed", ""), f"{spot} was not reached"
+    assert start(tmp_path) is None
+    run = tmp_path / "runs" / "tiny"
+    assert_same(digest(run), digest(undisturbed))
+    assert not [path for path in run.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.parents[1], tmp_path, dirs_exist_ok=True)
+    assert start(tmp_path) is None
+    assert_same(digest(tmp_path / "runs" / "tiny"), digest(undisturbed))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(stopped: Path, undisturbed: Path) -> None:
+    older = saving.checkpoints(stopped)[-1]
+    error = start(stopped.parents[1], file_limit=30_000)
+    assert error is not None and error[0] == "OSError", error
+    assert "checkpoint-12 could not be written (" in error[1] and f"{older.name} is intact" in error[1]
+    assert not [path for path in stopped.iterdir() if path.name.startswith(saving.UNFINISHED)]
+    assert start(stopped.parents[1]) is None
+    assert_same(digest(stopped), digest(undisturbed))
+
+
+def test_a_truncated_checkpoint_is_named(stopped: Path, undisturbed: Path) -> None:
+    newest = saving.checkpoints(stopped)[-1]
+    weights = newest / "model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    error = start(stopped.parents[1])
+    assert error == (
+        "CheckpointError",
+        f"{weights} is {size // 2} bytes long, expected {size} bytes; move {newest.name} away to go on with an older "
+        "checkpoint",
+    )
+    (newest / "optimizer.pt").unlink()
+    os.truncate(weights, size)
+    error = start(stopped.parents[1])
+    assert error is not None and "optimizer.pt is missing, expected" in error[1]
+    shutil.rmtree(newest)
+    assert start(stopped.parents[1]) is None
+    assert_same(digest(stopped), digest(undisturbed))
+
+
+def test_a_foreign_checkpoint_is_named(stopped: Path) -> None:
+    (stopped / "checkpoint-99").mkdir()
+    (stopped / "checkpoint-99" / "model.safetensors").write_text("something else")
+    error = start(stopped.parents[1])
+    assert error is not None and error[0] == "CheckpointError"
+    assert "checkpoint-99 is not a checkpoint of ours (no readable checkpoint.json)" in error[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs_per_stage": 2}, "epochs_per_stage was 1 there and is 2 now"),
+        ({"max_latent_stage": 3}, "max_latent_stage was 2 there and is 3 now"),
+        ({"lr": 3e-3}, "lr was 0.01 there and is 0.003 now"),
+        ({"batch_size_training": 8}, "rows_per_update was 16 there and is 8 now"),
+    ],
+)
+def test_settings_of_another_run_are_named(stopped: Path, changes: dict[str, Any], named: str) -> None:
+    before = digest(stopped)
+    error = start(stopped.parents[1], **changes)
+    assert error is not None and error[0] == "CheckpointError" and named in error[1], error
+    assert_same(digest(stopped), before)
+
+
+def test_a_run_may_be_made_longer_and_cut_otherwise(stopped: Path) -> None:
+    """The rows of a step may be cut into other batches, and there may be more epochs: it is still the same run."""
+    cut = {"batch_size_training": 4, "gradient_accumulation_steps": 4, "num_epochs": 5}
+    assert start(stopped.parents[1], **cut) is None
+    assert saving.checkpoints(stopped)[-1].name == "checkpoint-15"
