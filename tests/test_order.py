@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,6 @@ def steps(num_examples: int, accumulation: int, processes: int, batch_size: int,
         sampler.lengths = [(7 * i) % 13 for i in range(num_examples)]
         batches.append([[key[0] for key in batch] for batch in sampler])
         assert len(batches[-1]) == len(sampler)
-        assert all(batches[-1]), "a process has a row in every batch"
     assert len({len(b) for b in batches}) == 1, "processes have equally many batches"
     together = [list(chain(*parts)) for parts in zip(*batches, strict=True)]
     return [sorted(chain(*together[i : i + accumulation])) for i in range(0, len(together), accumulation)]
@@ -33,8 +31,7 @@ def steps(num_examples: int, accumulation: int, processes: int, batch_size: int,
 @given(st.integers(4, 90), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_every_problem_once(num_examples: int, accumulation: int, processes: int, batch_size: int) -> None:
     seen = sorted(chain(*steps(num_examples, accumulation, processes, batch_size)))
-    assert len(seen) == len(set(seen))
-    assert num_examples - len(seen) < processes, "fewer problems left out than processes"
+    assert seen == list(range(num_examples))
 
 
 def test_same_steps_however_dealt() -> None:
@@ -67,8 +64,3 @@ def test_keys_name_epoch_and_stage() -> None:
     sampler = EpochBatches(4, batch_size=4, accumulation=1)
     sampler.epoch, sampler.stage = 3, 2
     assert sorted(next(iter(sampler))) == [(i, 3, 2) for i in range(4)]
-
-
-def test_refuses_fewer_problems_than_processes() -> None:
-    with pytest.raises(ValueError, match="train_path: found 1 problems in an epoch, expected at least one for each"):
-        EpochBatches(1, batch_size=1, accumulation=1, processes=2)

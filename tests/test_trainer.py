@@ -112,9 +112,12 @@ def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
 
 
 def test_a_stage_is_left_when_accuracy_passes(tmp_path: Path) -> None:
-    folder = run(tiny(tmp_path, advance_at=0.0, epochs_per_stage=5, num_epochs=20, final_epochs=2))
+    changes = {"advance_at": 0.0, "epochs_per_stage": 5, "num_epochs": 20, "final_epochs": 2, "epoch_size": 16}
+    folder = run(tiny(tmp_path, **changes, lr_schedule="cosine_final", eval_examples=2))
     stages = [r["stage"] for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
     assert stages == [0, 1, 2, 3, 3], "every accuracy passes 0, and two epochs of the last stage end the run"
+    rates = [r["learning_rate"] for r in read_metrics(folder / "metrics.jsonl") if "learning_rate" in r]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 1e-2, 0.5e-2]), "a cosine over the last stage alone"
 
 
 def test_save_only_improve(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_save_only_improve(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(tmp_path: Path, method: str) -> None:
-    folder = run(tiny(tmp_path, method=method, num_epochs=2, tokens_per_stage=2))
+    folder = run(tiny(tmp_path, method=method, num_epochs=2, tokens_per_stage=2, epoch_size=16, eval_examples=2))
     model = load(folder)
     assert model.settings.method == method
     assert all(r["eval_loss"] > 0 for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r)
@@ -134,7 +137,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
 def test_precisions(tmp_path: Path, precision: str) -> None:
-    folder = run(tiny(tmp_path, precision=precision, num_epochs=4, feedback="projection"))
+    folder = run(tiny(tmp_path, precision=precision, num_epochs=3, feedback="projection", eval_examples=2))
     model = load(folder)
     assert model.dtype == (torch.float32 if precision == "bf16" else torch.bfloat16)
     losses = [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]

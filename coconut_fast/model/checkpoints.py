@@ -110,12 +110,18 @@ def save(model: Coconut, directory: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write(model: Coconut, directory: Path) -> None:
-    """The files of a saved model, into an existing directory."""
-    model.hf.save_pretrained(directory)
+def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The files of a saved model, into an existing directory. state: its weights, where they are sharded in itself."""
+    state = model.state_dict() if state is None else state
+    hf_state = {k.removeprefix("hf."): v for k, v in state.items() if k.startswith("hf.")}
+    model.hf.save_pretrained(directory, state_dict=hf_state)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.feedback.state_dict().items()}
+    weights = {
+        k.removeprefix("feedback."): v.detach().cpu().contiguous()
+        for k, v in state.items()
+        if k.startswith("feedback.")
+    }
     if weights:
         save_file(weights, directory / FEEDBACK_WEIGHTS)
     saved = {

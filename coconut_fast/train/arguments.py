@@ -170,8 +170,8 @@ class CoconutArguments:
         """max_new_tokens, or the official default for this data."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
-    def to_training_arguments(self) -> TrainingArguments:
-        """The arguments of transformers.Trainer that make these settings true."""
+    def to_training_arguments(self, layer_class: str | None = None) -> TrainingArguments:
+        """The arguments of transformers.Trainer that make these settings true. layer_class: what fsdp shards by."""
         from transformers import TrainingArguments
 
         os.environ.setdefault("WANDB_PROJECT", self.project)
@@ -202,8 +202,11 @@ class CoconutArguments:
             "disable_tqdm": True,  # we bring our own progress bar
             "logging_nan_inf_filter": False,  # it asks the device for a number in every step
             "remove_unused_columns": False,
-            "ddp_find_unused_parameters": self.feedback == "projection",  # a stage without thoughts does not use it
+            "ddp_find_unused_parameters": self.feedback == "projection" or self.method.endswith("multipass"),
         }
+        if self.fsdp:
+            chosen["fsdp"] = True
+            chosen["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": [layer_class]}
         wrong = set(self.training_arguments) - set(TrainingArguments.__dataclass_fields__)
         if wrong:
             raise ValueError(

@@ -8,7 +8,6 @@ processes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,23 +42,19 @@ def update_batches(order: np.ndarray, lengths: Sequence[int], rows_per_update: i
 
 
 def deal(rows: np.ndarray, batch_size: int, processes: int, process: int) -> Iterator[np.ndarray]:
-    """The batches of one process within one optimizer step, `batch_size` rows each (the last ones fewer).
+    """The batches of one process within one optimizer step, `batch_size` rows each (the last one fewer, perhaps none).
 
-    Rows go round, so that every process has as long ones as the others. Where the last batch has fewer rows than there
-    are processes, its rows join the batch before (a process without a row would leave the others waiting).
+    Rows go round, so that every process has as long ones as the others, and as many batches.
     """
-    starts = list(range(0, len(rows), batch_size * processes))
-    if len(starts) > 1 and len(rows) - starts[-1] < processes:
-        starts.pop()
-    for start, stop in pairwise([*starts, len(rows)]):
-        yield rows[start:stop][process::processes]
+    for start in range(0, len(rows), batch_size * processes):
+        yield rows[start : start + batch_size * processes][process::processes]
 
 
 class EpochBatches:
     """The batch sampler of one process: lists of (problem, epoch, stage), for the data loader.
 
-    `epoch`, `stage` and `lengths` are set by the trainer before an epoch begins. Problems that do not fill one row per
-    process at the very end of an epoch are left out of it.
+    `epoch`, `stage` and `lengths` are set by the trainer before an epoch begins. At the end of an epoch a list may be
+    empty: fewer problems are left than there are processes.
     """
 
     def __init__(
@@ -84,26 +79,18 @@ class EpochBatches:
         self.epoch = 0
         self.stage = 0
         self.lengths: Any = np.zeros(num_examples, dtype=np.int64)
-        if self.epoch_size < processes:
-            raise ValueError(
-                f"train_path: found {self.epoch_size} problems in an epoch, expected at least one for each of "
-                f"the {processes} processes"
-            )
-        rest = self.epoch_size % self.rows_per_update
-        self.usable = self.epoch_size - rest if rest < processes else self.epoch_size
 
     @property
     def updates(self) -> int:
         """Optimizer steps of an epoch."""
-        return -(-self.usable // self.rows_per_update)
+        return -(-self.epoch_size // self.rows_per_update)
 
     def __len__(self) -> int:
-        rest = self.usable % self.rows_per_update
-        last = sum(1 for _ in deal(np.arange(rest), self.batch_size, self.processes, 0))
-        return self.usable // self.rows_per_update * self.accumulation + last
+        # A full step is a whole number of batches, so only the last batch of the epoch can be smaller.
+        return -(-self.epoch_size // (self.batch_size * self.processes))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = epoch_order(self.num_examples, self.epoch, self.seed, self.epoch_size)[: self.usable]
+        order = epoch_order(self.num_examples, self.epoch, self.seed, self.epoch_size)
         for rows in update_batches(order, self.lengths, self.rows_per_update, seed=self.seed + self.epoch):
             for batch in deal(rows, self.batch_size, self.processes, self.process):
                 yield [(int(idx), self.epoch, self.stage) for idx in batch]

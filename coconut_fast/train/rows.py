@@ -11,12 +11,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from coconut_fast.data.batch import collate
+from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
 from coconut_fast.tokens import LatentTokens
 from coconut_fast.train.problems import Problems
 
 Key = tuple[int, int, int]  # problem, epoch, stage
+Row = tuple[Key, list[int], list[int]]  # key, input_ids, labels
 
 
 class StageRows(Dataset):
@@ -31,7 +32,7 @@ class StageRows(Dataset):
     def __len__(self) -> int:
         return len(self.problems)
 
-    def __getitem__(self, key: Key) -> tuple[Key, list[int], list[int]]:
+    def __getitem__(self, key: Key) -> Row:
         idx, epoch, stage = key
         rng = row_rng(self.seed, epoch, idx) if self.config.random else None
         return key, *training_row(self.problems.at(idx, epoch), stage, self.config, self.tokens, rng)
@@ -63,11 +64,20 @@ class StageRows(Dataset):
 
 
 class Collate:
-    """Rows -> {"batch": RaggedBatch, "keys": the problems it holds}."""
+    """Rows -> {"batch": RaggedBatch, "rows": what it was made of}."""
 
-    def __init__(self, thought_id: int) -> None:
-        self.thought_id = thought_id
+    def __init__(self, tokens: LatentTokens) -> None:
+        self.thought_id = tokens.thought
+        self.idle_id = tokens.eos or 0
 
-    def __call__(self, rows: Sequence[tuple[Key, list[int], list[int]]]) -> dict[str, Any]:
-        keys, ids, labels = zip(*rows, strict=True)
-        return {"batch": collate(ids, self.thought_id, labels=labels), "keys": list(keys)}
+    def __call__(self, rows: Sequence[Row], passes: int = 0) -> dict[str, Any]:
+        """passes: at least so many, whatever the rows need.
+
+        Where rows need fewer, or there are none, an idle row without labels is added: processes that share weights
+        have to run the model equally often.
+        """
+        ids, labels = [ids for _, ids, _ in rows], [labels for _, _, labels in rows]
+        if not rows or 1 + max(row.count(self.thought_id) for row in ids) < passes:
+            idle = [self.idle_id] + [self.thought_id] * (passes - 1)
+            ids, labels = [*ids, idle], [*labels, [IGNORE] * len(idle)]
+        return {"batch": collate(ids, self.thought_id, labels=labels), "rows": rows}

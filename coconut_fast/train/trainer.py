@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
@@ -27,7 +28,7 @@ from coconut_fast.files import write_json
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.checkpoints import load, write
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.train import saving
+from coconut_fast.train import saving, sharding
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.problems import Problems
@@ -50,6 +51,7 @@ class CoconutTrainer(Trainer):
     lr_scheduler: Any
     control: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class CoconutTrainer(Trainer):
         model.parallel_rounds = settings.parallel_rounds
         super().__init__(
             model=model,
-            args=settings.to_training_arguments(),
+            args=settings.to_training_arguments(sharding.layer_class(model) if settings.fsdp else None),
             train_dataset=self.rows,
             eval_dataset=validation,
             callbacks=[StageCallback(self), Report(settings.output_dir), *callbacks],
@@ -89,11 +91,18 @@ class CoconutTrainer(Trainer):
             seed=settings.seed,
             epoch_size=settings.epoch_size,
         )
-        self.step_keys: list[Any] = []  # the problems of the step in progress
+        self.collate = Collate(model.tokens)
+        self.step_rows: list[Any] = []  # the rows of the step in progress
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
         self.skipped = torch.zeros((), device=self.args.device)
         self.thought_norm: torch.Tensor | None = None
         self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.settings.fsdp and not self.is_fsdp_enabled and self.args.world_size > 1:
+            sharding.enable(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     # ---- data
 
@@ -101,7 +110,7 @@ class CoconutTrainer(Trainer):
         return DataLoader(
             self.rows,  # type: ignore[arg-type]
             batch_sampler=self.sampler,  # type: ignore[arg-type]
-            collate_fn=Collate(self.rows.tokens.thought),
+            collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
@@ -111,13 +120,15 @@ class CoconutTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self.step_keys = [batch["keys"] for batch in batches]
-        self.counted["rows"] += sum(map(len, self.step_keys)) * self.args.world_size
+        self.step_rows = [row for batch in batches for row in batch["rows"]]
+        self.counted["rows"] += len(self.step_rows) * self.args.world_size
         self.counted["tokens"] += sum(sum(batch["batch"].lengths) for batch in batches) * self.args.world_size
         labelled: int | torch.Tensor = sum(batch["batch"].num_targets for batch in batches)
         if self.args.world_size > 1:
             labelled = torch.tensor(labelled, device=device)
             dist.all_reduce(labelled)
+        if self.is_fsdp_enabled:
+            batches = sharding.agree_on_passes(batches, self.collate, device)
         return batches, labelled
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +144,12 @@ class CoconutTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         output = model(batch=inputs["batch"], num_items=num_items_in_batch)
-        # Data parallelism averages the gradients of processes; the sum is what is wanted.
-        loss = output.loss * self.args.world_size if model.training else output.loss
-        if model.training and (self.state.global_step + 1) % self.args.logging_steps == 0:
+        # Data parallelism averages the gradients of processes; the sum is what is wanted. An idle row has no loss, but
+        # its passes need a backward as well.
+        loss = output.hidden_TD[-1].sum() * 0.0
+        if output.loss is not None:
+            loss = loss + output.loss * self.args.world_size
+        if (self.state.global_step + 1) % self.args.logging_steps == 0:
             fed = [h[p.source] for h, p in zip(output.hidden_TD, output.batch.passes[1:], strict=False)]
             if fed:
                 self.thought_norm = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1).mean()
@@ -153,6 +167,8 @@ class CoconutTrainer(Trainer):
 
     def _skip_unless_finite(self, grad_norm: torch.Tensor | float) -> None:
         """Tells the optimizer to do nothing where loss or gradient is not finite, without a word from the device."""
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run.loss_is_finite
         self.run.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         bad = (~finite).float()
@@ -169,11 +185,13 @@ class CoconutTrainer(Trainer):
 
     def _non_finite_message(self) -> str:
         file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}.json"
-        rows = [self.rows[key] for keys in self.step_keys for key in keys]
         names = ("problem", "epoch", "stage")
         write_json(
             file,
-            [{**dict(zip(names, key, strict=True)), "input_ids": ids, "labels": labels} for key, ids, labels in rows],
+            [
+                {**dict(zip(names, key, strict=True)), "input_ids": ids, "labels": labels}
+                for key, ids, labels in self.step_rows
+            ],
         )
         return (
             f"loss or gradient was not finite in {int(self.streak)} steps in a row, up to step "
@@ -226,7 +244,7 @@ class CoconutTrainer(Trainer):
         was_training = model.training
         model.eval()
         start = time.perf_counter()
-        with self.accelerator.autocast():
+        with sharding.gathered(model), self.accelerator.autocast():
             result = self._answers(model)
             loss = self._validation_loss(model)
         model.train(was_training)
@@ -259,10 +277,10 @@ class CoconutTrainer(Trainer):
         assert self.validation is not None
         rows = StageRows(self.validation, self.curriculum, model.tokens, self.settings.seed)
         mine = range(self.args.process_index, len(rows), self.args.world_size)
-        put_together, size = Collate(model.tokens.thought), self.settings.batch_size_training
+        size = self.settings.batch_size_training
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for start in range(0, len(mine), size):
-            batch = put_together([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
+            batch = self.collate([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
             loss = model(batch=batch.to(self.args.device), num_items=1).loss
             totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
         if self.args.world_size > 1:
@@ -311,7 +329,8 @@ class CoconutTrainer(Trainer):
         dist.barrier()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
+        state = sharding.whole_state(self.model) if self.is_fsdp_enabled else None
+        self._save(str(folder), state)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -333,8 +352,7 @@ class CoconutTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write(self.accelerator.unwrap_model(self.model), folder)
+            write(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = load(resume_from_checkpoint)
-        self.accelerator.unwrap_model(self.model).load_state_dict(saved.state_dict())
+        sharding.load_whole(self.accelerator.unwrap_model(self.model), load(resume_from_checkpoint).state_dict())

@@ -1,0 +1,77 @@
+"""FSDP2 for models that need sharding: what to wrap, evaluation without collectives, whole weights in and out.
+
+Every pass through a sharded layer gathers its weights from all processes, so processes have to make equally many passes
+(rows.Collate adds an idle row where one has fewer thoughts), while generation, whose length nobody can foresee, runs on
+weights that are gathered once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train.rows import Collate
+
+
+def layer_class(model: Coconut) -> str:
+    """The name of the model's decoder layer: of what its longest list of modules holds, in any architecture."""
+    lists = [m for m in model.hf.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ValueError(f"fsdp: {type(model.hf).__name__} has no list of layers that could be sharded one by one")
+    return type(max(lists, key=len)[0]).__name__
+
+
+def enable(accelerator: Accelerator, plugin_arguments: dict[str, Any]) -> None:
+    """FSDP2 on the CPU too (gloo), where accelerate would go on with DDP without a word."""
+    plugin = FullyShardedDataParallelPlugin(**plugin_arguments)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def agree_on_passes(batches: Sequence[dict[str, Any]], collate: Collate, device: torch.device) -> list[dict[str, Any]]:
+    """The batches of a step, each with as many passes as the same batch of any other process has."""
+    passes = torch.tensor([len(batch["batch"].passes) for batch in batches], device=device)
+    dist.all_reduce(passes, op=dist.ReduceOp.MAX)
+    wanted = passes.tolist()
+    return [
+        batch if len(batch["batch"].passes) == count else collate(batch["rows"], count)
+        for batch, count in zip(batches, wanted, strict=True)
+    ]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within the block every process holds all weights, and running the model waits for nobody."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole weights on the CPU, from a model that may be sharded; all processes have to call this together."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        for name, value in model.state_dict().items()
+    }
+
+
+def load_whole(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Whole weights, as a checkpoint holds them, into a model that may be sharded."""
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))

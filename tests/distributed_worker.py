@@ -1,0 +1,49 @@
+"""Run by torchrun from test_distributed.py: trains the tiny run in fp64 and writes what came out.
+
+torchrun --nproc-per-node N tests/distributed_worker.py FOLDER OUT [key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from coconut_fast.train import saving
+from coconut_fast.train.build import build
+from coconut_fast.train.problems import Problems
+from coconut_fast.train.recipe import parse_overrides
+from coconut_fast.train.sharding import whole_state
+from coconut_fast.train.trainer import CoconutTrainer
+from tests.runs import MODEL, NO_DROPOUT, chains, tiny
+
+
+def train(folder: Path, *overrides: str) -> dict[str, Any]:
+    """What came out, in the first process."""
+    changes = {"model": {**MODEL, **NO_DROPOUT}, "num_epochs": 3, "uniform_prob": 0.3, **parse_overrides(overrides)}
+    settings = tiny(folder, **changes)
+    train, val = chains(37), chains(8, seed=1)
+    model = build(settings, train).double()
+    trainer = CoconutTrainer(model, settings, Problems(train, model.tokenizer), Problems(val, model.tokenizer))
+    last = saving.checkpoints(Path(settings.output_dir))
+    trainer.train(resume_from_checkpoint=last[-1] if last else None)
+    records = trainer.state.log_history
+    return {
+        "sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "weights": whole_state(trainer.model),
+        "losses": [r["loss"] for r in records if "loss" in r],
+        "norms": [r["grad_norm"] for r in records if "grad_norm" in r],
+        "scores": [(r["eval_accuracy"], r["eval_loss"]) for r in records if "eval_loss" in r],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = train(Path(sys.argv[1]), *sys.argv[3:])
+    if dist.get_rank() == 0:
+        torch.save(result, sys.argv[2])
+    dist.destroy_process_group()

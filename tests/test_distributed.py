@@ -1,0 +1,86 @@
+"""Two processes (gloo, CPU) train what one process trains: losses, gradient norms, scores and weights, in fp64."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.distributed_worker import train
+
+ONE = ("batch_size_training=12",)
+TWO = ("batch_size_training=3", "gradient_accumulation_steps=2")
+
+
+def train_together(folder: Path, *overrides: str) -> dict[str, Any]:
+    """The result of two processes."""
+    out = folder / "out.pt"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.distributed_worker", str(folder), str(out), *TWO, *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("single"), *ONE)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    return folder, train_together(folder)
+
+
+def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in ("losses", "norms", "scores"):
+        torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(expected[name]), rtol=1e-5, atol=1e-7)
+    assert_same_weights(ours, expected)
+
+
+def assert_same_weights(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected["weights"].items():
+        # rows fall on other processes, so sums run in another order
+        torch.testing.assert_close(
+            ours["weights"][name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_ddp_equals_one_process(single: dict[str, Any], ddp: tuple[Path, dict[str, Any]]) -> None:
+    """37 problems in steps of 12: in the last batch one of the two has no row."""
+    assert_same(ddp[1], single)
+    assert ddp[1]["sharded"] == 0
+
+
+def test_a_run_goes_on_with_other_processes(single: dict[str, Any], ddp: tuple[Path, dict[str, Any]]) -> None:
+    """Begun by two, ended by one."""
+    run = ddp[0] / "runs" / "tiny"
+    shutil.rmtree(run / "checkpoint-12")
+    assert len(list(run.glob("checkpoint-*/rng_state_*.pth"))) == 2 * len(list(run.glob("checkpoint-*")))
+    assert_same_weights(train(ddp[0], *ONE), single)
+
+
+@pytest.mark.slow
+def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: Path) -> None:
+    """Mixed stages give the two processes different numbers of passes."""
+    found = train_together(tmp_path, "fsdp=true")
+    assert_same(found, single)
+    assert found["sharded"] == len(found["weights"].keys() - {"hf.lm_head.weight"}), (
+        "every weight is (the head is tied)"
+    )
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoint-12")
+    assert_same_weights(train_together(tmp_path, "fsdp=true"), single)
