@@ -53,3 +53,30 @@ def test_train_step(benchmark, figures, tmp_path, workload: str, dtype: str) -> 
         peers["official"] = theirs["seconds"]
         note += f", official {theirs['peak_bytes'] / 1e9:.2f} GB"
     figures.add(f"step {dtype}: {workload}", ours["seconds"], note=note, **peers)
+
+
+@pytest.mark.parametrize(
+    "without", ["deferred weight gradients", "fused head and loss", "attention kernels", "fused GELU"]
+)
+def test_ablation(benchmark, figures, without: str) -> None:
+    """What each saving is worth: our own fp32 step with one of them switched off."""
+    shape, count, length, thoughts, labelled, _ = WORKLOADS["GPT-2 124M, 8 ProsQA rows, 6 thoughts"]
+    job = {"who": "ours", "shape": shape, "rows": count, "length": length, "thoughts": thoughts}
+    job |= {"labelled": labelled, "dtype": "float32", "rounds": 2}
+    ours = benchmark.pedantic(step, kwargs=job, rounds=1)
+    off = step(**job, without=without)
+    note = f"{ours['peak_bytes'] / 1e9:.2f} GB, without {off['peak_bytes'] / 1e9:.2f} GB"
+    figures.add(f"step float32 without {without}", ours["seconds"], note=note, without=off["seconds"])
+
+
+@pytest.mark.parametrize("thoughts", [0, 1, 6, 32])
+def test_thoughts_cost(benchmark, figures, thoughts: int) -> None:
+    """Step time and memory by number of thoughts, one after the other and in 3 parallel rounds."""
+    job = {"who": "ours", "shape": "gpt2", "rows": 8, "length": 330, "thoughts": thoughts, "labelled": 14}
+    job |= {"dtype": "float32", "rounds": 2}
+    ours = benchmark.pedantic(step, kwargs=job, rounds=1)
+    parallel = step(**job, parallel_rounds=3)["seconds"] if thoughts > 3 else None
+    note = f"{ours['peak_bytes'] / 1e9:.2f} GB"
+    figures.add(
+        f"step float32: GPT-2 124M, 8 rows, {thoughts} thoughts", ours["seconds"], note=note, parallel_3=parallel
+    )

@@ -13,11 +13,32 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.activations import NewGELUActivation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
+from coconut_fast import Coconut, ops
 from coconut_fast.data.batch import collate
+
+
+def plain_gelu(model: Coconut) -> None:
+    for block in model.hf.transformer.h:
+        block.mlp.act = NewGELUActivation()
+
+
+def only_torch(*names: str) -> None:
+    for name in names:
+        ops.BACKENDS[name] = ("torch",)
+
+
+# What each saving is worth: the same step without it.
+SAVINGS = {
+    "deferred weight gradients": lambda model: setattr(model, "defer_weight_gradients", False),
+    "fused head and loss": lambda model: only_torch("linear_cross_entropy"),
+    "attention kernels": lambda model: only_torch("ragged_attention", "ragged_attention_backward", "kv_append"),
+    "fused GELU": plain_gelu,
+}
 
 
 def main() -> None:
@@ -27,6 +48,9 @@ def main() -> None:
     rows, labels = make_rows(vocab, job["rows"], job["length"], job["thoughts"], job["labelled"])
     if job["who"] == "ours":
         model = make_model(job["shape"]).train()
+        model.parallel_rounds = job.get("parallel_rounds")
+        if job.get("without"):
+            SAVINGS[job["without"]](model)
         batch = collate(rows, model.tokens.thought, labels).to(device)
 
         def loss() -> torch.Tensor:
