@@ -42,18 +42,21 @@ static coconut_fast::Attention check_attention(const char* op, const RaggedArgum
   if (!(r.softcap >= 0)) refuse(op, ": softcap is ", r.softcap, "; expected 0 (none) or more");
   const Dtype query_dtype = dtype_of(op, "query", r.query), cache_dtype = dtype_of(op, "keys", r.keys);
   if ((query_dtype == Dtype::f64) != (cache_dtype == Dtype::f64))
-    refuse(op, ": query is ", r.query.scalar_type(), " and keys are ", r.keys.scalar_type(), "; Double goes with Double");
+    refuse(op, ": query is ", r.query.scalar_type(), " and keys are ", r.keys.scalar_type(),
+           "; Double goes with Double");
 
   const auto *rows = r.rows.const_data_ptr<int32_t>(), *offsets = r.row_offsets.const_data_ptr<int32_t>();
   const auto *lengths = r.lengths.const_data_ptr<int32_t>(), *pages = r.page_table.const_data_ptr<int32_t>();
   const int64_t batch = r.rows.size(0), width = r.page_table.size(1), num_pages = r.keys.size(0) / r.page_size;
   if (offsets[0] != 0 || offsets[batch] != tokens)
-    refuse(op, ": row_offsets go from ", offsets[0], " to ", offsets[batch], "; expected 0 to ", tokens, " (the queries)");
+    refuse(op, ": row_offsets go from ", offsets[0], " to ", offsets[batch], "; expected 0 to ", tokens,
+           " (the queries)");
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t n = offsets[b + 1] - offsets[b], length = lengths[b];
     if (rows[b] < 0 || rows[b] >= r.page_table.size(0))
       refuse(op, ": rows[", b, "] is ", rows[b], "; page_table has ", r.page_table.size(0), " rows");
-    if (n < 0 || n > r.max_query) refuse(op, ": row ", b, " has ", n, " queries; expected 0 to max_query = ", r.max_query);
+    if (n < 0 || n > r.max_query)
+      refuse(op, ": row ", b, " has ", n, " queries; expected 0 to max_query = ", r.max_query);
     if (length < n || length > r.max_length || length > width * r.page_size)
       refuse(op, ": lengths[", b, "] is ", length, "; expected at least its ", n, " queries, at most max_length = ",
              r.max_length, " and the ", width * r.page_size, " that page_table has room for");
@@ -174,10 +177,12 @@ static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::
   };
   const Copy copies[] = {copy("key", key, "keys", keys), copy("value", value, "values", values)};
   py::gil_scoped_release release;
-  for (const Copy& c : copies)
-    at::parallel_for(0, slots.size(0), std::max<int64_t>(1, (1 << 16) / (c.width + 1)), [&](int64_t first, int64_t last) {
+  for (const Copy& c : copies) {
+    const int64_t grain = std::max<int64_t>(1, (1 << 16) / (c.width + 1));  // less is not worth waking a thread
+    at::parallel_for(0, slots.size(0), grain, [&](int64_t first, int64_t last) {
       coconut_fast::kv_append(c.from, c.from_dtype, c.to, c.to_dtype, slot, c.width, first, last);
     });
+  }
 }
 
 void bind_attention(py::module_& m) {

@@ -45,48 +45,45 @@ namespace {
 
 struct Kernels {
   void (*rows_forward)(const Attention&, const Task&, void*, void*);
-  void (*rows_forward_f64)(const Attention&, const Task&, void*, void*);
   void (*tiles_forward)(const Attention&, const Task&, void*, void*);
   void (*rows_backward)(const Attention&, const Task&, const AttentionGrads&);
-  void (*rows_backward_f64)(const Attention&, const Task&, const AttentionGrads&);
   void (*tiles_backward)(const Attention&, const Task&, const AttentionGrads&);
 };
 
-#define KERNELS(isa)                                                                               \
-  Kernels {                                                                                        \
-    isa::rows_forward<float>, isa::rows_forward<double>, isa::tiles_forward, isa::rows_backward<float>, \
-        isa::rows_backward<double>, isa::tiles_backward                                            \
-  }
+#define KERNELS(isa, F) {isa::rows_forward<F>, isa::tiles_forward, isa::rows_backward<F>, isa::tiles_backward}
 
-Kernels kernels() {
-#if COCONUT_FAST_X86
+Kernels kernels(Dtype dtype) {
   const Isa isa = best_isa();
-  if (isa >= Isa::avx512) return KERNELS(avx512);
-  if (isa >= Isa::avx2) return KERNELS(avx2);
-#else
-  best_isa();  // refuses a wrong COCONUT_FAST_ISA
+  const bool f64 = dtype == Dtype::f64;
+#if COCONUT_FAST_X86
+  if (isa >= Isa::avx512) return f64 ? Kernels KERNELS(avx512, double) : Kernels KERNELS(avx512, float);
+  if (isa >= Isa::avx2) return f64 ? Kernels KERNELS(avx2, double) : Kernels KERNELS(avx2, float);
 #endif
-  return KERNELS(portable);
+  (void)isa;
+  return f64 ? Kernels KERNELS(portable, double) : Kernels KERNELS(portable, float);
 }
 
-// Tasks of `lanes_apart` lanes where queries may be apart from each other (forward), of whole rows where not (backward).
-// Neighbouring heads share the pages of few-query rows, so these are cut by heads only as far as threads ask for it.
+// A row's lanes go to tasks in chunks forward, all to one task backward, which fixes the order in which dK and dV are
+// summed; longest first. Tiles take one kv head; for few queries all heads share the pages they stream through, and are
+// parted only as far as it takes to occupy the threads. How tasks are cut never changes a result.
 std::vector<Task> cut(const Attention& a, int64_t threads, bool backward) {
   const int64_t group = a.heads / a.kv_heads;
-  std::vector<Task> tasks;
-  int64_t few = 0;
+  auto lanes_of = [&](int64_t b) { return static_cast<int64_t>(a.offsets[b + 1] - a.offsets[b]) * group; };
   auto is_few = [&](int64_t lanes) { return lanes <= kFewLanes || a.query_dtype == Dtype::f64; };
-  for (int64_t b = 0; b < a.batch; ++b) few += is_few((a.offsets[b + 1] - a.offsets[b]) * group);
+  int64_t few = 0;
+  for (int64_t b = 0; b < a.batch; ++b) few += lanes_of(b) > 0 && is_few(lanes_of(b));
   const int64_t pieces = std::clamp<int64_t>(few ? 3 * threads / few : 1, 1, a.kv_heads);
-  const int64_t heads = (a.kv_heads + pieces - 1) / pieces;
+
+  std::vector<Task> tasks;
   for (int64_t b = 0; b < a.batch; ++b) {
-    const int64_t lanes = (a.offsets[b + 1] - a.offsets[b]) * group;
+    const int64_t lanes = lanes_of(b);
+    if (lanes == 0) continue;
     const bool tiles = !is_few(lanes);
-    const int64_t most = backward ? lanes : tiles ? kChunkLanes : std::max<int64_t>(group, kFewLanes / group * group);
-    const int64_t together = tiles ? 1 : heads;
-    for (int64_t first = (lanes - 1) / std::max<int64_t>(most, 1) * most; first >= 0 && lanes > 0; first -= most)
-      for (int64_t head = 0; head < a.kv_heads; head += together)
-        tasks.push_back({b, head, std::min(head + together, a.kv_heads), first, std::min(first + most, lanes), tiles});
+    const int64_t heads = tiles ? 1 : (a.kv_heads + pieces - 1) / pieces;
+    const int64_t chunk = backward ? lanes : tiles ? kChunkLanes : std::max<int64_t>(group, kFewLanes / group * group);
+    for (int64_t lane = (lanes - 1) / chunk * chunk; lane >= 0; lane -= chunk)
+      for (int64_t head = 0; head < a.kv_heads; head += heads)
+        tasks.push_back({b, head, std::min(head + heads, a.kv_heads), lane, std::min(lane + chunk, lanes), tiles});
   }
   return tasks;
 }
@@ -102,17 +99,15 @@ void run_all(const std::vector<Task>& tasks, const Parallel& parallel, const Run
 }  // namespace
 
 void attention_forward(const Attention& a, void* out, void* lse, const Parallel& parallel) {
-  const Kernels k = kernels();
-  run_all(cut(a, parallel.threads, false), parallel, [&](const Task& task) {
-    (task.tiles ? k.tiles_forward : a.query_dtype == Dtype::f64 ? k.rows_forward_f64 : k.rows_forward)(a, task, out, lse);
-  });
+  const Kernels k = kernels(a.query_dtype);
+  run_all(cut(a, parallel.threads, false), parallel,
+          [&](const Task& task) { (task.tiles ? k.tiles_forward : k.rows_forward)(a, task, out, lse); });
 }
 
 void attention_backward(const Attention& a, const AttentionGrads& grads, const Parallel& parallel) {
-  const Kernels k = kernels();
-  run_all(cut(a, parallel.threads, true), parallel, [&](const Task& task) {
-    (task.tiles ? k.tiles_backward : a.query_dtype == Dtype::f64 ? k.rows_backward_f64 : k.rows_backward)(a, task, grads);
-  });
+  const Kernels k = kernels(a.query_dtype);
+  run_all(cut(a, parallel.threads, true), parallel,
+          [&](const Task& task) { (task.tiles ? k.tiles_backward : k.rows_backward)(a, task, grads); });
 }
 
 }  // namespace coconut_fast

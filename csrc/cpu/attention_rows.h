@@ -1,6 +1,6 @@
 // Attention of a few queries (a latent pass, a decoded token), and all of fp64: dot products and sums over rows of the
-// cache, which stream through once, all heads of the task side by side. Bound by memory: 256 bytes of a 64-wide fp32 key
-// take 60 cycles of one core's share of the bandwidth here, the arithmetic of one query 15.
+// cache, which stream through once, all heads of the task side by side. Bound by memory: the 256 bytes of a 64-wide
+// fp32 key take 60 cycles at 14 GB/s a core, the arithmetic of one query 15.
 // Included once per instruction set after vec.h.
 
 template <typename F>
@@ -58,7 +58,8 @@ static INLINE const F* values_at(const void* tensor, Dtype dtype, int64_t offset
 
 // One task's lanes of a (T, heads, dim) tensor -> (kv heads of the task, lanes, dim), times factor; and back.
 template <typename F>
-static void gather(const Attention& a, const Task& t, const Row& row, const void* tensor, int64_t dim, F factor, F* to) {
+static void gather(const Attention& a, const Task& t, const Row& row, const void* tensor, int64_t dim, F factor,
+                   F* to) {
   for (int64_t g = t.first_head; g < t.last_head; ++g)
     for (int64_t e = t.first_lane; e < t.last_lane; ++e, to += dim) {
       const F* from = values_at<F>(tensor, a.query_dtype, row.pair(e, g, a.heads) * dim, dim, to);
@@ -67,7 +68,8 @@ static void gather(const Attention& a, const Task& t, const Row& row, const void
 }
 
 template <typename F>
-static void scatter(const Attention& a, const Task& t, const Row& row, const F* from, int64_t dim, F factor, void* tensor) {
+static void scatter(const Attention& a, const Task& t, const Row& row, const F* from, int64_t dim, F factor,
+                    void* tensor) {
   for (int64_t g = t.first_head; g < t.last_head; ++g)
     for (int64_t e = t.first_lane; e < t.last_lane; ++e, from += dim) {
       char* to = static_cast<char*>(tensor) + row.pair(e, g, a.heads) * dim * size_of(a.query_dtype);
@@ -139,15 +141,16 @@ static void rows_forward(const Attention& a, const Task& t, void* out, void* lse
   for (int64_t j = from; j < to; ++j) {
     const int64_t first = row.slot(j) * a.kv_heads + t.first_head;
     const F* v = values_at<F>(a.values, a.cache_dtype, first * Kv, heads * Kv, value_space);
-    for (int64_t i = 0; i < pairs; ++i) add_scaled(sums + i * Kv, weights[i * stride + j - from], v + i / lanes * Kv, Kv);
+    for (int64_t i = 0; i < pairs; ++i)
+      add_scaled(sums + i * Kv, weights[i * stride + j - from], v + i / lanes * Kv, Kv);
   }
   scatter<F>(a, t, row, sums, Kv, F(1), out);
 }
 
 // For 16 keys at a time and one query: weights w and, from dp = dout.v, score gradients ds; both 0 outside [lo, hi).
 template <typename F>
-static INLINE void soften_backward(const Attention& a, F* w, F* dp, int64_t lo, int64_t hi, int64_t first, F lse, F delta,
-                                   uint32_t word) {
+static INLINE void soften_backward(const Attention& a, F* w, F* dp, int64_t lo, int64_t hi, int64_t first, F lse,
+                                   F delta, uint32_t word) {
   F slope[16];
   const F cap = static_cast<F>(a.softcap), kept = static_cast<F>(1 / (1 - a.dropout));
   if (a.softcap != 0) {

@@ -42,7 +42,9 @@ struct Row {
   int64_t position(int64_t lane) const { return length - queries + lane / group; }
   int64_t first_lane(int64_t position) const { return (position - (length - queries)) * group; }
   int64_t slot(int64_t position) const { return pages[position / page_size] * page_size + position % page_size; }
-  int64_t first_seen(int64_t lane) const { return window && position(lane) >= window ? position(lane) - window + 1 : 0; }
+  int64_t first_seen(int64_t lane) const {
+    return window && position(lane) >= window ? position(lane) - window + 1 : 0;
+  }
   // Index of the lane's (query, head) pair in (T, heads).
   int64_t pair(int64_t lane, int64_t kv_head, int64_t heads) const {
     return (first_token + lane / group) * heads + kv_head * group + lane % group;

@@ -97,7 +97,8 @@ static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_hea
   }
 }
 
-// A group's lanes of a (T, heads, dim) tensor, times factor: (width, up(dim, 16)), zero padded, and (dim, 32) transposed.
+// A group's lanes of a (T, heads, dim) tensor, times factor: as rows (width, up(dim, 16)), zero padded, and as columns
+// (dim, 32).
 static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_head, const Group& group,
                               const void* tensor, int64_t dim, float factor, float* rows, float* columns) {
   const int64_t padded = up(dim, 16), size = size_of(a.query_dtype);
@@ -137,8 +138,8 @@ struct Softener {
   }
 };
 
-// Online softmax of one block: scores (keys, 32) -> weights in place; most, total (per lane) and alpha, the factor on sums
-// from before this block.
+// Online softmax of one block: scores (keys, 32) -> weights in place; per lane the largest score, the total of the
+// weights, and alpha, the factor on what was summed before this block.
 template <bool CAP, bool DROP>
 static void soften_block(const Softener& soft, float* scores, int64_t start, int64_t from, int64_t to, float* most,
                          float* total, float* alpha) {

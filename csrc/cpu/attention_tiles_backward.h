@@ -1,5 +1,5 @@
-// The derivative of attention_tiles.h: weights are recomputed from lse, delta = dO . O. One task is one kv head of a row,
-// all its lanes in rising order, so that dK and dV are summed in one fixed order.
+// The derivative of attention_tiles.h: weights are recomputed from lse, delta = dO . O. One task is one kv head of a
+// row, all its lanes in rising order, so that dK and dV are summed in one fixed order.
 // Included once per instruction set after attention_tiles.h.
 
 // Scores (keys, 32) -> weights (times the dropout factor), dP -> score gradients, both in place.
@@ -54,7 +54,7 @@ struct GroupGrads {
     const auto* given = static_cast<const float*>(grads.lse);
     for (int64_t i = 0; i < group.width; ++i)
       lse[i] = i < group.count ? given[row.pair(group.first + i, kv_head, a.heads)] : INFINITY;  // weights become 0
-    // In the order of the product dP = V dO, so that where one weight is 1 and out is its value dP - delta is exactly 0.
+    // In the order of the product dP = V dO: where one weight is 1 and out is its value, dP - delta is exactly 0.
     for (int64_t i = 0; i < group.width; i += W) {
       Vec sum{};
       for (int64_t d = 0; d < dim; ++d) sum += load(columns + d * kGroupLanes + i) * load(dout + d * kGroupLanes + i);
@@ -82,8 +82,9 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
   float *weights = scratch.take<float>(kBlockKeys * lanes), *slopes = scratch.take<float>(kBlockKeys * lanes);
   float *out_rows = scratch.take<float>(lanes * Vp), *out_columns = scratch.take<float>(lanes * Kv);
   float* kept = scratch.take<float>(groups * GroupGrads::size(a));
-  auto soften = a.softcap != 0 ? (a.dropout > 0 ? soften_block_backward<true, true> : soften_block_backward<true, false>)
-                               : (a.dropout > 0 ? soften_block_backward<false, true> : soften_block_backward<false, false>);
+  const bool cap = a.softcap != 0, drop = a.dropout > 0;
+  auto soften = cap ? (drop ? soften_block_backward<true, true> : soften_block_backward<true, false>)
+                    : (drop ? soften_block_backward<false, true> : soften_block_backward<false, false>);
 
   for (int64_t lane = t.first_lane; lane < t.last_lane; lane += kChunkLanes) {
     const Task chunk{t.b, kv_head, kv_head + 1, lane, std::min(lane + kChunkLanes, t.last_lane), true};
@@ -105,8 +106,10 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
         group.range(start, count, from, to);
         if (from >= to) continue;
         for (int64_t j = from; j < to; j += MR) {
-          strip<true, Start::zero>(keys + j * Kp, Kp, mine.query, lanes, weights + j * lanes, lanes, group.width, 0, K);
-          strip<true, Start::zero>(values + j * Vp, Vp, mine.dout, lanes, slopes + j * lanes, lanes, group.width, 0, Kv);
+          strip<true, Start::zero>(keys + j * Kp, Kp, mine.query, lanes, weights + j * lanes, lanes, group.width,
+                                   0, K);
+          strip<true, Start::zero>(values + j * Vp, Vp, mine.dout, lanes, slopes + j * lanes, lanes, group.width,
+                                   0, Kv);
         }
         const Softener soft{a, group, group.sees_all(row, start, from, to)};
         soften(soft, weights, slopes, start, from, to, mine.lse, mine.delta);
@@ -120,7 +123,8 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
         }
         for (int64_t i = 0; i < group.width; i += MR) {
           const int64_t end = std::min<int64_t>(to, group.position[i + MR - 1] + 1 - start);
-          strip<false, Start::add>(slopes + i, lanes, keys, Kp, mine.dquery + i * Kp, Kp, Kp, from, std::max(from, end));
+          strip<false, Start::add>(slopes + i, lanes, keys, Kp, mine.dquery + i * Kp, Kp, Kp, from,
+                                   std::max(from, end));
         }
       }
       add_block(a, row, kv_head, dkeys, K, start, count, grads.grad_keys);

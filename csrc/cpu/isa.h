@@ -34,8 +34,9 @@ enum class Isa {
   avx512_bf16,  // + avx512bf16
 };
 
-// The best set that this build has and this machine runs. The environment variable COCONUT_FAST_ISA, read at every call,
-// asks for a lower one by name; a name that is unknown or that this machine cannot run throws std::invalid_argument.
+// The best set that this build has and this machine runs. The environment variable COCONUT_FAST_ISA, read at every
+// call, asks for a lower one by name; a name that is unknown or that this machine cannot run throws
+// std::invalid_argument.
 Isa best_isa();
 
 const char* isa_name(Isa isa);
