@@ -142,4 +142,5 @@ PYBIND11_MODULE(_C, m) {
   bind_build(m);
   bind_cache_layout(m);
   bind_attention(m);
+  bind_native(m);
 }

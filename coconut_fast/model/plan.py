@@ -107,7 +107,8 @@ class ModelPlan:
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced or written in place: how an engine knows that its packed copy is stale."""
-        tensors = [*self.blocks.parameters(), self.embed, self.final_norm, self.head]
+        ends = [self.embed, self.positions, self.final_norm, self.head]
+        tensors = [*self.blocks.parameters(), *(t for t in ends if t is not None)]
         return tuple((t.data_ptr(), t._version) for t in tensors)
 
 

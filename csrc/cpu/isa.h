@@ -31,7 +31,7 @@ enum class Isa {
   portable,     // whatever the compiler assumes: SSE2 on x86-64, NEON on aarch64
   avx2,         // avx2,fma,f16c
   avx512,       // + avx512f,avx512bw,avx512dq,avx512vl
-  avx512_bf16,  // + avx512bf16
+  avx512_bf16,  // + avx512bf16,avx512vnni
 };
 
 // The best set that this build has and this machine runs. The environment variable COCONUT_FAST_ISA, read at every

@@ -1,9 +1,11 @@
 // Vectors of W fp32 lanes for the instruction set of the enclosing target pragma (see isa.h); included once per set,
-// inside its namespace, hence without an include guard. The includer has <cmath>, <cstring> and cpu/dtype.h.
+// inside its namespace, hence without an include guard. The includer has <cmath>, <cstring> and cpu/dtype.h, and defines
+// KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros such as __AVX512F__ in
+// C++, where the whole file is preprocessed before the pragma is seen.
 
-#if defined(__AVX512F__)
+#if KERNEL_LEVEL >= 2 || (!defined(KERNEL_LEVEL) && defined(__AVX512F__))
 constexpr int W = 16;
-#elif defined(__AVX2__)
+#elif KERNEL_LEVEL >= 1 || (!defined(KERNEL_LEVEL) && defined(__AVX2__))
 constexpr int W = 8;
 #else
 constexpr int W = 4;

@@ -1,0 +1,319 @@
+"""The native runner: known model families on a CPU, from packed weights, every chain of thoughts one C++ call.
+
+`NativeModel` packs a model's weights (csrc/cpu/chain.h) and runs rows of a KVCache with them; `NativeRunner` has the
+interface of `EagerRunner` on top of it. `reason_not` says why a model cannot have one.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from coconut_fast import ops
+from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.prompts import Prompt
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import Identity, Pause, Rescale
+from coconut_fast.model.plan import ModelPlan, describe
+
+MAX_ROWS = 64  # rows of one C++ call, and prompt tokens of one pass
+THOUGHT = -1  # stands among token ids where a row's thought is fed
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_SHAPE = ("layers", "dim", "heads", "kv_heads", "head_dim", "inner", "vocab", "max_positions")
+_KIND = ("norm", "eps", "activation", "gated", "rope_scaling")
+
+
+def reason_not(model: Coconut) -> str | None:
+    """Why this model cannot run natively; None where it can."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}, the native chain runs on the CPU"
+    if model.dtype not in FORMATS:
+        return f"the model is {model.dtype}, the native chain takes float32 and bfloat16"
+    if type(model.feedback) not in (Identity, Rescale, Pause):
+        return f"feedback {type(model.feedback).__name__} is not one of Identity, Rescale, Pause"
+    plan = describe(model.hf)
+    if isinstance(plan, str):
+        return plan
+    try:
+        ops.extension()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+class NativeModel:
+    """A Coconut model's weights, packed for the CPU.
+
+    weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen by itself). group: int8 columns
+    that share a scale, a multiple of 64 (0: one scale per output). threads: default OMP_NUM_THREADS or all CPUs.
+    Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights, naming the tensor.
+    """
+
+    def __init__(
+        self, model: Coconut, *, weights: str | None = None, group: int = 0, threads: int | None = None
+    ) -> None:
+        reason = reason_not(model)
+        if reason:
+            raise ValueError(f"model: cannot run natively: {reason}")
+        for name, tensor in model.hf.named_parameters():
+            if not torch.isfinite(tensor.detach()).all():
+                raise ValueError(f"model: the weight {name} holds NaN or infinite values")
+        plan = describe(model.hf)
+        assert isinstance(plan, ModelPlan)
+        self.plan = plan
+        self.dtype = model.dtype  # of the cache
+        self.weights = weights or FORMATS[model.dtype]
+        shape = {name: getattr(plan, name) for name in (*_SHAPE, *_KIND)}
+        self.chain = ops.extension().NativeChain(shape, self.weights, group, threads or 0, MAX_ROWS)
+        for index in range(plan.layers):
+            tensors = {name: _for_chain(t) for name, t in plan.layer(index).named().items()}
+            self.chain.set_layer(index, tensors, plan.scaling[index], plan.window[index])
+        ends = {"embed": plan.embed, "head": plan.head, "final_norm": plan.final_norm}
+        optional = ("positions", "inv_freq", "final_norm_bias", "head_bias")
+        ends |= {name: t for name in optional if (t := getattr(plan, name)) is not None}
+        # The chain reads embeddings in place: self.plan keeps them alive.
+        self.chain.set_ends({name: _for_chain(t) for name, t in ends.items()})
+        if isinstance(model.feedback, Rescale):
+            self.chain.set_feedback(float(model.feedback.mean_norm), None)
+        elif isinstance(model.feedback, Pause):
+            self.chain.set_feedback(0.0, model.feedback.embedding.detach().float().contiguous())
+        self.fingerprint = fingerprint(model, plan)
+
+    def make_cache(self, *, num_slots: int, max_rows: int, max_length: int | None = None) -> KVCache:
+        """A cache with storage for every layer."""
+        cache = KVCache(self.plan.layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length)
+        example = torch.empty(0, self.plan.kv_heads, self.plan.head_dim, dtype=self.dtype)
+        for layer in range(self.plan.layers):
+            cache.storage(layer, example, example)
+        return cache
+
+    def prefill(
+        self, cache: KVCache, rows: Sequence[int], ids: Sequence[Sequence[int]], hidden_BD: torch.Tensor
+    ) -> None:
+        """Runs `ids[i]` at the end of `rows[i]`; hidden_BD becomes the state of each row's last one.
+
+        THOUGHT among the ids feeds the row's hidden state in that place. hidden_BD: fp32, contiguous, written in place.
+        """
+        counts = [len(row) for row in ids]
+        flat = _int32([i for row in ids for i in row])
+        with _appended(cache, rows, counts) as starts:
+            self.chain.prefill(
+                cache.layout, cache.keys, cache.values, _int32(rows), starts, flat, _int32(counts), hidden_BD
+            )
+
+    def think(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        hidden_BD: torch.Tensor,
+        keep: bool = False,
+    ) -> torch.Tensor | None:
+        """`counts[i]` latent passes of `rows[i]` from hidden_BD, which becomes the state after them, in one call.
+
+        With `keep`: what was fed back, (sum of counts, D), row after row.
+        """
+        fed = torch.empty(sum(counts), self.plan.dim) if keep else None
+        done = 0
+        for part in _parts(len(rows)):
+            total = sum(counts[part])
+            with _appended(cache, rows[part], counts[part]) as starts:
+                self.chain.think(
+                    cache.layout,
+                    cache.keys,
+                    cache.values,
+                    _int32(rows[part]),
+                    starts,
+                    _int32(counts[part]),
+                    hidden_BD[part],
+                    None if fed is None else fed[done : done + total],
+                )
+            done += total
+        return fed
+
+    def decode(
+        self,
+        cache: KVCache,
+        rows: Sequence[int],
+        hidden_BD: torch.Tensor,
+        *,
+        pending: Sequence[int | None],
+        limits: Sequence[int],
+        stops: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        first_steps: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Up to `limits[i]` tokens for `rows[i]`, fewer where one of `stops` comes (it is included), in one call.
+
+        pending[i] is the row's last token, not in the cache yet; None: the first token follows hidden_BD[i]. The last
+        token of the result is not in the cache either. first_steps: tokens the row has drawn before, for its seed.
+        """
+        sampling = sampling or Sampling()
+        seeds = seeds if seeds is not None else [0] * len(rows)
+        first_steps = first_steps if first_steps is not None else [0] * len(rows)
+        tokens: list[list[int]] = []
+        for part in _parts(len(rows)):
+            first = [-1 if token is None else token for token in pending[part]]
+            limit = [max(0, n) for n in limits[part]]
+            writes = [max(0, n - (token < 0)) for n, token in zip(limit, first, strict=True)]
+            with _appended(cache, rows[part], writes) as starts:
+                made_BN, counts_B = self.chain.decode(
+                    cache.layout,
+                    cache.keys,
+                    cache.values,
+                    _int32(rows[part]),
+                    starts,
+                    _int32(first),
+                    _int32(limit),
+                    max(limit, default=0),
+                    list(stops),
+                    sampling.temperature,
+                    sampling.top_k,
+                    sampling.top_p,
+                    torch.tensor([_signed(s) for s in seeds[part]], dtype=torch.int64),
+                    _int32(first_steps[part]),
+                    hidden_BD[part],
+                )
+            counts = counts_B.tolist()
+            tokens += [row[:count] for row, count in zip(made_BN.tolist(), counts, strict=True)]
+            # Places of tokens that an early end did not need.
+            kept = [s + max(0, c - (f < 0)) for s, c, f in zip(starts.tolist(), counts, first, strict=True)]
+            cache.truncate(rows[part], kept)
+        return tokens
+
+
+class NativeRunner:
+    """Reads prompts and writes answers over one cache, natively. The interface is EagerRunner's (infer/eager.py)."""
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: Coconut,
+        *,
+        num_slots: int,
+        max_rows: int,
+        max_length: int,
+        sampling: Sampling,
+        native: NativeModel | None = None,
+    ) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.native = native or packed(model)
+        self.cache = self.native.make_cache(num_slots=num_slots, max_rows=max_rows, max_length=max_length)
+
+    def read(
+        self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
+    ) -> torch.Tensor:
+        """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D) fp32.
+
+        The last thought of a piece is fed in the same pass as the tokens behind it, so k thoughts cost k passes.
+        """
+        hidden_BD = torch.zeros(len(rows), self.native.plan.dim)
+        for r in range(max(len(p.pieces) for p in prompts)):
+            members = [i for i, p in enumerate(prompts) if r < len(p.pieces)]
+            pieces = [prompts[i].pieces[r] for i in members]
+            member_rows = [rows[i] for i in members]
+            member_BD = hidden_BD[members]
+            if thoughts is not None and r > 0:
+                for i, state_D in zip(members, member_BD.clone(), strict=True):
+                    thoughts[i].append(state_D.to(self.model.dtype))
+            lead = [THOUGHT] if r > 0 else []
+            self.native.prefill(self.cache, member_rows, [[*lead, *p.tokens] for p in pieces], member_BD)
+            more = [max(p.thoughts - 1, 0) for p in pieces]
+            fed = self.native.think(self.cache, member_rows, more, member_BD, keep=thoughts is not None)
+            if thoughts is not None and fed is not None:
+                for i, kept in zip(members, fed.to(self.model.dtype).split(more), strict=True):
+                    thoughts[i].extend(kept)
+            hidden_BD[members] = member_BD
+        return hidden_BD
+
+    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
+        """The first token of each draft, from its prompt's last hidden state."""
+        self._decode(drafts, hidden_BD.float().contiguous(), [1] * len(drafts))
+
+    def write(self, drafts: Sequence[Draft], steps: int) -> None:
+        """Up to `steps` more tokens of each draft."""
+        writing = [d for d in drafts if not d.done(self.model.tokens.eos)]
+        unused_BD = torch.empty(len(writing), self.native.plan.dim)
+        self._decode(writing, unused_BD, [min(steps, d.limit - len(d.tokens)) for d in writing])
+
+    def _decode(self, drafts: Sequence[Draft], hidden_BD: torch.Tensor, limits: list[int]) -> None:
+        eos = self.model.tokens.eos
+        tokens = self.native.decode(
+            self.cache,
+            [d.row for d in drafts],
+            hidden_BD,
+            pending=[d.tokens[-1] if d.tokens else None for d in drafts],
+            limits=limits,
+            stops=[] if eos is None else [eos],
+            sampling=self.sampling,
+            seeds=[d.seed for d in drafts],
+            first_steps=[len(d.tokens) for d in drafts],
+        )
+        for draft, more in zip(drafts, tokens, strict=True):
+            draft.tokens.extend(more)
+
+
+_packed: weakref.WeakKeyDictionary[Coconut, NativeModel] = weakref.WeakKeyDictionary()
+
+
+def packed(model: Coconut) -> NativeModel:
+    """The model's packed weights, made once and again after its weights or feedback changed."""
+    native = _packed.get(model)
+    if native is None or fingerprint(model, native.plan) != native.fingerprint:
+        native = _packed[model] = NativeModel(model)
+    return native
+
+
+def fingerprint(model: Coconut, plan: ModelPlan) -> tuple[object, ...]:
+    """Differs where packed weights would."""
+    buffers = [*model.feedback.parameters(), *model.feedback.buffers()]
+    return plan.fingerprint(), type(model.feedback), tuple((t.data_ptr(), t._version) for t in buffers)
+
+
+@functools.cache
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes per second this machine reads from memory with so many threads: what a pass is bound by. About 0.3 s."""
+    module = ops.extension()
+    return module.read_bandwidth(threads or module.default_threads(), 256 << 20, 8)
+
+
+@contextmanager
+def _appended(cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Places for `counts[i]` more tokens of `rows[i]`, taken back if the call in the block is refused.
+
+    Gives how long the rows were before, int32 (B,).
+    """
+    starts = cache.layout.lengths[torch.tensor(list(rows), dtype=torch.int64)].clone()
+    cache.reserve(rows, counts)
+    try:
+        yield starts
+    except Exception:
+        cache.truncate(rows, starts.tolist())
+        raise
+
+
+def _for_chain(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.dim() == 2 else tensor.float().contiguous()
+
+
+def _int32(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def _signed(seed: int) -> int:
+    """The 64 bits of a seed as torch's int64 has them."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(i, min(i + MAX_ROWS, count)) for i in range(0, count, MAX_ROWS)]

@@ -1,0 +1,263 @@
+#include "cpu/chain.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace coconut_fast {
+
+const Kernels& kernels_for(Isa isa) {
+  const Kernels* found = nullptr;
+  switch (isa) {
+    case Isa::portable: found = portable_kernels(); break;
+    case Isa::avx2: found = avx2_kernels(); break;
+    case Isa::avx512: found = avx512_kernels(); break;
+    case Isa::avx512_bf16: found = avx512_bf16_kernels(); break;
+  }
+  if (!found) throw std::invalid_argument(std::string("this build has no kernels for ") + isa_name(isa));
+  return *found;
+}
+
+namespace {
+
+// Bytes of a row, such that rows start on different cache sets: an odd number of lines.
+size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+}  // namespace
+
+Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int max_tokens, Isa isa)
+    : shape_(shape), format_(format), group_(group), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
+      team_(threads), layers_(shape.layers), tokens_(max_tokens), active_(max_tokens), states_(max_tokens),
+      draws_(max_tokens), picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
+  if (group % 64 || group < 0 || group > 512)
+    throw std::invalid_argument("group must be 0 or a multiple of 64 up to 512, found " + std::to_string(group));
+  x_ = make_rows(shape.dim);
+  spare_.stride = odd_lines(shape.dim * sizeof(float)) / sizeof(float);
+  spare_.data = make_memory<float>(spare_.stride * threads);
+  attended_ = make_rows(shape.heads * shape.head_dim);
+  sums_stride_ = size_t(max_tokens) * 64 + 16;
+  sums_ = make_memory<float>(sums_stride_ * threads);
+  scratch_stride_ = attend_scratch(shape.heads, shape.head_dim);
+  scratch_ = make_memory<float>(scratch_stride_ * threads);
+  cos_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
+  sin_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
+  candidates_ = make_memory<Candidates>(size_t(max_tokens) * threads);
+  row_logits_ = make_memory<float>(shape.vocab);
+  order_ = make_memory<int>(shape.vocab);
+}
+
+Chain::Rows Chain::make_rows(int width) const {
+  Rows rows;
+  rows.stride = odd_lines(size_t(width + 63) / 64 * 64 * sizeof(float)) / sizeof(float);
+  rows.data = make_memory<float>(rows.stride * max_tokens_);
+  return rows;
+}
+
+Chain::Inputs Chain::make_inputs(const Linear& linear) const {
+  Inputs inputs;
+  inputs.kind = kernels_.input[static_cast<int>(linear.format)];
+  const size_t k = linear.k_padded;
+  inputs.low = k;  // high digits, then low ones
+  inputs.stride = odd_lines(inputs.kind == InputKind::fp32 ? 4 * k : 2 * k);
+  inputs.segments = linear.segments();
+  inputs.data = make_memory<char>(inputs.stride * max_tokens_);
+  inputs.scales = make_memory<float>(inputs.segments * max_tokens_);
+  inputs.offsets = make_memory<int32_t>(inputs.segments * max_tokens_);
+  return inputs;
+}
+
+const float* Chain::keep(const float* values, int n) {
+  if (!values) return nullptr;
+  float* copy = reinterpret_cast<float*>(arena_.take(n * sizeof(float)));
+  std::copy(values, values + n, copy);
+  return copy;
+}
+
+Linear Chain::pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired) {
+  return pack(w, bias, n, k, {format_, group_, paired}, arena_, team_);
+}
+
+void Chain::set_layer(int index, const LayerWeights& w) {
+  const ChainShape& s = shape_;
+  const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+  Layer& layer = layers_.at(index);
+  layer.qkv = pack_matrix(w.qkv, w.qkv_bias, q + 2 * kv, s.dim, false);
+  layer.o = pack_matrix(w.o, w.o_bias, s.dim, q, false);
+  layer.up = pack_matrix(w.up, w.up_bias, s.gated ? 2 * s.inner : s.inner, s.dim, s.gated);
+  layer.down = pack_matrix(w.down, w.down_bias, s.dim, s.inner, false);
+  layer.norm1 = {keep(w.norm1, s.dim), keep(w.norm1_bias, s.dim), s.layer_norm, s.eps};
+  layer.norm2 = {keep(w.norm2, s.dim), keep(w.norm2_bias, s.dim), s.layer_norm, s.eps};
+  layer.q_norm = keep(w.q_norm, s.head_dim);
+  layer.k_norm = keep(w.k_norm, s.head_dim);
+  layer.scaling = w.scaling;
+  layer.window = w.window;
+  if (index > 0) return;
+  // Every output of a padded chunk is written, so rows are as wide as the layers that write them.
+  x_ = make_rows(std::max(layer.o.n_padded(), layer.down.n_padded()));
+  qkv_ = make_rows(layer.qkv.n_padded());
+  mid_ = make_rows(std::max(layer.up.n_padded() / (s.gated ? 2 : 1), layer.down.k_padded));
+  from_x_ = make_inputs(layer.qkv);
+  from_attended_ = make_inputs(layer.o);
+  from_mid_ = make_inputs(layer.down);
+}
+
+void Chain::set_ends(const EndWeights& w) {
+  embed_ = w.embed;
+  positions_ = w.positions;
+  head_ = pack_matrix(w.head, w.head_bias, shape_.vocab, shape_.dim, false);
+  final_norm_ = {keep(w.final_norm, shape_.dim), keep(w.final_norm_bias, shape_.dim), shape_.layer_norm, shape_.eps};
+  inv_freq_ = keep(w.inv_freq, shape_.head_dim / 2);
+  tallies_ = make_memory<Tally>(size_t(head_.chunks) * max_tokens_);
+}
+
+void Chain::set_feedback(float norm, const float* constant) {
+  rescale_ = norm;
+  constant_ = keep(constant, shape_.dim);
+}
+
+namespace {
+
+size_t bytes_of(const Linear& linear) { return linear.bytes_per_chunk() * linear.chunks; }
+
+}  // namespace
+
+size_t Chain::body_bytes() const {
+  size_t bytes = 0;
+  for (const Layer& layer : layers_)
+    bytes += bytes_of(layer.qkv) + bytes_of(layer.o) + bytes_of(layer.up) + bytes_of(layer.down);
+  return bytes;
+}
+
+size_t Chain::head_bytes() const { return bytes_of(head_); }
+
+// ---- calls --------------------------------------------------------------------------------------------------------
+
+// Rows that a call may have at a time: the passes gather all of them.
+static void check_rows(const RowsView& rows, int most) {
+  if (rows.count > most)
+    throw std::invalid_argument("rows: at most " + std::to_string(most) + " in one call, found " +
+                                std::to_string(rows.count));
+}
+
+template <class Position>
+int Chain::gather(int t, const RowsView& rows, Position position) {
+  team_.barrier();  // everybody is done with the list before
+  if (t == 0) {
+    gathered_ = 0;
+    for (int i = 0; i < rows.count; ++i) {
+      const int32_t at = position(i);
+      if (at < 0) continue;
+      active_[gathered_] = i;
+      tokens_[gathered_++] = {rows.rows[i], at};
+    }
+  }
+  team_.barrier();
+  return gathered_;
+}
+
+void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts,
+                    float* hidden) {
+  team_.run([&](int t) {
+    int row = 0, done = 0;  // next token: the done-th of this row
+    const int32_t* next = ids;
+    while (true) {
+      // Every thread walks alike; thread 0 writes the list down.
+      const int first_row = row, first_done = done;
+      int count = 0;
+      for (; row < rows.count && count < max_tokens_;) {
+        const int n = std::min(counts[row] - done, max_tokens_ - count);
+        if (t == 0)
+          for (int i = 0; i < n; ++i) {
+            tokens_[count + i] = {rows.rows[row], rows.starts[row] + done + i};
+            active_[count + i] = row;
+          }
+        count += n, done += n;
+        if (done < counts[row]) break;
+        ++row, done = 0;
+      }
+      if (count == 0) return;
+      team_.barrier();
+      for (int m = t; m < count; m += team_.size()) {
+        if (next[m] < 0) embed_state(m, hidden + size_t(active_[m]) * shape_.dim);
+        else embed_id(m, next[m]);
+      }
+      start_tokens(t, count);
+      next += count;
+      body(t, count, cache, layers_[0].qkv);
+      // Rows whose last token was in this pass.
+      int m = -1;
+      for (int r = first_row, from = first_done; r < row; ++r, from = 0) {
+        if (counts[r] == 0) continue;
+        m += counts[r] - from;
+        if (r % team_.size() == t)
+          kernels_.norm(final_norm_, x_.row(m), shape_.dim, hidden + size_t(r) * shape_.dim);
+      }
+      team_.barrier();
+    }
+  });
+}
+
+void Chain::think(const CacheView& cache, const RowsView& rows, const int32_t* counts, float* hidden, float* thoughts) {
+  check_rows(rows, max_tokens_);
+  team_.run([&](int t) {
+    for (int step = 0;; ++step) {
+      const int count = gather(t, rows, [&](int i) { return step < counts[i] ? rows.starts[i] + step : -1; });
+      if (count == 0) return;
+      for (int m = t; m < count; m += team_.size()) {
+        const float* state = hidden + size_t(active_[m]) * shape_.dim;
+        embed_state(m, state);
+        if (thoughts) {
+          size_t at = step;
+          for (int i = 0; i < active_[m]; ++i) at += counts[i];
+          std::copy(state, state + shape_.dim, thoughts + at * shape_.dim);
+        }
+      }
+      start_tokens(t, count);
+      body(t, count, cache, layers_[0].qkv);
+      finish_states(t, count, hidden);
+    }
+  });
+}
+
+void Chain::decode(const CacheView& cache, const RowsView& rows, const DecodeRequest& request, float* hidden) {
+  check_rows(rows, max_tokens_);
+  for (int i = 0; i < rows.count; ++i) {
+    states_[i] = {request.pending[i], rows.starts[i], request.limits[i] > 0 && request.steps > 0};
+    request.produced[i] = 0;
+  }
+  team_.run([&](int t) {
+    while (true) {
+      int count = gather(t, rows, [&](int i) {
+        return states_[i].running && states_[i].pending >= 0 ? states_[i].position : -1;
+      });
+      if (count > 0) {
+        for (int m = t; m < count; m += team_.size()) embed_id(m, states_[active_[m]].pending);
+        start_tokens(t, count);
+        body(t, count, cache, head_);
+        finish_states(t, count, hidden);
+      }
+      count = gather(t, rows, [&](int i) { return states_[i].running ? 0 : -1; });
+      if (count == 0) return;
+      pick_tokens(t, count, request, hidden);
+      if (t == 0) accept(count, request);
+      team_.barrier();
+    }
+  });
+}
+
+void Chain::accept(int count, const DecodeRequest& request) {
+  for (int m = 0; m < count; ++m) {
+    const int i = active_[m];
+    RowState& state = states_[i];
+    state.position += state.pending >= 0;
+    state.pending = chosen_[m];
+    const int made = request.produced[i]++;
+    request.tokens[size_t(i) * request.steps + made] = chosen_[m];
+    const bool stop = std::find(request.stops, request.stops + request.stop_count, chosen_[m]) !=
+                      request.stops + request.stop_count;
+    state.running = !stop && made + 1 < std::min(request.limits[i], request.steps);
+  }
+}
+
+}  // namespace coconut_fast

@@ -1,0 +1,228 @@
+// One pass of the chain through all layers, and the choice of tokens behind it: the phases, each shared by the team.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/chain.h"
+
+namespace coconut_fast {
+
+const char* Chain::start_of(const Linear& linear, int t) const {
+  return linear.chunk(share(linear.chunks, t, team_.size()).first);
+}
+
+// sums = linear(input) without bias, chunk by chunk: finish(chunk, sums). Fetches the start of `next` at the end.
+template <class Finish>
+void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens, const Linear& next, Finish finish) {
+  const auto [first, last] = share(linear.chunks, t, team_.size());
+  const LinearKernel kernel = kernels_.linear[static_cast<int>(linear.format)];
+  float* sums = sums_.get() + t * sums_stride_;
+  for (int c = first; c < last; ++c) {
+    kernel(linear, c, input, tokens, sums, linear.width(), c + 1 < last ? linear.chunk(c + 1) : start_of(next, t));
+    finish(c, sums);
+  }
+  team_.barrier();
+}
+
+void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to) {
+  for (int m = t; m < tokens; m += team_.size()) {
+    float* normed = spare_.row(t);
+    kernels_.norm(norm, x_.row(m), shape_.dim, normed);
+    kernels_.prepare(normed, shape_.dim, linear.segment, to.row(m));
+  }
+  team_.barrier();
+}
+
+// fp32 kernels read the rows where they are; others get them converted.
+Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to) {
+  if (to.kind == InputKind::fp32)
+    return {reinterpret_cast<const char*>(rows.data.get()), rows.stride * sizeof(float), 0, nullptr, nullptr, 0};
+  for (int m = t; m < tokens; m += team_.size()) kernels_.prepare(rows.row(m), linear.k, linear.segment, to.row(m));
+  team_.barrier();
+  return to.view();
+}
+
+void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after) {
+  const ChainShape& s = shape_;
+  const int items = tokens * s.kv_heads;
+  const auto store_to = [&](const Linear& linear, const Rows& rows) {
+    return [&, out = rows.data.get(), stride = rows.stride](int c, const float* sums) {
+      const int width = linear.width();
+      kernels_.finish_store(sums, tokens, width, linear.bias ? linear.bias + c * width : nullptr, out + c * width, stride);
+    };
+  };
+  const auto add_to = [&](const Linear& linear, const Rows& rows) {
+    return [&, out = rows.data.get(), stride = rows.stride](int c, const float* sums) {
+      const int width = linear.width();
+      kernels_.finish_add(sums, tokens, width, linear.bias ? linear.bias + c * width : nullptr, out + c * width, stride);
+    };
+  };
+  for (int l = 0; l < s.layers; ++l) {
+    const Layer& layer = layers_[l];
+    normalise(t, tokens, layer.norm1, layer.qkv, from_x_);
+    multiply(t, layer.qkv, from_x_.view(), tokens, layer.o, store_to(layer.qkv, qkv_));
+
+    const bool rotary = inv_freq_ != nullptr;
+    const Attend attend{qkv_.data.get(), qkv_.stride, attended_.data.get(), attended_.stride,
+                        rotary ? cos_.get() : nullptr, rotary ? sin_.get() : nullptr, layer.q_norm, layer.k_norm, s.eps,
+                        cache.keys[l], cache.values[l], cache.dtype, cache.page_table, cache.pages_per_row,
+                        cache.page_size, s.heads, s.kv_heads, s.head_dim, layer.window, layer.scaling,
+                        scratch_.get() + t * scratch_stride_};
+    const auto [first, last] = share(items, t, team_.size());
+    for (int i = first; i < last; ++i) {
+      const Token& token = tokens_[i / s.kv_heads];
+      kernels_.write(attend, i / s.kv_heads, i % s.kv_heads, token.row, token.position);
+    }
+    team_.barrier();
+    for (int i = first, m, end; i < last; i = end) {
+      m = i / s.kv_heads;
+      end = std::min(last, (m + 1) * s.kv_heads);
+      kernels_.attend(attend, m, i % s.kv_heads, end - m * s.kv_heads, tokens_[m].row, tokens_[m].position);
+    }
+    team_.barrier();
+
+    multiply(t, layer.o, inputs_of(t, tokens, attended_, layer.o, from_attended_), tokens, layer.up,
+             add_to(layer.o, x_));
+    normalise(t, tokens, layer.norm2, layer.up, from_x_);
+    multiply(t, layer.up, from_x_.view(), tokens, layer.down, [&](int c, const float* sums) {
+      const int width = layer.up.width(), made = s.gated ? width / 2 : width;
+      kernels_.finish_activate(sums, tokens, width, layer.up.bias ? layer.up.bias + c * width : nullptr, s.activation,
+                               s.gated, mid_.row(0) + c * made, mid_.stride);
+    });
+    multiply(t, layer.down, inputs_of(t, tokens, mid_, layer.down, from_mid_), tokens,
+             l + 1 < s.layers ? layers_[l + 1].qkv : after, add_to(layer.down, x_));
+  }
+}
+
+// ---- ends of a pass -----------------------------------------------------------------------------------------------
+
+void Chain::start_tokens(int t, int tokens) {
+  const int half = shape_.head_dim / 2;
+  for (int m = t; m < tokens; m += team_.size()) {
+    const int position = tokens_[m].position;
+    float* x = x_.row(m);
+    if (positions_.data)
+      for (int i = 0; i < shape_.dim; ++i) x[i] += positions_.at(position, i);
+    if (inv_freq_)
+      kernels_.rotary(position, inv_freq_, half, shape_.rope_scaling, cos_.get() + size_t(m) * half,
+                      sin_.get() + size_t(m) * half);
+  }
+  team_.barrier();
+}
+
+void Chain::embed_id(int m, int32_t id) {
+  for (int i = 0; i < shape_.dim; ++i) x_.row(m)[i] = embed_.at(id, i);
+}
+
+void Chain::embed_state(int m, const float* hidden) {
+  float scale = 1;
+  if (constant_) hidden = constant_;
+  if (rescale_ > 0) {
+    double squares = 0;
+    for (int i = 0; i < shape_.dim; ++i) squares += static_cast<double>(hidden[i]) * hidden[i];
+    scale = squares > 0 ? static_cast<float>(rescale_ / std::sqrt(squares)) : 0;
+  }
+  for (int i = 0; i < shape_.dim; ++i) x_.row(m)[i] = hidden[i] * scale;
+}
+
+void Chain::finish_states(int t, int tokens, float* hidden) {
+  for (int m = t; m < tokens; m += team_.size())
+    kernels_.norm(final_norm_, x_.row(m), shape_.dim, hidden + size_t(active_[m]) * shape_.dim);
+  team_.barrier();
+}
+
+// ---- tokens -------------------------------------------------------------------------------------------------------
+
+void Chain::pick_tokens(int t, int count, const DecodeRequest& request, const float* hidden) {
+  const int threads = team_.size(), width = head_.width();
+  const bool greedy = request.temperature == 0, limited = request.top_k > 0 && request.top_k < shape_.vocab;
+  const bool filtered = !greedy && (limited || request.top_p < 1);
+  const float inverse = greedy ? 1 : 1 / request.temperature;
+  Picked* picked = picked_.data() + size_t(t) * max_tokens_;
+  Candidates* candidates = candidates_.get() + size_t(t) * max_tokens_;
+  for (int m = 0; m < count; ++m) {
+    picked[m] = {-INFINITY, 0};
+    if (filtered) begin(candidates[m]);
+  }
+  for (int m = t; m < count; m += threads)
+    kernels_.prepare(hidden + size_t(active_[m]) * shape_.dim, shape_.dim, head_.segment, from_x_.row(m));
+  team_.barrier();
+  multiply(t, head_, from_x_.view(), count, layers_[0].qkv, [&](int c, float* sums) {
+    const int first = c * width, ids = ids_of(c);
+    if (head_.bias) kernels_.finish_store(sums, count, width, head_.bias + first, sums, width);
+    for (int m = 0; m < count && ids > 0; ++m) {
+      float* logits = sums + m * width;
+      if (greedy) kernels_.pick(logits, first, ids, picked[m]);
+      else kernels_.tally(inverse, logits, ids, tallies_[size_t(m) * head_.chunks + c]);
+      if (filtered) kernels_.collect(logits, first, ids, candidates[m]);
+    }
+  });
+  for (int m = t; m < count; m += threads) {
+    const int i = active_[m];
+    const uint64_t step = uint64_t(request.first_steps[i]) + request.produced[i];
+    const Draw draw{request.temperature, request.top_k, request.top_p, uniform(request.seeds[i], step)};
+    draws_[m] = draw;
+    if (greedy) chosen_[m] = best_of_threads(m);
+    else chosen_[m] = filtered ? draw_candidate(m, draw) : draw_any(t, m, draw);
+  }
+  team_.barrier();
+  for (int m = 0; m < count; ++m)
+    if (chosen_[m] < 0) pick_exactly(t, m);
+}
+
+// How many ids chunk c has: the last ones may be padding.
+int Chain::ids_of(int c) const {
+  const int left = shape_.vocab - c * head_.width();
+  return left < head_.width() ? left : head_.width();
+}
+
+int Chain::best_of_threads(int m) const {
+  Picked best = picked_[m];
+  for (int t = 1; t < team_.size(); ++t) {
+    const Picked& other = picked_[size_t(t) * max_tokens_ + m];
+    if (other.value > best.value) best = other;  // threads have rising ids: a tie stays with the lower
+  }
+  return best.id;
+}
+
+int Chain::draw_candidate(int m, const Draw& draw) {
+  Candidates& all = candidates_[m];
+  for (int t = 1; t < team_.size(); ++t) merge(all, candidates_[size_t(t) * max_tokens_ + m]);
+  return choose(draw, all, total_of(tallies_.get() + size_t(m) * head_.chunks, used_chunks()), shape_.vocab);
+}
+
+Input Chain::head_input(int m) const {
+  Input input = from_x_.view();
+  input.data += m * input.stride;
+  input.scales += m * input.segment_stride;
+  input.offsets += m * input.segment_stride;
+  return input;
+}
+
+// Computes the logits of one chunk of ids again: the one where the running sum of probabilities passes the draw.
+int Chain::draw_any(int t, int m, const Draw& draw) {
+  const Tally* tallies = tallies_.get() + size_t(m) * head_.chunks;
+  const Total total = total_of(tallies, used_chunks());
+  const Place found = place(tallies, used_chunks(), total, draw.uniform);
+  float* logits = sums_.get() + t * sums_stride_;
+  const int width = head_.width(), first = found.chunk * width;
+  kernels_.linear[static_cast<int>(head_.format)](head_, found.chunk, head_input(m), 1, logits, width,
+                                                  head_.chunk(found.chunk));
+  if (head_.bias) kernels_.finish_store(logits, 1, width, head_.bias + first, logits, width);
+  for (int i = 0; i < ids_of(found.chunk); ++i) logits[i] *= 1 / draw.temperature;
+  return first + place_within(logits, ids_of(found.chunk), total.largest, found.left);
+}
+
+// The rare row that keeps more ids than Candidates hold: all its logits, then a sort.
+void Chain::pick_exactly(int t, int m) {
+  const int width = head_.width();
+  const float inverse = 1 / draws_[m].temperature;
+  multiply(t, head_, head_input(m), 1, layers_[0].qkv, [&](int c, float* sums) {
+    const int first = c * width;
+    if (head_.bias) kernels_.finish_store(sums, 1, width, head_.bias + first, sums, width);
+    for (int i = 0; i < ids_of(c); ++i) row_logits_[first + i] = sums[i] * inverse;
+  });
+  if (t == 0) chosen_[m] = choose_exactly(draws_[m], row_logits_.get(), order_.get(), shape_.vocab);
+  team_.barrier();
+}
+
+}  // namespace coconut_fast

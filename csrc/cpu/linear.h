@@ -1,0 +1,64 @@
+// Linear layers with packed weights: y[m] = W x[m], for a few rows m at a time, at the speed of memory.
+//
+// Packing. Outputs go in blocks of 16 (one per 32-bit lane), `wide` (1, 2 or 4) blocks to a chunk. A chunk is
+//     [step of k][block of the chunk][16 outputs][k within the step]          one step = 64 bytes per block
+// where a step is one k in fp32, two in bf16 and four in int8: the operand order of VDPBF16PS, VPDPBUSD and of AMX tiles.
+// Chunks follow each other, so a thread that owns a range of chunks reads memory in one straight line.
+//
+// Sums. k is cut into segments (of `segment` values); within a segment one fp32 chain runs through k, and the segments'
+// sums are added in order. Every kernel of an instruction set does exactly this, however many rows it has at once, so
+// a row's result does not depend on the batch (AMX sums bf16 in its own order; int8 sums are exact integers).
+//
+// int8 weights are stored plus 128, with one scale per output (and segment, if grouped). Where the CPU multiplies bytes
+// (VNNI, AMX) inputs become 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights
+// are converted and inputs stay fp32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace coconut_fast {
+
+enum class Format : int { fp32, bf16, int8 };
+inline int step_of(Format format) { return format == Format::fp32 ? 1 : format == Format::bf16 ? 2 : 4; }
+
+struct Linear {
+  Format format = Format::fp32;
+  int n = 0, k = 0;         // outputs, inputs
+  int k_padded = 0;         // multiple of 64
+  int wide = 1, chunks = 0; // chunks * wide * 16 >= n; what is beyond n is zero
+  int segment = 0;          // multiple of 64
+  bool grouped = false;     // int8: a scale per segment, else per output only
+  const char* weights = nullptr;
+  const float* scales = nullptr;  // int8: [chunk][segment or 1][wide * 16]
+  const float* bias = nullptr;    // (n,) or null
+
+  int width() const { return wide * 16; }
+  int n_padded() const { return chunks * width(); }
+  int segments() const { return (k_padded + segment - 1) / segment; }
+  size_t bytes_per_step() const { return size_t(wide) * 64; }
+  size_t bytes_per_chunk() const { return size_t(k_padded / step_of(format)) * bytes_per_step(); }
+  const char* chunk(int c) const { return weights + c * bytes_per_chunk(); }
+};
+
+// What a kernel wants its input rows as.
+enum class InputKind : int { fp32, bf16, split16 };
+
+// Rows of input, zero from k to k_padded. Strides are odd multiples of 64 bytes: rows then never share cache sets.
+// split16: a row is two rows of bytes (high, low digit; value = 256 high + low), `low` bytes apart, with scales and
+// `offsets` (-128 times the sum of the segment's 16-bit values, modulo 2^32) per row and segment.
+struct Input {
+  const char* data = nullptr;
+  size_t stride = 0;  // bytes
+  size_t low = 0;
+  const float* scales = nullptr;    // [row][segment_stride]
+  const int32_t* offsets = nullptr; // [row][segment_stride]
+  size_t segment_stride = 0;
+};
+
+// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches what
+// follows: the next unit (chunk and segment) of the weights, and `next` after the last.
+using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
+                              size_t out_stride, const char* next);
+
+}  // namespace coconut_fast

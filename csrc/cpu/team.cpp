@@ -1,0 +1,98 @@
+#include "cpu/team.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace coconut_fast {
+
+namespace {
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins while `changed()` is false; gives the CPU away from time to time, in case the one waited for has none.
+template <typename F>
+bool spin(F changed, int tries) {
+  for (int i = 1; i <= tries; ++i) {
+    if (changed()) return true;
+    pause_briefly();
+    if (i % 2048 == 0) std::this_thread::yield();
+  }
+  return changed();
+}
+
+}  // namespace
+
+Team::Team(int threads) : size_(threads), process_(getpid()) {
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1, found " + std::to_string(threads));
+  for (int t = 1; t < threads; ++t) threads_.emplace_back(&Team::work, this, t);
+}
+
+Team::~Team() {
+  if (getpid() != process_) {  // a forked child: there is nobody to join
+    for (auto& thread : threads_) thread.detach();
+    return;
+  }
+  stop_ = true;
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+void Team::run(const std::function<void(int)>& job) {
+  if (getpid() != process_)
+    throw std::runtime_error("the native engine was made before this process forked; make a new one in the child");
+  job_ = &job;
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  job(0);
+  barrier();
+}
+
+void Team::work(int thread) {
+  for (uint32_t seen = 0;;) {
+    // A short spin catches a caller that comes back at once; then the thread sleeps.
+    if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, 4096))
+      epoch_.wait(seen, std::memory_order_acquire);
+    if (epoch_.load(std::memory_order_acquire) == seen) continue;
+    ++seen;
+    if (stop_) return;
+    (*job_)(thread);
+    barrier();
+  }
+}
+
+void Team::barrier() {
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  while (!spin([&] { return phase_.load(std::memory_order_acquire) != phase; }, 1 << 20)) {
+  }
+}
+
+int default_threads() {
+  int cpus = static_cast<int>(std::thread::hardware_concurrency());
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+#endif
+  const char* asked = std::getenv("OMP_NUM_THREADS");
+  const int wanted = asked ? std::atoi(asked) : 0;
+  if (wanted > 0 && wanted < cpus) return wanted;
+  return cpus > 0 ? cpus : 1;
+}
+
+}  // namespace coconut_fast

@@ -1,0 +1,44 @@
+// A persistent team of threads: one run() wakes them, then phases are separated by spinning barriers (about 0.2 us where
+// every thread has a core) instead of a fork and join per layer. Between runs they sleep.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace coconut_fast {
+
+class Team {
+ public:
+  explicit Team(int threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // job(thread) on every thread, the caller being thread 0; returns when all are done. Throws std::runtime_error in a
+  // process forked after the team was made: its threads are not there.
+  void run(const std::function<void(int)>& job);
+
+  // Inside a job: waits until every thread is here.
+  void barrier();
+
+ private:
+  void work(int thread);
+
+  const int size_;
+  const int process_;
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* job_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};  // of runs; workers sleep on it
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};  // of barriers
+  bool stop_ = false;
+};
+
+// min(threads asked for by OMP_NUM_THREADS, CPUs this process may run on).
+int default_threads();
+
+}  // namespace coconut_fast
