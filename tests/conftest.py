@@ -43,3 +43,14 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["eager", "chosen"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: on the eager runner, and on the one the engine chooses (the native chain where it can)."""
+    if request.param == "eager":
+        from coconut_fast.infer import engine
+        from coconut_fast.infer.eager import EagerRunner
+
+        monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    return request.param

@@ -7,7 +7,10 @@ import torch
 
 from coconut_fast import generate, reference
 from coconut_fast.infer import engine
+from coconut_fast.infer.eager import EagerRunner
 from tests.families import TOKENS, VOCAB, make_pair, make_row
+
+pytestmark = pytest.mark.usefixtures("runner")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,7 @@ def test_thoughts_in_several_places_and_at_the_end() -> None:
 
 
 def test_returned_thoughts_are_the_hidden_states_fed_back() -> None:
+    # fp64 is the eager runner's alone; the native chain is held to the same in test_native.py
     model, plain = make_pair("gpt2", torch.float64)
     output = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
     assert output.thoughts is not None
@@ -81,6 +85,7 @@ def test_greedy_samples_are_equal(model) -> None:
 
 
 def test_the_head_never_runs_in_a_latent_pass(model, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "its head is a Python call"))
     rows_seen = []
     head = type(model).head
     monkeypatch.setattr(type(model), "head", lambda self, h: rows_seen.append(len(h)) or head(self, h))

@@ -51,6 +51,7 @@ def test_forward_and_gradients(golden: Path, architecture: str, case: str) -> No
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("runner")
 def test_greedy_tokens(golden: Path, architecture: str, batch_size: int | None) -> None:
     """Every row of every case in one call, mixed thought counts and all; the same for any batch size."""
     meta, _, model = _golden(golden / architecture)

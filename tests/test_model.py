@@ -70,6 +70,7 @@ def test_half_precision_is_as_good_as_torch(family: str, dtype: torch.dtype) -> 
             assert_as_good_as_torch(logits[b, : len(row)], of_plain, of_truth, what=f"logits of row {b}")
 
 
+@pytest.mark.usefixtures("runner")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_the_oracle(family: str) -> None:
     ours, plain = make_pair(family)

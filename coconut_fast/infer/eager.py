@@ -19,6 +19,8 @@ class EagerRunner:
     """Reads prompts and writes answers over one cache. The engine (infer/engine.py) decides who runs when."""
 
     name = "eager"
+    bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
+    trouble = ""  # why the passes did not run as they were meant to, if so
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         self.model = model

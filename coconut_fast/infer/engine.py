@@ -15,6 +15,7 @@ from tqdm import tqdm
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.graphs import GraphRunner
+from coconut_fast.infer.native import NativeRunner, read_bandwidth, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.coconut import Coconut
@@ -95,11 +96,14 @@ def generate(
     return engine.output()
 
 
-def choose_runner(model: Coconut) -> tuple[type[EagerRunner], str]:
+def choose_runner(model: Coconut) -> tuple[type[EagerRunner] | type[NativeRunner], str]:
     """Who runs the passes of this model on this device, and why."""
     if model.device.type == "cuda":
         return GraphRunner, "chains of thoughts and tokens replay as CUDA graphs"
-    return EagerRunner, f"plain PyTorch calls on {model.device.type}"
+    reason = reason_not(model)
+    if reason is None:
+        return NativeRunner, "this family has a native chain on the CPU"
+    return EagerRunner, f"no native chain: {reason}"
 
 
 class Engine:
@@ -139,6 +143,9 @@ class Engine:
         )
         self.batch_size = batch_size
         self.stats = GenerateStats(self.runner.name, reason)
+        if self.runner.bytes_per_pass is not None:
+            self.stats.bytes_per_latent_pass, self.stats.bytes_per_token_pass = self.runner.bytes_per_pass
+            self.stats.measure_bandwidth = read_bandwidth
 
     def run(self) -> None:
         """Reads prompts while there is room, writes answers, until all are finished."""
@@ -191,6 +198,8 @@ class Engine:
     def output(self) -> GenerateOutput:
         """What is finished, in the order of the prompts."""
         self.stats.take(self.runner.clock)
+        if self.runner.trouble:
+            self.stats.reason = self.runner.trouble
         answers = [self.finished.get(n) for n in range(len(self.prompts) * self.num_samples)]
         tokenizer = self.model.tokenizer
         texts = [

@@ -124,7 +124,6 @@ class GraphRunner(EagerRunner):
         self.batches: dict[int, StaticBatch] = {}
         self.graphs: dict[tuple[int, str, int], Callable[[], None]] = {}
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-        self.reason = ""  # why captures failed, if one did
 
     @torch.inference_mode()
     def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
@@ -215,7 +214,7 @@ class GraphRunner(EagerRunner):
                 passes()
             return graph.replay
         except RuntimeError as error:
-            self.reason = f"capture failed, passes run launch by launch: {str(error).splitlines()[0]}"
+            self.trouble = f"capture failed, passes run launch by launch: {str(error).splitlines()[0]}"
             return passes
         finally:
             for tensor, value in zip(state, saved, strict=True):

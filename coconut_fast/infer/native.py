@@ -16,6 +16,7 @@ import torch
 from coconut_fast import ops
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
+from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Pause, Rescale
@@ -192,6 +193,7 @@ class NativeRunner:
     """Reads prompts and writes answers over one cache, natively. The interface is EagerRunner's (infer/eager.py)."""
 
     name = "native"
+    trouble = ""
 
     def __init__(
         self,
@@ -206,6 +208,9 @@ class NativeRunner:
         self.model = model
         self.sampling = sampling
         self.native = native or packed(model)
+        self.clock = Clock(model.device)
+        chain = self.native.chain
+        self.bytes_per_pass = (chain.body_bytes, chain.body_bytes + chain.head_bytes)
         self.cache = self.native.make_cache(num_slots=num_slots, max_rows=max_rows, max_length=max_length)
 
     def read(
@@ -225,9 +230,11 @@ class NativeRunner:
                 for i, state_D in zip(members, member_BD.clone(), strict=True):
                     thoughts[i].append(state_D.to(self.model.dtype))
             lead = [THOUGHT] if r > 0 else []
-            self.native.prefill(self.cache, member_rows, [[*lead, *p.tokens] for p in pieces], member_BD)
+            with self.clock("think" if lead else "prefill"):
+                self.native.prefill(self.cache, member_rows, [[*lead, *p.tokens] for p in pieces], member_BD)
             more = [max(p.thoughts - 1, 0) for p in pieces]
-            fed = self.native.think(self.cache, member_rows, more, member_BD, keep=thoughts is not None)
+            with self.clock("think", passes=max(more)):
+                fed = self.native.think(self.cache, member_rows, more, member_BD, keep=thoughts is not None)
             if thoughts is not None and fed is not None:
                 for i, kept in zip(members, fed.to(self.model.dtype).split(more), strict=True):
                     thoughts[i].extend(kept)
@@ -236,13 +243,16 @@ class NativeRunner:
 
     def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
         """The first token of each draft, from its prompt's last hidden state."""
-        self._decode(drafts, hidden_BD.float().contiguous(), [1] * len(drafts))
+        with self.clock("write", passes=0):
+            self._decode(drafts, hidden_BD.float().contiguous(), [1] * len(drafts))
 
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """Up to `steps` more tokens of each draft."""
         writing = [d for d in drafts if not d.done(self.model.tokens.eos)]
         unused_BD = torch.empty(len(writing), self.native.plan.dim)
-        self._decode(writing, unused_BD, [min(steps, d.limit - len(d.tokens)) for d in writing])
+        limits = [min(steps, d.limit - len(d.tokens)) for d in writing]
+        with self.clock("write", passes=max(limits, default=0)):
+            self._decode(writing, unused_BD, limits)
 
     def _decode(self, drafts: Sequence[Draft], hidden_BD: torch.Tensor, limits: list[int]) -> None:
         eos = self.model.tokens.eos

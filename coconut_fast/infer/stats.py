@@ -52,7 +52,7 @@ class GenerateStats:
     bytes_per_latent_pass: int | None = None
     bytes_per_token_pass: int | None = None
     interrupted: bool = False
-    _bandwidth: Callable[[], float] | None = field(default=None, repr=False)
+    measure_bandwidth: Callable[[], float] | None = field(default=None, repr=False)
 
     def take(self, clock: Clock) -> None:
         """Brings seconds and passes up to date."""
@@ -82,9 +82,9 @@ class GenerateStats:
     @property
     def bandwidth_share(self) -> float | None:
         """Share of this machine's measured read bandwidth that the latent passes reached; measured on first use."""
-        if self._bandwidth is None or not self.bytes_per_latent_pass or not self.seconds_per_latent_pass:
+        if self.measure_bandwidth is None or not self.bytes_per_latent_pass or not self.seconds_per_latent_pass:
             return None
-        return self.bytes_per_latent_pass / self.seconds_per_latent_pass / self._bandwidth()
+        return self.bytes_per_latent_pass / self.seconds_per_latent_pass / self.measure_bandwidth()
 
     def __str__(self) -> str:
         """One line for people."""
