@@ -26,6 +26,7 @@ def report(device: str | None = None) -> str:
         "machine": list(_machine()),
         "C++ module": list(_extension()),
         f"ops on {chosen.type}": list(_ops(chosen)),
+        f"generation on {chosen.type}": list(_runners(chosen)),
     }
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
 
@@ -80,5 +81,20 @@ def _ops(device: torch.device) -> Iterator[str]:
             yield _line(op, str(error))
 
 
+def _runners(device: torch.device) -> Iterator[str]:
+    """Who generates: known families, and any other model."""
+    if device.type == "cuda":
+        yield _line("any model", "graph: thoughts and tokens replay as CUDA graphs")
+        return
+    from coconut_fast.model.plan import FAMILIES
+
+    try:
+        module = ops.extension()
+        yield _line(", ".join(FAMILIES), f"native chain, {module.isa()}, {module.default_threads()} threads")
+    except ImportError:
+        yield _line(", ".join(FAMILIES), "nothing: the C++ module does not load")
+    yield _line("any other model", "eager: plain PyTorch over the ragged attention")
+
+
 def _line(name: str, value: str) -> str:
-    return f"{name:26}{value}"
+    return f"{name:26} {value}"

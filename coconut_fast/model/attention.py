@@ -63,12 +63,14 @@ def attend(
     }
     query_THK, key_THK, value_THK = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
-        order = ragged.cache.order[layer]
-        if order is None:
-            order = query_THK.new_zeros((), dtype=torch.float32)
-        output_THK, ragged.cache.order[layer] = _CachedAttention.apply(
-            query_THK, key_THK, value_THK, order, ragged, layer, keywords
+        orders = ragged.cache.order  # None in a sealed cache: a checkpointed pass that runs again
+        before = orders[layer] if orders is not None else None
+        order = query_THK.new_zeros((), dtype=torch.float32) if before is None else before
+        output_THK, after = _CachedAttention.apply(
+            query_THK, key_THK, value_THK, order, before is None, ragged, layer, keywords
         )
+        if orders is not None:
+            orders[layer] = after
     else:
         output_THK, _ = _forward(query_THK, key_THK, value_THK, ragged, layer, keywords)
     return output_THK[None], None
@@ -98,6 +100,7 @@ class _CachedAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         order: torch.Tensor,
+        is_first: bool,
         ragged: Ragged,
         layer: int,
         keywords: dict[str, Any],
@@ -106,7 +109,7 @@ class _CachedAttention(torch.autograd.Function):
         # Slots that a later pass writes again must be put back before this pass can look at them in backward.
         ctx.save_for_backward(query, output, lse, *((key, value) if ragged.rewritten else ()))
         ctx.ragged, ctx.layer, ctx.keywords = ragged, layer, keywords
-        ctx.is_first = ragged.cache.order[layer] is None
+        ctx.is_first = is_first
         ctx.set_materialize_grads(False)
         return output, torch.zeros_like(order)
 
@@ -143,7 +146,7 @@ class _CachedAttention(torch.autograd.Function):
             grad_values[ragged.slots] = 0
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
-        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), None, None, None
+        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), None, None, None, None
 
 
 AttentionInterface.register(NAME, attend)

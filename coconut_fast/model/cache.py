@@ -67,7 +67,7 @@ class KVCache:
         # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
-        self.order: list[torch.Tensor | None] = [None] * num_layers
+        self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
     def alloc(self, count: int) -> list[int]:
         """`count` new, empty rows."""
@@ -130,6 +130,13 @@ class KVCache:
             grad_keys = self.grad_keys[layer] = torch.zeros_like(keys, dtype=dtype)
             grad_values = self.grad_values[layer] = torch.zeros_like(values, dtype=dtype)
         return grad_keys, grad_values
+
+    def seal(self) -> None:
+        """The forward is complete: its order of backward is in the autograd graph and need not be known here.
+
+        The graph refers to the cache; if the cache went on referring to the graph neither would ever be freed.
+        """
+        self.order = None
 
     def _copy_pages(self, copies: torch.Tensor) -> None:
         source, target = copies.to(self.device).unbind(1)

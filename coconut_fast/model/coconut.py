@@ -201,7 +201,9 @@ class Coconut(nn.Module):
         # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
         dropout_seed = int(torch.randint(2**31, ())) if self.training else 0
         if self.parallel_rounds is not None:
-            return refine(self, batch, cache, self.parallel_rounds, dropout_seed)
+            refined = refine(self, batch, cache, self.parallel_rounds, dropout_seed)
+            cache.seal()
+            return refined
         rows = cache.alloc(len(batch.lengths))
         embeds_TD = self.embed(batch.input_ids)
         hidden: list[torch.Tensor] = []
@@ -214,6 +216,7 @@ class Coconut(nn.Module):
             ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed)
             embeds.append(x_TD)
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
+        cache.seal()
         return tuple(hidden), tuple(embeds)
 
     def _detached(self, thoughts_BD: torch.Tensor, thoughts_after_B: torch.Tensor) -> torch.Tensor:
