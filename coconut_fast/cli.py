@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import coconut_fast
-from coconut_fast.commands import convert, data, doctor, evaluate, generate, train
+from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
 
-COMMANDS = (data, train, evaluate, generate, convert, doctor)
+COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
 """Problems in, judged answers out: prompts of a stage, batched generation, one stated rule for what the answer is.
 
 The answer is the text after the last "#", commas removed, stripped of space at both ends; the same is done to the
-expected answer (the official rule; without any "#" the whole text counts). A prediction is right where both are equal.
-Thoughts count as generated tokens, end-of-text does not.
+expected answer (the official rule; without any "#" the whole text counts; graph problems in symbols write "[A]" for
+it). A prediction is right where both are equal. Thoughts count as generated tokens, end-of-text does not.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Evaluation:
 
 
 def extract_answer(text: str) -> str:
-    """The text after the last "#", commas removed, stripped."""
-    return text.split("#")[-1].replace(",", "").strip()
+    """The text after the last "#" (in symbols: "[A]"), commas removed, stripped."""
+    return text.replace("[A]", "#").split("#")[-1].replace(",", "").strip()
 
 
 def make_problems(

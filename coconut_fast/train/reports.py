@@ -119,7 +119,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     left.set(xlabel="step", ylabel="training loss", title=Path(run).name)
     left.set_ylim(bottom=0)
     right.set(ylabel="validation accuracy", ylim=(0, 1.02))
-    for number, (start, stage) in enumerate(_stage_starts(records)):
+    for number, (start, stage) in enumerate(stage_starts(records)):
         left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
         height = 0.98 - 0.05 * (number % 2)  # neighbours that are close do not overlap
         left.text(start, height, f" stage {stage}", transform=left.get_xaxis_transform(), va="top", fontsize=7)
@@ -132,7 +132,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     return target
 
 
-def _stage_starts(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
+def stage_starts(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """(step, stage) where each stage begins: the last step at which the one before was still seen."""
     starts: list[tuple[int, int]] = []
     step = 0

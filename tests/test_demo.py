@@ -1,0 +1,60 @@
+"""The demo end to end: a few steps always, the real thing where slow tests run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coconut_fast import demo
+from coconut_fast.cli import main
+from coconut_fast.data.examples import read_examples
+from coconut_fast.model.checkpoints import load
+from coconut_fast.train.recipe import read_recipe
+
+FEW_STEPS = ["epoch_size=32", "batch_size_training=16", "first_stage_epochs=1", "epochs_per_stage=1", "num_epochs=5"]
+
+
+def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(demo, "PROBLEMS", {"train": 64, "valid": 8, "test": 16})
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), *FEW_STEPS]) == 0
+    printed = capsys.readouterr().out
+    for name in demo.RUNS:
+        assert f"\n{name} " in printed
+    assert f"coconut-fast generate {out}/coconut '" in printed
+    assert "accuracy" in printed and "tokens" in printed and "s / example" in printed
+    for picture in (demo.CURVES, demo.THOUGHTS):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results" / "results.json").read_text())
+    assert set(results["results"]) == set(demo.RUNS) and len(results["accuracy_by_thoughts"]) == 4
+    steps = [json.loads((out / n / "metrics.jsonl").read_text().splitlines()[-1])["step"] for n in ("coconut", "cot")]
+    assert steps == [10, 10]
+    model = load(out / "coconut")
+    assert (model.settings.num_thoughts, model.settings.stage) == (3, 4)
+
+    trained = (out / "coconut" / "metrics.jsonl").read_text()
+    assert main(["demo", "--out", str(out), *FEW_STEPS]) == 0  # the same again trains nothing and shows the same
+    assert (out / "coconut" / "metrics.jsonl").read_text() == trained
+
+
+def test_splits_share_no_problem(tmp_path: Path):
+    files = demo.make_graphs(tmp_path, {"train": 300, "test": 100}, seed=0)
+    seen = {json.dumps(example.extra) for example in read_examples(files["train"])}
+    assert not seen & {json.dumps(example.extra) for example in read_examples(files["test"])}
+
+
+def test_baselines_differ_in_the_method_alone():
+    settings = [read_recipe(demo.find_recipe(), changes).to_dict() for changes in demo.RUNS.values()]
+    for other in settings[1:]:
+        assert {k for k in other if other[k] != settings[0][k]} == {"name", "method", "lr_schedule", "final_epochs"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_model_learns_to_think(tmp_path: Path):
+    results = demo.run_demo(tmp_path)
+    assert results["Coconut"].accuracy >= 0.95
+    assert results["CoT"].accuracy <= results["Coconut"].accuracy - 0.05
+    assert abs(results["No-CoT"].accuracy - 0.5) < 0.06
