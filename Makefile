@@ -32,8 +32,9 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py build_backend.py $(SO
 demo: install
 	$(BIN)/coconut-fast demo
 
+# One thread per process: the processes share the cores.
 test: lint
-	$(BIN)/python -m pytest -q -rs -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 lint: install
 	$(BIN)/ruff check .

@@ -31,7 +31,6 @@ DEPENDENCIES = [
     "safetensors>=0.4.3",
     "numpy>=1.26",
     "psutil>=5.9",
-    "psutil>=5.9",
     "pyyaml>=6.0",
     "tqdm>=4.66",
     "matplotlib>=3.8",
