@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from coconut_fast import ops
 from coconut_fast.kernels.reference import decode_attention_ref
 from compare import assert_as_good_as_torch
 from paged import paged, truth_of
-
-from coconut_fast import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_as_good_as_torch
-from paged import truth_of
 
 from coconut_fast import ops
+from compare import assert_as_good_as_torch
+from paged import truth_of
 
 
 def arrange(dtype: torch.dtype, device: torch.device, dim: int = 100):

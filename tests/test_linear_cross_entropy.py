@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coconut_fast.kernels.reference import linear_cross_entropy_ref
 
 from coconut_fast.kernels import linear_cross_entropy as kernel
+from coconut_fast.kernels.reference import linear_cross_entropy_ref
 from tests.compare import assert_as_good_as_torch
 
 

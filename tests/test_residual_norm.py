@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_as_good_as_torch
-from paged import truth_of
 
 from coconut_fast import ops
+from compare import assert_as_good_as_torch
+from paged import truth_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

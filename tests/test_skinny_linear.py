@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_as_good_as_torch
 
 from coconut_fast import ops
+from compare import assert_as_good_as_torch
 
 CASES = [  # rows, in, out, keywords
     (1, 100, 7, {}),

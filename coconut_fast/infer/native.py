@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
 from coconut_fast.infer.decode import Draft, Sampling
@@ -285,7 +286,20 @@ def packed(model: Coconut) -> NativeModel:
 def fingerprint(model: Coconut, plan: ModelPlan) -> tuple[object, ...]:
     """Differs where packed weights would."""
     buffers = [*model.feedback.parameters(), *model.feedback.buffers()]
-    return plan.fingerprint(), type(model.feedback), tuple((t.data_ptr(), t._version) for t in buffers)
+    versions = tuple((t.data_ptr(), t._version) for t in buffers)
+    return plan.fingerprint(), type(model.feedback), versions, _optimizer_steps
+
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    """Fused optimizers write weights without telling their version counters, so every step counts as a change."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 @functools.cache
