@@ -72,7 +72,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 def test_spelled_out_choices_are_complete() -> None:
     assert set(CLI_METHODS) == set(METHODS)
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
 
 
 @pytest.mark.parametrize("kind", ["prosqa", "prontoqa", "graphs"])

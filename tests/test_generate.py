@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coconut_fast import generate, reference
+from coconut_fast import generate, load, reference
 from coconut_fast.infer import engine
 from coconut_fast.infer.eager import EagerRunner
 from tests.families import TOKENS, VOCAB, make_pair, make_row
@@ -124,6 +124,21 @@ def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
         generate(model, PROMPTS)
     monkeypatch.undo()
     assert generate(model, PROMPTS, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
+    """Weights packed for an engine are packed again; a fused optimizer writes behind their version counters."""
+    model, _ = make_pair("gpt2")
+    row, options = make_row(9, 3, 0, 1), {"return_thoughts": True, "max_new_tokens": 1}
+    before = generate(model, [row], **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    model(torch.tensor([row]), labels=torch.tensor([row])).loss.backward()
+    optimizer.step()
+    after = generate(model, [row], **options)
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(after.thoughts[0], before.thoughts[0])
+    assert torch.equal(after.thoughts[0], generate(load(tmp_path), [row], **options).thoughts[0])
 
 
 def test_no_prompts() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from coconut_fast import generate, load, ops
+from coconut_fast import ops
 from coconut_fast.infer import native
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
@@ -385,21 +385,3 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert ops.extension().default_threads() == len(os.sched_getaffinity(0))
     assert native.read_bandwidth(1) > 1e8
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
-    """Weights are packed again after training; a fused optimizer changes them behind their version counters."""
-    model = wrap(random_model("gpt2"))
-    row = [5, 6, 7, 3, 3, 8, 9]
-    options = {"return_thoughts": True, "max_new_tokens": 1}
-    before = generate(model, [row], **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
-    model(torch.tensor([row]), labels=torch.tensor([row])).loss.backward()
-    optimizer.step()
-    after = generate(model, [row], **options)
-    model.save_pretrained(tmp_path)
-    fresh = generate(load(tmp_path), [row], **options)
-    assert after.stats.backend == "native"
-    assert not torch.equal(after.thoughts[0], before.thoughts[0])
-    assert torch.equal(after.thoughts[0], fresh.thoughts[0])
