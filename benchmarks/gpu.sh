@@ -30,7 +30,7 @@ step() { # step NAME SECONDS COMMAND...: its output in FOLDER/NAME.log, one line
 
 step build 150 python3 setup.py build_ext --inplace
 step doctor 30 python3 -m coconut_fast doctor
-step tests 150 python3 -m pytest -q -m gpu tests
+step tests 150 python3 -m pytest -q -m gpu -n 6 tests
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 60 compute-sanitizer --error-exitcode 9 python3 -m pytest -q -m gpu tests -k sanitizer
 fi

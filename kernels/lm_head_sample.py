@@ -27,7 +27,8 @@ from .common import TRITON_TYPE, check_dtypes, check_shape, on_device, products,
 @triton.jit
 def _head(
     hidden, weight, bias, tops, extras, scratch, hidden_row, weight_row, batch, inverse,
-    D: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, HAS_BIAS: tl.constexpr, MODE: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, PITCH: tl.constexpr, TILES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MODE: tl.constexpr,
     DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +44,7 @@ def _head(
         logits += tl.load(bias + v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     if MODE == "store":
         mask = mask_m[:, None] & mask_v[None, :]
-        tl.store(scratch + m[:, None] * V + v[None, :], logits * inverse, mask=mask)
+        tl.store(scratch + m[:, None] * PITCH + v[None, :], logits * inverse, mask=mask)
     else:
         logits = tl.where(mask_v[None, :], logits, float("-inf"))
         if MODE == "greedy":
@@ -113,9 +114,9 @@ def _above(scores, cut, highest, V: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _ranked(scratch, numbers, ids, top_k, top_p, V: tl.constexpr, BLOCK_V: tl.constexpr):
+def _ranked(scratch, numbers, ids, top_k, top_p, V: tl.constexpr, PITCH: tl.constexpr, BLOCK_V: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
-    scores = scratch + b * V
+    scores = scratch + b * PITCH
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     lowest = tl.full([BLOCK_V], float("inf"), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -228,7 +229,8 @@ def _launch(
     num_tiles = triton.cdiv(vocabulary, block_v)
     tops = torch.empty(batch * num_tiles, dtype=torch.float32, device=hidden.device)
     extras = torch.empty(batch * num_tiles, dtype=torch.float64, device=hidden.device)
-    scratch = torch.empty(batch * vocabulary, dtype=torch.float32, device=hidden.device) if mode == "store" else tops
+    pitch = triton.cdiv(vocabulary, 16) * 16  # rows of the scratch start at whole vectors
+    scratch = torch.empty(batch * pitch, dtype=torch.float32, device=hidden.device) if mode == "store" else tops
     inverse = 1 / temperature if temperature else 1.0
     with on_device(hidden):
         _head[(num_tiles, triton.cdiv(batch, block_m))](
@@ -244,6 +246,7 @@ def _launch(
             inverse=inverse,
             D=dim,
             V=vocabulary,
+            PITCH=pitch,
             TILES=num_tiles,
             HAS_BIAS=bias is not None,
             MODE=mode,
@@ -294,6 +297,7 @@ def _launch(
                 top_k=top_k,
                 top_p=top_p,
                 V=vocabulary,
+                PITCH=pitch,
                 BLOCK_V=min(triton.next_power_of_2(vocabulary), 4096),
                 num_warps=16,
             )
@@ -303,7 +307,7 @@ def _launch(
 def _tiles(batch: int, dim: int, itemsize: int) -> tuple[bool, int, int, int, int]:
     """Tensor cores or not, BLOCK_M, BLOCK_V, BLOCK_K, stages."""
     if batch == 1:
-        return False, 1, 32, min(triton.next_power_of_2(dim), 512 // itemsize), 3
+        return False, 1, 32, min(triton.next_power_of_2(dim), 256 // itemsize), 3
     block_m = min(64, max(16, triton.next_power_of_2(batch)))
     return True, block_m, 64, max(16, min(triton.next_power_of_2(dim), 256 // itemsize)), 4
 

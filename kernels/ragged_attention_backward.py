@@ -170,7 +170,7 @@ def _key_tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, i
         return min(m, 32), 32, 8, 1
     if arch < 90:
         return (min(m, 64), 32, 4, 2) if width <= 64 else (min(m, 32), 64, 8, 2)
-    return min(m, 64), 64, 4 if width <= 64 else 8, 2
+    return (min(m, 32), 64, 4, 2) if width <= 64 else (min(m, 64), 64, 8, 2)
 
 
 def _launch(

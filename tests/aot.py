@@ -1,7 +1,8 @@
 """Compiles every kernel ahead of time as its launcher would launch it, and prints what the assembler made of it.
 
-Run as a program (without TRITON_INTERPRET): the ops are called on meta tensors with JITFunction.run replaced by a
-recorder, so signature, constants, divisibility, warps and stages are the launcher's own. One JSON line a kernel.
+Run as a program, without TRITON_INTERPRET; arguments are the ops wanted (default all). The ops are called on meta
+tensors with JITFunction.run replaced by a recorder, so signature, constants, divisibility, warps and stages are the
+launcher's own. One JSON line a kernel.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def main() -> None:
     from coconut_fast.kernels import common
 
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    only = tuple(sys.argv[1:]) or ("",)
     seen: set[str] = set()
     for label, call in cases():
         if not label.startswith(only):
