@@ -1,17 +1,21 @@
 """From one pass to the next on the device, in one launch: take each row's last hidden state, make the next input of it,
 and move the row's place in the cache on by one.
 
-    h = source[last[b]];  h = norm(h) (LayerNorm or RMSNorm, optional);  thought[b] = h * target / |h| (optional)
-    next_input[b] = thought[b] (+ position_embedding[positions[b] + 1])
+    h = source[last[b]];  h = norm(h) (LayerNorm or RMSNorm, optional);  thought[b] = h (optional)
+    next_input[b] = h * target / |h| (optional) + position_embedding[positions[b] + 1] (optional)
     positions[b] += 1;  lengths[b] += 1;  slots[b] = the slot of position lengths[b] - 1;  remaining[b] -= 1
+    attended[b] = lengths[b]
 
-A row whose `remaining` is 0 stays as it is and gets slot -1, which kv_append skips: rows of one batch may think
-different numbers of thoughts in one graph. The feedbacks: identity as it is; rescale by `target`, the mean norm of the
-token embeddings; a projection's two products are skinny_linear's, and its LayerNorm is this launch's `norm`. With the
-embedding table as source and token ids as `last` it is a decode step's input.
+A row whose `remaining` is 0 stays as it is, with slot -1 and `attended` 0, which kv_append and decode_attention skip:
+rows of one batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry which
+rows were in the pass that made `source`, and `thought` is written for those: the launch between two passes ends the one
+and starts the other, and a row's last hidden state stays in `thought` however long the others go on.
+The feedbacks: identity as it is; rescale by `target`, the mean norm of the token embeddings; a projection's two products
+are skinny_linear's, and its LayerNorm is this launch's `norm`. With the embedding table as source and token ids as
+`last` it is a decode step's input.
 
 Shapes: source (T, D), last int (B,), next_input and thought (B, D), position_embedding (P, D), positions int64 (B,),
-lengths and remaining int32 (B,), slots int64 (B,), page_table int32 (R, pages), rows int32 (B,).
+lengths, remaining and attended int32 (B,), slots int64 (B,), page_table int32 (R, pages), rows int32 (B,).
 Bytes: about 4 B D elements in 128-bit accesses. Bound: launch latency. One program a row. Registers at most 128.
 """
 
@@ -26,17 +30,24 @@ from .common import check_dtypes, check_shape, on_device, register
 
 @triton.jit
 def _feed(
-    source, last, next_input, thought, weight, bias, position_embedding, positions, lengths, remaining,
+    source, last, next_input, thought, weight, bias, position_embedding, positions, lengths, remaining, attended,
     slots, page_table, rows, source_row, table_row, eps, target,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_THOUGHT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_REMAINING: tl.constexpr,
+    HAS_ATTENDED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     active = b >= 0
     if HAS_REMAINING:
         left = tl.load(remaining + b)
         active = left > 0
-    if active:
+    ended = active
+    if HAS_ATTENDED:
+        ended = tl.load(attended + b) > 0
+    place = tl.load(lengths + b)
+    position = tl.load(positions + b) + 1
+    tl.debug_barrier()  # every thread has read the row's place before it moves on
+    if active | (ended & HAS_THOUGHT):
         d = tl.arange(0, BLOCK_D)
         mask = d < D
         h = tl.load(source + tl.load(last + b).to(tl.int64) * source_row + d, mask=mask, other=0.0).to(tl.float32)
@@ -47,24 +58,25 @@ def _feed(
             h = h * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
             if HAS_BIAS:
                 h += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_THOUGHT:
+            tl.store(thought + b * D + d, h.to(thought.dtype.element_ty), mask=mask & ended)
         if RESCALE:
             h = h * (target / tl.maximum(tl.sqrt(tl.sum(h * h, axis=0)), 1.1754943508222875e-38))
-        if HAS_THOUGHT:
-            tl.store(thought + b * D + d, h.to(thought.dtype.element_ty), mask=mask)
-        position = tl.load(positions + b) + 1
         if HAS_POSITION:
-            h += tl.load(position_embedding + position.to(tl.int64) * D + d, mask=mask, other=0.0).to(tl.float32)
-        tl.store(next_input + b * D + d, h.to(next_input.dtype.element_ty), mask=mask)
-        place = tl.load(lengths + b)
+            at = position.to(tl.int64) * D
+            h += tl.load(position_embedding + at + d, mask=mask & active, other=0.0).to(tl.float32)
+        tl.store(next_input + b * D + d, h.to(next_input.dtype.element_ty), mask=mask & active)
+    slot = tl.full([], -1, tl.int64)
+    if active:
         page = tl.load(page_table + tl.load(rows + b).to(tl.int64) * table_row + place // PAGE).to(tl.int64)
-        tl.debug_barrier()  # every thread has read the row's place before it moves on
-        tl.store(slots + b, page * PAGE + place % PAGE)
+        slot = page * PAGE + place % PAGE
         tl.store(positions + b, position)
         tl.store(lengths + b, place + 1)
         if HAS_REMAINING:
             tl.store(remaining + b, left - 1)
-    else:
-        tl.store(slots + b, tl.full([], -1, tl.int64))
+    tl.store(slots + b, slot)
+    if HAS_ATTENDED:
+        tl.store(attended + b, tl.where(active, place + 1, 0))
 
 
 def _launch(
@@ -72,7 +84,7 @@ def _launch(
     slots: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, *, page_size: int,
     norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
     target: float = 0.0, position_embedding: torch.Tensor | None = None, remaining: torch.Tensor | None = None,
-    thought: torch.Tensor | None = None,
+    thought: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     op, (batch, dim) = "latent_feedback", next_input.shape
     check_dtypes(
@@ -83,8 +95,10 @@ def _launch(
     if (weight is None) != (norm == "none"):
         raise ValueError(f"{op}: weight is {'absent' if weight is None else 'given'} with norm {norm!r}")
     check_shape(op, "source", source, (source.shape[0], dim))
-    for name, vector in (("last", last), ("positions", positions), ("lengths", lengths), ("slots", slots)):
-        check_shape(op, name, vector, (batch,))
+    vectors = {"last": last, "positions": positions, "lengths": lengths, "slots": slots}
+    for name, vector in {**vectors, "remaining": remaining, "attended": attended}.items():
+        if vector is not None:
+            check_shape(op, name, vector, (batch,))
     for name, tensor in (("next_input", next_input), ("thought", thought), ("position_embedding", position_embedding)):
         if tensor is not None and (tensor.shape[-1] != dim or not tensor.is_contiguous()):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected contiguous rows of {dim}")
@@ -103,6 +117,7 @@ def _launch(
             positions=positions,
             lengths=lengths,
             remaining=remaining,
+            attended=attended,
             slots=slots,
             page_table=page_table,
             rows=rows,
@@ -119,6 +134,7 @@ def _launch(
             HAS_THOUGHT=thought is not None,
             HAS_POSITION=position_embedding is not None,
             HAS_REMAINING=remaining is not None,
+            HAS_ATTENDED=attended is not None,
             num_warps=max(1, min(16, block_d // 256)),
         )
 
@@ -127,7 +143,7 @@ _OP = register(
     "latent_feedback(Tensor source, Tensor last, Tensor(a!) next_input, Tensor(b!) positions, Tensor(c!) lengths, "
     "Tensor(d!) slots, Tensor page_table, Tensor rows, *, int page_size, str norm='none', Tensor? weight=None, "
     "Tensor? bias=None, float eps=1e-5, float target=0.0, Tensor? position_embedding=None, "
-    "Tensor(e!)? remaining=None, Tensor(f!)? thought=None) -> ()",
+    "Tensor(e!)? remaining=None, Tensor(f!)? thought=None, Tensor(g!)? attended=None) -> ()",
     _launch,
     lambda *args, **kwargs: None,
 )
@@ -138,9 +154,9 @@ def latent_feedback(
     slots: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, *, page_size: int,
     norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
     target: float = 0.0, position_embedding: torch.Tensor | None = None, remaining: torch.Tensor | None = None,
-    thought: torch.Tensor | None = None,
+    thought: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write next_input (and thought), advance positions, lengths, remaining and slots in place, as the module says.
+    """Write next_input (and thought), advance positions, lengths, remaining, slots and attended, as the module says.
 
     positions are those of the tokens in the cache now; the pages of the next ones must be reserved already. target 0
     means no rescaling. ValueError for shapes or dtypes that do not fit.
@@ -148,5 +164,5 @@ def latent_feedback(
     _OP(
         source, last, next_input, positions, lengths, slots, page_table, rows, page_size=page_size, norm=norm,
         weight=weight, bias=bias, eps=eps, target=target, position_embedding=position_embedding, remaining=remaining,
-        thought=thought,
+        thought=thought, attended=attended,
     )  # fmt: skip

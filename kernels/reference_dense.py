@@ -78,27 +78,33 @@ def latent_feedback_ref(
     position_embedding: Tensor | None = None,
     remaining: Tensor | None = None,
     thought: Tensor | None = None,
+    attended: Tensor | None = None,
 ) -> None:
     """Each active row's hidden state source[last[b]], normed and rescaled to norm `target`, becomes its next input.
 
-    source (T, D), last (B,), next_input and thought (B, D), positions, slots int64 (B,), lengths, remaining int32 (B,).
-    In place: next_input (with position_embedding[positions + 1] added), thought (without), positions + 1, lengths + 1,
-    slots of the new last positions, remaining - 1. Rows with remaining 0 keep all that and get slot -1.
+    source (T, D), last (B,), next_input and thought (B, D), positions, slots int64 (B,), lengths, remaining and
+    attended int32 (B,). In place: next_input (with position_embedding[positions + 1] added), thought (the normed state
+    itself), positions + 1, lengths + 1, slots of the new last positions, remaining - 1, attended = lengths. Rows with
+    remaining 0 keep all that and get slot -1 and attended 0. Where attended is given, thought is written for the rows
+    that it named before (those in the pass that made source) instead of the active ones.
     """
     active = torch.ones_like(rows, dtype=torch.bool) if remaining is None else remaining > 0
     h = _normed(_work(source[last.long()]), norm, weight, bias, eps)
+    if thought is not None:
+        ended = active if attended is None else attended > 0
+        thought.copy_(torch.where(ended[:, None], h.to(thought.dtype), thought))
     if target:
         h = h * (target / torch.linalg.vector_norm(h, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
-    if thought is not None:
-        thought[active] = h.to(thought.dtype)[active]
     if position_embedding is not None:
-        h = h + position_embedding[positions + 1].to(h.dtype)
-    next_input[active] = h.to(next_input.dtype)[active]
+        h = h + position_embedding[torch.where(active, positions + 1, 0)].to(h.dtype)
+    next_input.copy_(torch.where(active[:, None], h.to(next_input.dtype), next_input))
     pages = page_table[rows.long(), (lengths // page_size).long().clamp_max(page_table.shape[1] - 1)].long()
     slots.copy_(torch.where(active, pages * page_size + lengths % page_size, -1))
     for counter, step in ((positions, 1), (lengths, 1), (remaining, -1)):
         if counter is not None:
             counter += step * active.to(counter.dtype)
+    if attended is not None:
+        attended.copy_(torch.where(active, lengths, 0))
 
 
 # ---- skinny_linear ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ CASES = {
     "layer norm and positions": {"norm": "layer", "position_embedding": True, "bias": True},
     "rms norm, rescaled": {"norm": "rms", "target": 2.5},
     "rescaled, counted, thoughts kept": {"target": 0.5, "remaining": True, "thought": True, "position_embedding": True},
-}
+    "between two passes": {
+        "norm": "layer", "bias": True, "remaining": True, "attended": True, "thought": True, "position_embedding": True,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -40,6 +43,7 @@ def test_against_the_reference(case, dtype, device) -> None:
     made = {
         "bias": torch.randn(dim), "position_embedding": torch.randn(40, dim), "thought": torch.zeros(4, dim),
         "remaining": torch.tensor([2, 0, 1, 5], dtype=torch.int32),
+        "attended": torch.tensor([16, 1, 0, 0], dtype=torch.int32),
     }  # fmt: skip
     for name in options.keys() & made.keys():
         options[name] = made[name].to(device, dtype if made[name].is_floating_point() else torch.int32)
@@ -54,7 +58,7 @@ def test_against_the_reference(case, dtype, device) -> None:
         runs.append(given)
     for name in {"next_input", "thought"} & runs[0].keys():
         assert_as_good_as_torch(runs[0][name].cpu(), runs[1][name].cpu(), runs[2][name], what=name)
-    for name in {"positions", "lengths", "slots", "remaining"} & runs[0].keys():
+    for name in {"positions", "lengths", "slots", "remaining", "attended"} & runs[0].keys():
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
@@ -68,6 +72,19 @@ def test_a_row_that_is_done_stays_as_it_is(device) -> None:
     assert inputs["lengths"].tolist() == [17, 1, 31, 4] and inputs["positions"].tolist() == [16, 0, 30, 3]
     table = inputs["page_table"]
     assert inputs["slots"][[0, 3]].tolist() == [int(table[4, 1]) * 16, int(table[1, 0]) * 16 + 3]
+
+
+def test_the_launch_between_two_passes_ends_one_and_starts_the_next(device) -> None:
+    inputs = arrange(torch.float32, device)
+    remaining = torch.tensor([1, 1, 0, 0], dtype=torch.int32, device=device)
+    attended = torch.tensor([16, 0, 31, 0], dtype=torch.int32, device=device)
+    thought = torch.full((4, 100), 3.0, device=device)
+    marks = {"remaining": remaining, "attended": attended, "thought": thought}
+    ops.latent_feedback(**inputs, **marks, page_size=16, target=2.0, backend="triton")
+    kept = inputs["source"][inputs["last"]]
+    assert torch.equal(thought[[0, 2]], kept[[0, 2]]) and torch.equal(thought[[1, 3]], torch.full_like(kept[:2], 3.0))
+    assert attended.tolist() == [17, 2, 0, 0] and (inputs["next_input"][2:] == 7).all()
+    assert torch.allclose(torch.linalg.vector_norm(inputs["next_input"][:2], dim=-1), torch.tensor(2.0, device=device))
 
 
 def test_a_token_is_fed_from_the_embedding_table(device) -> None:
