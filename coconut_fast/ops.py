@@ -30,6 +30,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "gated_mlp": ("triton", "torch"),
     "skinny_linear": ("triton", "torch"),
     "lm_head_sample": ("triton", "torch"),
+    "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
 }
 DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "chunked": None, "torch": None}

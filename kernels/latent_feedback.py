@@ -7,12 +7,12 @@ and move the row's place in the cache on by one.
     attended[b] = lengths[b]
 
 A row whose `remaining` is 0 stays as it is, with slot -1 and `attended` 0, which kv_append and decode_attention skip:
-rows of one batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry which
-rows were in the pass that made `source`, and `thought` is written for those: the launch between two passes ends the one
-and starts the other, and a row's last hidden state stays in `thought` however long the others go on.
-The feedbacks: identity as it is; rescale by `target`, the mean norm of the token embeddings; a projection's two products
-are skinny_linear's, and its LayerNorm is this launch's `norm`. With the embedding table as source and token ids as
-`last` it is a decode step's input.
+rows of one batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry
+which rows were in the pass that made `source`, and `thought` is written for those: the launch between two passes ends
+the one and starts the other, and a row's last hidden state stays in `thought` however long the others go on.
+The feedbacks: identity as it is; rescale by `target`, the mean norm of the token embeddings; a projection's two
+products are skinny_linear's, and its LayerNorm is this launch's `norm`. With the embedding table as source and token
+ids as `last` it is a decode step's input.
 
 Shapes: source (T, D), last int (B,), next_input and thought (B, D), position_embedding (P, D), positions int64 (B,),
 lengths, remaining and attended int32 (B,), slots int64 (B,), page_table int32 (R, pages), rows int32 (B,).

@@ -164,3 +164,21 @@ def lm_head_sample_ref(
     ranked = ranked.masked_fill(shares.cumsum(-1) - shares >= top_p, float("-inf"))
     sums = torch.empty_like(scaled).scatter_(-1, ids, ranked).softmax(-1).cumsum(-1)
     return (sums <= numbers[:, None] * sums[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+
+
+# ---- accept_tokens ---------------------------------------------------------------------------------------------------
+
+
+def accept_tokens_ref(
+    ids: Tensor, tokens: Tensor, written: Tensor, remaining: Tensor, attended: Tensor, step: Tensor, *, eos: int
+) -> None:
+    """The end of a token pass: in rows with attended > 0, tokens and written[:, step] become ids, remaining 0 at eos.
+
+    ids, tokens int64 (B,), written int64 (B, N), remaining, attended int32 (B,), step int64 (1,), all in place. The
+    other rows get -1 in written[:, step]; step grows by one. eos -1: nothing ends a row.
+    """
+    active = attended > 0
+    tokens.copy_(torch.where(active, ids, tokens))
+    written.index_copy_(1, step, torch.where(active, ids, -1)[:, None])
+    remaining.copy_(torch.where(active & (ids == eos), 0, remaining))
+    step += 1

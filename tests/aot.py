@@ -181,8 +181,18 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from coconut_fast.kernels import gated_mlp, latent_feedback, lm_head_sample, residual_norm, skinny_linear
+    from coconut_fast.kernels import (
+        accept_tokens,
+        gated_mlp,
+        latent_feedback,
+        lm_head_sample,
+        residual_norm,
+        skinny_linear,
+    )
 
+    tokens = [indices(8, dtype=torch.int64), indices(8, dtype=torch.int64), indices(8, 8, dtype=torch.int64)]
+    tokens += [indices(8), indices(8), indices(1, dtype=torch.int64)]
+    yield "accept_tokens/bfloat16", lambda: accept_tokens._launch(*tokens, eos=50256)
     for name, (_, _, _, dim, inner, vocabulary) in SHAPES.items():
         gpt2 = name == "gpt2"
         kind, activation = ("layer", "gelu_tanh") if gpt2 else ("rms", "swiglu")
@@ -211,6 +221,8 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     **n,
                     position_embedding=x if n["bias"] is not None else None,
                     remaining=p[4],
+                    attended=p[4],
+                    thought=x,
                 ),
             )
             yield (

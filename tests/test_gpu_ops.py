@@ -146,8 +146,18 @@ def _feedback(dtype: torch.dtype, device: torch.device) -> Case:
         "weight": torch.rand(768).to(device, dtype), "bias": torch.randn(768).to(device, dtype), "target": 3.0,
         "position_embedding": torch.randn(64, 768).to(device, dtype), "thought": torch.zeros(4, 768, device=device),
         "remaining": torch.tensor([2, 0, 1, 5], dtype=torch.int32, device=device),
+        "attended": torch.tensor([16, 1, 31, 0], dtype=torch.int32, device=device),
     }  # fmt: skip
-    return Case("latent_feedback", given, ("next_input", "positions", "lengths", "slots", "thought", "remaining"))
+    written = ("next_input", "positions", "lengths", "slots", "thought", "remaining", "attended")
+    return Case("latent_feedback", given, written)
+
+
+def _accept(dtype: torch.dtype, device: torch.device) -> Case:
+    given = {name: torch.randint(0, 9, (64,), device=device) for name in ("ids", "tokens")}
+    given |= {name: torch.randint(0, 3, (64,), dtype=torch.int32, device=device) for name in ("remaining", "attended")}
+    given |= {"written": torch.zeros(64, 8, dtype=torch.int64, device=device), "eos": 4}
+    given["step"] = torch.tensor([3], device=device)
+    return Case("accept_tokens", given, ("tokens", "written", "remaining", "step"), exact=True)
 
 
 def _norm(kind: str) -> Callable[..., Case]:
@@ -215,6 +225,7 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Case]] = {
     "ragged_attention_backward, grouped, wide": _ragged(16, 8, 128, True),
     "ragged_attention_backward, window and softcap": _ragged(4, 2, 256, True, window=50, softcap=20.0),
     "latent_feedback": _feedback,
+    "accept_tokens": _accept,
     "residual_norm, layer": _norm("layer"),
     "residual_norm, rms": _norm("rms"),
     "gated_mlp, gelu": _mlp("gelu_tanh"),
