@@ -1,0 +1,156 @@
+"""The persistent kernel: its schedule, proved and run in Python."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from coconut_fast.infer import persistent
+from coconut_fast.infer.decode import Sampling
+from coconut_fast.infer.graphs import StaticBatch
+from coconut_fast.infer.persistent import FIELDS, schedule
+from coconut_fast.infer.prefill import prefill
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.plan import ModelPlan, describe
+from compare import assert_as_good_as_torch
+from persistent_vm import Deadlock, Machine, Race, validate
+from test_native import MODELS, chains, random_model, wrap
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
+COUNTS = [3, 2, 0]
+
+
+def start(model: Coconut, prompts: list[list[int]], counts: list[int], size: int) -> StaticBatch:
+    """A static batch behind its prompts, with room for the thoughts; slots without a token hold NaN."""
+    cache = KVCache(model.num_layers, num_slots=64 * (size + 1), max_rows=size + 1, max_length=64, device=model.device)
+    spare = cache.alloc(1)[0]
+    cache.append([spare], [1])
+    batch = StaticBatch(model, cache, size, spare, Sampling(), 1)
+    plan = plan_of(model)
+    for layer in range(plan.layers):
+        example = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=model.dtype, device=model.device)
+        for side in cache.storage(layer, example, example):
+            side.fill_(float("nan"))
+    rows = cache.alloc(len(prompts))
+    with torch.inference_mode():
+        hidden_BD = prefill(model, cache, rows, prompts)
+    batch.fill(rows, [len(p) for p in prompts], counts)
+    batch.hidden[: len(rows)] = hidden_BD
+    cache.reserve(rows, counts)
+    return batch
+
+
+def plan_of(model: Coconut) -> ModelPlan:
+    plan = describe(model.hf)
+    assert isinstance(plan, ModelPlan), plan
+    return plan
+
+
+def machine(model: Coconut, program: torch.Tensor, batch: StaticBatch, rows: int, rescale: float = 0.0) -> Machine:
+    """The batch's state and cache as the Python machine takes them, in fp32."""
+    cache, table = batch.cache, batch.cache.page_table[batch.rows[:rows].long()].long()
+    slots_BP = (table[:, :, None] * cache.page_size + torch.arange(cache.page_size)).flatten(1)
+    keys, values = (torch.stack([t[slots_BP].float() for t in side]) for side in (cache.keys, cache.values))
+    return Machine(
+        plan_of(model),
+        program,
+        lengths=batch.lengths[:rows].tolist(),
+        remaining=batch.remaining[:rows].tolist(),
+        hidden=batch.hidden[:rows].float(),
+        keys=keys,
+        values=values,
+        rescale=rescale,
+    )
+
+
+def last_states(hf: torch.nn.Module, counts: list[int] = COUNTS) -> torch.Tensor:
+    """The state of each row after its chain, by Hugging Face's own code without a cache."""
+    ends = torch.tensor(counts).add(1).cumsum(0) - 1
+    return chains(hf, PROMPTS, counts)[ends]
+
+
+# ---- the schedule, in Python --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_schedule_thinks_as_the_model_does(name: str) -> None:
+    hf = random_model(name)
+    model = wrap(hf)
+    program = schedule(plan_of(model), batch=3, blocks=4, splits=1)
+    validate(program)
+    ours = machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+    assert_as_good_as_torch(ours, last_states(hf), last_states(copy.deepcopy(hf).double()), what=name)
+
+
+@pytest.mark.parametrize("split", [4, 5, 64])
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_any_split_gives_the_same_attention(name: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persistent_vm.SPLIT", split)
+    hf = random_model(name)
+    model = wrap(hf)
+    program = schedule(plan_of(model), batch=3, blocks=40, splits=-(-64 // split))
+    ours = machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+    assert_as_good_as_torch(ours, last_states(hf), last_states(copy.deepcopy(hf).double()), what=name)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 150])
+def test_any_number_of_blocks_in_any_order(blocks: int) -> None:
+    model = wrap(random_model("llama"))
+    batch = start(model, PROMPTS, COUNTS, 3)
+    program = schedule(plan_of(model), batch=3, blocks=blocks, splits=1)
+    validate(program)
+    results = [
+        machine(model, program, batch, 3).run(3, order) for order in (range(blocks), list(reversed(range(blocks))))
+    ]
+    assert torch.equal(*results), "the order in which blocks run shows in the result"
+    for i, last in enumerate(program[-1, :, FIELDS.index("last")]):
+        op = program[0, i, 0]
+        first = program[1:, i, FIELDS.index("first")]
+        assert torch.equal(first, program[:-1, i, FIELDS.index("last")]), f"{persistent.OPCODES[op]} leaves tiles out"
+        assert last > 0 and program[0, i, FIELDS.index("first")] == 0
+
+
+def field(name: str) -> int:
+    return FIELDS.index(name)
+
+
+def swap_phases(program: torch.Tensor) -> None:
+    program[:, [1, 2], :6] = program[:, [2, 1], :6]
+
+
+BROKEN = {
+    # what is done to the list, and what has to be said about it
+    "a block waits for a phase too many": (lambda p: p[1, 3, field("wait")].add_(1), Deadlock),
+    "a block never arrives": (lambda p: p[2, 4, field("arrive")].zero_(), Deadlock),
+    "a block arrives twice": (lambda p: p[0, 5, field("arrive")].fill_(2), Deadlock),
+    "a block runs ahead of the others": (lambda p: p[3, 2, field("wait")].sub_(1), Deadlock),
+    "nobody waits for the attention": (lambda p: p[:, 3, field("wait")].sub_(1), Race),
+    "nobody waits before writing x again": (lambda p: p[:, 5, field("wait")].sub_(2), Race),
+    "phases in the wrong order": (swap_phases, Race),
+    "a share left out": (lambda p: p[1, 1, field("last")].sub_(1), Race),
+    "a share done twice": (lambda p: p[1, 3, field("first")].sub_(1), Race),
+    "a buffer that the instruction does not name": (lambda p: p[:, 4, field("writes")].zero_(), Race),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_schedule_is_found(what: str) -> None:
+    breaks, error = BROKEN[what]
+    model = wrap(random_model("llama"))
+    program = schedule(plan_of(model), batch=3, blocks=4, splits=1)
+    breaks(program)
+    with pytest.raises(error):
+        if error is Deadlock:
+            validate(program)
+        machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+
+
+def test_a_count_that_never_comes_is_a_deadlock_when_run() -> None:
+    model = wrap(random_model("gpt2"))
+    program = schedule(plan_of(model), batch=3, blocks=4, splits=1)
+    program[2, 4, field("arrive")] = 0
+    with pytest.raises(Deadlock, match="blocks stand at"):
+        machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
