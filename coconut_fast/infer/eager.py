@@ -20,6 +20,7 @@ class EagerRunner:
 
     name = "eager"
     bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
+    reason = ""  # what there is to say of the passes beyond who runs them
     trouble = ""  # why the passes did not run as they were meant to, if so
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
@@ -67,3 +68,6 @@ class EagerRunner:
         longest = max((min(steps, d.limit - len(d.tokens)) for d in drafts), default=0)
         with self.clock("write", passes=longest):
             decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)
+
+    def release(self) -> None:
+        """The engine's call is over and its rows are free; a runner may wait for the next one (infer/graphs.py)."""

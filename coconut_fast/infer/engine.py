@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from coconut_fast.infer import graphs
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
-from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.native import NativeRunner, read_bandwidth, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts
 from coconut_fast.infer.stats import GenerateStats
@@ -96,10 +96,10 @@ def generate(
     return engine.output()
 
 
-def choose_runner(model: Coconut) -> tuple[type[EagerRunner] | type[NativeRunner], str]:
+def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
     """Who runs the passes of this model on this device, and why."""
     if model.device.type == "cuda":
-        return GraphRunner, "chains of thoughts and tokens replay as CUDA graphs"
+        return graphs.lease, "chains of thoughts and tokens replay as CUDA graphs"
     reason = reason_not(model)
     if reason is None:
         return NativeRunner, "this family has a native chain on the CPU"
@@ -142,7 +142,7 @@ class Engine:
             sampling=sampling,
         )
         self.batch_size = batch_size
-        self.stats = GenerateStats(self.runner.name, reason)
+        self.stats = GenerateStats(self.runner.name, "; ".join(r for r in (reason, self.runner.reason) if r))
         if self.runner.bytes_per_pass is not None:
             self.stats.bytes_per_latent_pass, self.stats.bytes_per_token_pass = self.runner.bytes_per_pass
             self.stats.measure_bandwidth = read_bandwidth
@@ -168,6 +168,7 @@ class Engine:
                     self.runner.cache.free([draft.row])
                     self._finish(number, draft)
                     bar.update()
+        self.runner.release()
 
     def _read(self, group: list[int]) -> dict[int, Draft]:
         """Prompts -> the first token of each of their answers."""
@@ -220,7 +221,10 @@ def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     needed = 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if on_gpu:  # what torch has reserved but does not use, and the cache of the last call, are free to us
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused + graphs.held_bytes(model)
     if needed > free:
         raise ValueError(
             f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "

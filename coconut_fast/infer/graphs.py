@@ -1,116 +1,50 @@
 """The graph runner: the chain of thoughts as one CUDA graph, and decoding as graphed steps.
 
-A graph replays fixed launches on fixed addresses. So everything a pass reads or writes lies in a `StaticBatch`: rows,
-lengths, hidden states, tokens. A pass finds its own slots from the page table, advances the lengths of the rows that
-are still active, and leaves the others as they are: rows with fewer thoughts, rows that met end-of-text, and the rows
-that fill a bucket. The host reserves pages beforehand and looks at the results once, behind the last replay.
-
-The passes are plain functions on tensors: on a CPU they run as they stand, which is how they are tested.
+The host fills a `StaticBatch` (infer/passes.py), reserves pages for what the passes will append, replays, and looks at
+the results once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until
+then. `choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate`
+calls too: a model keeps its last runner (`lease`, `GraphRunner.release`) for as long as it lives itself.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from coconut_fast.infer import fused
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
 from coconut_fast.infer.prefill import prefill
-from coconut_fast.infer.sampling import sample_at, uniform
-from coconut_fast.model.cache import KVCache, Ragged
+from coconut_fast.infer.sampling import uniform
+from coconut_fast.infer.stats import Clock
+from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LONGEST_CHAIN = 16  # passes of one graph; a longer chain replays it
+STEPS = 8  # tokens between two looks of the host: `write` is asked for at most so many
 
 
-class StaticBatch:
-    """B rows at addresses that never change, and the passes over them."""
-
-    def __init__(self, model: Coconut, cache: KVCache, size: int, spare: int, sampling: Sampling, steps: int) -> None:
-        self.model, self.cache, self.sampling, self.spare = model, cache, sampling, spare
-        device = cache.device
-
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self.rows, self.lengths, self.remaining = ints(size), ints(size), ints(size)
-        self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.tokens = ints(size, dtype=torch.int64)
-        self.written = ints(size, steps, dtype=torch.int64)
-        self.step = ints(1, dtype=torch.int64)
-        self.numbers = torch.zeros(size, steps, dtype=torch.float64, device=device)
-        dim = model.hf.get_input_embeddings().weight.shape[1]
-        self.hidden = torch.zeros(size, dim, dtype=model.dtype, device=device)
-
-    def fill(self, rows: Sequence[int], lengths: Sequence[int], passes: Sequence[int]) -> None:
-        """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes."""
-        values = torch.zeros(3, len(self.rows), dtype=torch.int32)
-        values[:, : len(rows)] = torch.tensor([list(rows), list(lengths), list(passes)], dtype=torch.int32)
-        for static, value in zip((self.rows, self.lengths, self.remaining), values, strict=True):
-            static.copy_(value, non_blocking=True)
-        self.step.zero_()
-
-    def think(self) -> None:
-        """One latent pass: hidden -> feedback -> body -> hidden."""
-        active = self.remaining > 0
-        self._pass(self.model.feedback(self.hidden).to(self.hidden.dtype), active)
-        self.remaining.sub_(active.int())
-
-    def feed(self) -> None:
-        """One pass over `tokens`, without the LM head."""
-        active = self.remaining > 0
-        self._pass(self.model.embed(self.tokens), active)
-        self.remaining.sub_(active.int())
-
-    def write(self) -> None:
-        """One pass over `tokens`, and the tokens that follow; a row that meets end-of-text becomes inactive."""
-        active = self.remaining > 0
-        self._pass(self.model.embed(self.tokens), active)
-        logits_BV = self.model.head(self.hidden)
-        if self.sampling.temperature == 0:
-            chosen = logits_BV.argmax(-1)
-        else:
-            numbers_B = self.numbers.gather(1, self.step.expand(len(self.rows))[:, None])[:, 0]
-            chosen = sample_at(
-                logits_BV, numbers_B, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p
-            )
-        self.tokens.copy_(torch.where(active, chosen, self.tokens))
-        self.written.index_copy_(1, self.step, torch.where(active, chosen, -1)[:, None])
-        ended = chosen == self.model.tokens.eos if self.model.tokens.eos is not None else torch.zeros_like(active)
-        self.remaining.copy_(torch.where(active & ended, 0, self.remaining - active.int()))
-        self.step.add_(1)
-
-    def _pass(self, embeds_BD: torch.Tensor, active: torch.Tensor) -> None:
-        # What an inactive row computes goes to the spare row's one slot, and nobody reads it.
-        rows = torch.where(active, self.rows, self.spare)
-        lengths = torch.where(active, self.lengths + 1, 1)
-        positions = lengths.long() - 1
-        size = self.cache.page_size
-        slots = self.cache.page_table[rows.long(), positions // size].long() * size + positions % size
-        limit = self.cache.page_table.shape[1] * size
-        ragged = Ragged(self.cache, rows, self.offsets, lengths, slots, max_query=1, max_length=limit)
-        hidden = self.model.body(embeds_BD, positions, ragged)
-        self.hidden.copy_(torch.where(active[:, None], hidden, self.hidden))
-        self.lengths.copy_(torch.where(active, lengths, self.lengths))
+def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
+    """What the passes of this model are made of: the one place that decides it."""
+    reason = fused.reason_not(model)
+    if reason is None:
+        return fused.FusedPasses(model, cache, sampling)
+    return HuggingFacePasses(model, cache, sampling, reason)
 
 
 class GraphRunner(EagerRunner):
-    """Prefill as the eager runner does it; thoughts and tokens by replay. First use captures, later uses replay."""
+    """Prefill as the eager runner does it; thoughts and tokens by replay. Keeps no model alive: it may outlive a call.
+
+    captures: how often something was captured.
+    """
 
     name = "graph"
 
-    def __init__(
-        self,
-        model: Coconut,
-        *,
-        num_slots: int,
-        max_rows: int,
-        max_length: int,
-        sampling: Sampling,
-        steps: int = 8,
-    ) -> None:
+    def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(
             model,
             num_slots=num_slots + 16,
@@ -118,12 +52,28 @@ class GraphRunner(EagerRunner):
             max_length=max_length,
             sampling=sampling,
         )
-        self.steps = steps
-        self.spare = self.cache.alloc(1)[0]
-        self.cache.append([self.spare], [1])
+        self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
+        self.made_for = _made_for(model, sampling)
+        self.passes = choose_passes(model, self.cache, sampling)
+        self.reason = self.passes.reason
         self.batches: dict[int, StaticBatch] = {}
-        self.graphs: dict[tuple[int, str, int], Callable[[], None]] = {}
+        self.graphs: dict[tuple[int, str, tuple[int, ...]], Callable[[], None]] = {}
+        self.captures = 0
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+
+    @property
+    def model(self) -> Coconut:  # type: ignore[override]
+        model = self._model()
+        assert model is not None, "the model is gone, and its runner runs"
+        return model
+
+    @model.setter
+    def model(self, model: Coconut) -> None:
+        self._model = weakref.ref(model)
+
+    def release(self) -> None:
+        """The call is over and its rows are free: the model's next call may have this runner."""
+        _kept[self.model] = self
 
     @torch.inference_mode()
     def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
@@ -147,8 +97,8 @@ class GraphRunner(EagerRunner):
         batch.remaining[: len(rows)] = 1
         tails = [p.pieces[1].tokens[0] for p in prompts]
         batch.tokens[: len(rows)] = torch.tensor(tails, device=self.cache.device)
-        self._replay(batch, "feed", 1)
-        return batch.hidden[: len(rows)].clone()
+        self._replay(batch, "feed")
+        return batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
 
     @torch.inference_mode()
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
@@ -171,7 +121,7 @@ class GraphRunner(EagerRunner):
             batch.numbers[: len(rows), :steps] = torch.tensor(numbers, dtype=torch.float64, device=self.cache.device)
         self.cache.reserve(rows, counts)
         for _ in range(max(counts)):
-            self._replay(batch, "write", 1)
+            self._replay(batch, "write")
         for draft, written in zip(drafts, batch.written[: len(rows), : max(counts)].tolist(), strict=True):
             draft.tokens.extend(t for t in written if t >= 0)
 
@@ -182,26 +132,24 @@ class GraphRunner(EagerRunner):
     def _batch(self, rows: int) -> StaticBatch:
         size = next(b for b in BUCKETS if b >= rows)
         if size not in self.batches:
-            self.batches[size] = StaticBatch(self.model, self.cache, size, self.spare, self.sampling, self.steps)
+            dim = self.model.hf.get_input_embeddings().weight.shape[1]
+            self.batches[size] = StaticBatch(size, dim, STEPS, self.passes.hidden_dtype, self.cache.device)
         return self.batches[size]
 
-    def _replay(self, batch: StaticBatch, kind: str, count: int) -> None:
+    def _replay(self, batch: StaticBatch, kind: str, *count: int) -> None:
         """`count` passes of a kind, by their graph; captured on first use, run launch by launch where that fails."""
-        key = (len(batch.rows), kind, count)
+        key = (batch.size, kind, count)
         if key not in self.graphs:
-            one = getattr(batch, kind)
-
-            def passes() -> None:
-                for _ in range(count):
-                    one()
-
-            self.graphs[key] = passes if self.pool is None else self._capture(batch, passes)
+            self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
         self.graphs[key]()
 
     def _capture(self, batch: StaticBatch, passes: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        if self.pool is None:
+            return passes
         state = (batch.remaining, batch.step)
         saved = [t.clone() for t in state]
-        batch.remaining.zero_()  # a warm-up of inactive rows changes nothing but the spare slot
+        batch.remaining.zero_()  # a warm-up of inactive rows changes nothing that is read
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -219,3 +167,45 @@ class GraphRunner(EagerRunner):
         finally:
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
+
+
+# One runner a model: its cache, its static batches and its captured graphs. It goes when the model goes.
+_kept: weakref.WeakKeyDictionary[Coconut, GraphRunner] = weakref.WeakKeyDictionary()
+
+
+def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> GraphRunner:
+    """The runner that the model's last call left, if it is large enough and still fits the model; else a new one.
+
+    It is the caller's alone until `release`; after an error it is simply dropped, rows and all.
+    """
+    runner = _kept.pop(model, None)
+    wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
+    large_enough = runner is not None and all(runner.capacity[name] >= n for name, n in wanted.items())
+    if runner is not None and large_enough and runner.made_for == _made_for(model, sampling):
+        runner.clock = Clock(model.device)
+        runner.passes.refresh()
+        return runner
+    del runner  # its memory first
+    return GraphRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
+
+
+def held_bytes(model: Coconut) -> int:
+    """Bytes of the cache that the model's kept runner holds: the next call has it, or gives it back first."""
+    runner = _kept.get(model)
+    stores = [] if runner is None else [*runner.cache.keys, *runner.cache.values]
+    return sum(t.numel() * t.element_size() for t in stores if t is not None)
+
+
+def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
+    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, sampling, and hooks."""
+    tensors = [*model.parameters(), *model.buffers()]
+    addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
+    mean_norm = getattr(model.feedback, "mean_norm", None)
+    constant = float(mean_norm) if mean_norm is not None else None
+    return addresses, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
+
+
+def _roomy(count: int) -> int:
+    """Rounded up by at most a quarter, so that a slightly larger call need not capture anew."""
+    step = max(1, (1 << count.bit_length()) // 8)
+    return -(-count // step) * step

@@ -194,7 +194,7 @@ class NativeRunner:
     """Reads prompts and writes answers over one cache, natively. The interface is EagerRunner's (infer/eager.py)."""
 
     name = "native"
-    trouble = ""
+    reason = trouble = ""
 
     def __init__(
         self,
@@ -254,6 +254,9 @@ class NativeRunner:
         limits = [min(steps, d.limit - len(d.tokens)) for d in writing]
         with self.clock("write", passes=max(limits, default=0)):
             self._decode(writing, unused_BD, limits)
+
+    def release(self) -> None:
+        """Nothing to keep: packed weights are kept by model, and a cache is cheap to make."""
 
     def _decode(self, drafts: Sequence[Draft], hidden_BD: torch.Tensor, limits: list[int]) -> None:
         eos = self.model.tokens.eos

@@ -1,0 +1,244 @@
+"""Passes of GPT-2 and the Llama family from fused kernels, five launches a layer, for graphs to replay.
+
+    latent_feedback     ends the pass before and starts this one: final norm, feedback, position, places in the cache
+    a layer, five times:
+      skinny_linear     norm, q, k and v
+      decode_attention  QK-norm, rotation, append to the cache, attention
+      skinny_linear     output product, residual
+      skinny_linear     norm, up (and gate) product, activation
+      skinny_linear     down product, residual
+    lm_head_sample, accept_tokens      behind a token pass: next tokens, end-of-text
+
+A latent pass of GPT-2 is so 61 launches, where Hugging Face's body takes several hundred. The residual stream is fp32
+from one thought to the next. Above 16 rows a product is no longer bound by its weights' bytes and goes to the library:
+eight launches a layer, norms and activations still fused.
+
+The description of the weights is the CPU chain's (model/plan.py). Kernels want rows (out, in), contiguous: GPT-2's
+transposed matrices and Llama's merged ones are copies, written again in place when the weights have changed, so that
+captured graphs stay valid.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from coconut_fast import ops
+from coconut_fast.infer.decode import Sampling
+from coconut_fast.infer.native import fingerprint
+from coconut_fast.infer.passes import BUCKETS, StaticBatch
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import Identity, Rescale
+from coconut_fast.model.plan import LayerPlan, ModelPlan, describe
+
+SKINNY_ROWS = 16  # of a product that skinny_linear computes; more go to the library
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = {("gelu_tanh", False): "gelu_tanh", ("silu", True): "swiglu"}  # (of the plan, gated) -> of the kernels
+
+
+def reason_not(model: Coconut) -> str | None:
+    """Why this model has no fused passes; None where it has."""
+    plan = describe(model.hf)
+    if isinstance(plan, str):
+        return plan
+    if model.dtype not in DTYPES:
+        return f"the model is {model.dtype}, the kernels take float32, bfloat16 and float16"
+    if (plan.activation, plan.gated) not in ACTIVATIONS:
+        return f"activation {plan.activation!r} {'with' if plan.gated else 'without'} a gate has no fused kernel"
+    backend, why = ops.choose("skinny_linear", model.device)
+    if model.device.type == "cuda" and backend != "triton":
+        return f"the kernels run on {backend}: {why}"
+    return None
+
+
+class FusedPasses:
+    """Passes over a StaticBatch and a cache; infer/passes.py says what each does. ValueError where `reason_not`."""
+
+    hidden_dtype = torch.float32
+
+    def __init__(self, model: Coconut, cache: KVCache, sampling: Sampling) -> None:
+        reason = reason_not(model)
+        plan = describe(model.hf)
+        if reason or not isinstance(plan, ModelPlan):
+            raise ValueError(f"model: has no fused passes: {reason}")
+        self._model = weakref.ref(model)  # whoever keeps the passes does not keep the model
+        self.plan, self.cache, self.sampling, self.dtype = plan, cache, sampling, model.dtype
+        self.reason = f"passes are fused kernels, five launches a layer (eight above {SKINNY_ROWS} rows)"
+        self.activation = ACTIVATIONS[plan.activation, plan.gated]
+        self.eos = -1 if model.tokens.eos is None else model.tokens.eos
+        self.target = float(model.feedback.mean_norm) if isinstance(model.feedback, Rescale) else 0.0
+        self.direct = type(model.feedback) in (Identity, Rescale)  # part of the launch between two passes
+        self.limit = cache.page_table.shape[1] * cache.page_size
+        self.cos, self.sin = rotations(plan, self.limit)
+        self.layers = [_contiguous(plan.layer(i)) for i in range(plan.layers)]
+        self.fingerprint = fingerprint(model, plan)
+        # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
+        self.counters = torch.zeros(BUCKETS[-1] * plan.kv_heads, dtype=torch.int32, device=cache.device)
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        model = self._model()
+        assert model is not None, "the model is gone, and its passes are refreshed"
+        now = fingerprint(model, self.plan)
+        if now == self.fingerprint:
+            return
+        for index, packed in enumerate(self.layers):
+            for name, tensor in self.plan.layer(index).named().items():
+                kept = getattr(packed, name)
+                if kept.data_ptr() != tensor.data_ptr():
+                    kept.copy_(tensor)
+        self.fingerprint = now
+
+    def think(self, batch: StaticBatch, count: int) -> None:
+        if self.direct:
+            self._enter(batch, batch.hidden, batch.index, target=self.target)
+            for _ in range(count - 1):
+                self._enter(batch, self._layers(batch), batch.index, target=self.target, thought=batch.hidden)
+            self._leave(batch, self._layers(batch))
+            return
+        model = self._model()
+        assert model is not None, "the model is gone, and its passes run"
+        for _ in range(count):
+            self._enter(batch, model.feedback(batch.hidden.to(self.dtype)), batch.index)
+            self._leave(batch, self._layers(batch))
+
+    def feed(self, batch: StaticBatch) -> None:
+        self._enter(batch, self.plan.embed, batch.tokens)
+        self._leave(batch, self._layers(batch))
+
+    def write(self, batch: StaticBatch) -> None:
+        plan, sampling = self.plan, self.sampling
+        self._enter(batch, plan.embed, batch.tokens)
+        hidden_BD, _ = ops.residual_norm(
+            self._layers(batch), plan.final_norm, kind=plan.norm, norm_bias=plan.final_norm_bias, eps=plan.eps
+        )
+        numbers_B = None if sampling.temperature == 0 else batch.numbers.index_select(1, batch.step)[:, 0]
+        ids_B = ops.lm_head_sample(
+            hidden_BD,
+            plan.head,
+            bias=plan.head_bias,
+            numbers=numbers_B,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        ops.accept_tokens(ids_B, batch.tokens, batch.written, batch.remaining, batch.attended, batch.step, eos=self.eos)
+
+    def _enter(
+        self,
+        batch: StaticBatch,
+        source: torch.Tensor,
+        last_B: torch.Tensor,
+        *,
+        target: float = 0.0,
+        thought: torch.Tensor | None = None,
+        remaining: torch.Tensor | None = None,
+    ) -> None:
+        """source[last] becomes the next input of active rows. With `thought`, source is what the layers left: it goes
+        through the final norm first, and the rows that were in that pass keep the result there."""
+        plan = self.plan
+        norm: dict[str, Any] = {}
+        if thought is not None:
+            norm = {"norm": plan.norm, "weight": plan.final_norm, "bias": plan.final_norm_bias, "eps": plan.eps}
+        ops.latent_feedback(
+            source,
+            last_B,
+            batch.stream,
+            batch.positions,
+            batch.lengths,
+            batch.slots,
+            self.cache.page_table,
+            batch.rows,
+            page_size=self.cache.page_size,
+            target=target,
+            position_embedding=plan.positions,
+            remaining=batch.remaining if remaining is None else remaining,
+            thought=thought,
+            attended=batch.attended,
+            **norm,
+        )
+
+    def _leave(self, batch: StaticBatch, stream_BD: torch.Tensor) -> None:
+        """The final norm of the rows that were in this pass, and no next pass."""
+        self._enter(batch, stream_BD, batch.index, thought=batch.hidden, remaining=batch.none)
+
+    def _layers(self, batch: StaticBatch) -> torch.Tensor:
+        """The residual stream behind all layers, (B, D) fp32; rows with attended 0 hold what nobody reads."""
+        return self._skinny_layers(batch) if batch.size <= SKINNY_ROWS else self._wide_layers(batch)
+
+    def _skinny_layers(self, batch: StaticBatch) -> torch.Tensor:
+        plan, x_BD = self.plan, batch.stream
+        for index, w in enumerate(self.layers):
+            norm1 = {"norm": plan.norm, "norm_weight": w.norm1, "norm_bias": w.norm1_bias, "eps": plan.eps}
+            norm2 = {"norm": plan.norm, "norm_weight": w.norm2, "norm_bias": w.norm2_bias, "eps": plan.eps}
+            qkv_BX = ops.skinny_linear(x_BD, w.qkv, bias=w.qkv_bias, **norm1)
+            x_BD = ops.skinny_linear(self._attend(batch, index, qkv_BX), w.o, bias=w.o_bias, residual=x_BD)
+            inner_BF = ops.skinny_linear(x_BD, w.up, bias=w.up_bias, activation=self.activation, **norm2)
+            x_BD = ops.skinny_linear(inner_BF, w.down, bias=w.down_bias, residual=x_BD)
+        return x_BD
+
+    def _wide_layers(self, batch: StaticBatch) -> torch.Tensor:
+        plan, x_BD = self.plan, batch.stream
+        kind = {"kind": plan.norm, "eps": plan.eps}
+        delta_BD, bias_D = None, None  # what the layer before adds to the stream
+        for index, w in enumerate(self.layers):
+            norm1 = {"norm_bias": w.norm1_bias, **kind}
+            if delta_BD is None:
+                normed_BD, _ = ops.residual_norm(x_BD, w.norm1, **norm1)
+            else:
+                normed_BD, x_BD = ops.residual_norm(delta_BD, w.norm1, residual=x_BD, bias=bias_D, **norm1)
+            out_BX = self._attend(batch, index, F.linear(normed_BD.to(self.dtype), w.qkv, w.qkv_bias))
+            normed_BD, x_BD = ops.residual_norm(
+                F.linear(out_BX, w.o), w.norm2, residual=x_BD, bias=w.o_bias, norm_bias=w.norm2_bias, **kind
+            )
+            inner_BF = ops.gated_mlp(F.linear(normed_BD, w.up), activation=self.activation, bias=w.up_bias)
+            delta_BD, bias_D = F.linear(inner_BF, w.down), w.down_bias
+        assert delta_BD is not None, "a plan has layers"
+        return ops.residual_norm(delta_BD, plan.final_norm, residual=x_BD, bias=bias_D, **kind)[1]
+
+    def _attend(self, batch: StaticBatch, index: int, qkv_BX: torch.Tensor) -> torch.Tensor:
+        """(B, (H + 2 Hkv) K), as the projection leaves them -> (B, H K); keys and values go to the cache."""
+        plan, w = self.plan, self.layers[index]
+        qkv_BHK = qkv_BX.view(batch.size, plan.heads + 2 * plan.kv_heads, plan.head_dim)
+        query, key, value = qkv_BHK.split([plan.heads, plan.kv_heads, plan.kv_heads], dim=1)
+        keys, values = self.cache.storage(index, key, value)
+        out_BHK, _ = ops.decode_attention(
+            query,
+            keys,
+            values,
+            self.cache.page_table,
+            batch.rows,
+            batch.attended,
+            page_size=self.cache.page_size,
+            scaling=plan.scaling[index],
+            window=plan.window[index],
+            max_length=self.limit,
+            key=key,
+            value=value,
+            cos=self.cos,
+            sin=self.sin,
+            positions=batch.positions,
+            query_norm=w.q_norm,
+            key_norm=w.k_norm,
+            eps=plan.eps,
+            counters=self.counters,
+        )
+        return out_BHK.flatten(1)
+
+
+def rotations(plan: ModelPlan, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cos and sin of the rotary embedding, (length, K / 2) fp32; None for a model without one."""
+    if plan.inv_freq is None:
+        return None, None
+    at = torch.arange(length, dtype=torch.float32, device=plan.inv_freq.device)
+    angles = at[:, None] * plan.inv_freq.float()
+    return angles.cos() * plan.rope_scaling, angles.sin() * plan.rope_scaling
+
+
+def _contiguous(layer: LayerPlan) -> LayerPlan:
+    return replace(layer, **{name: tensor.contiguous() for name, tensor in layer.named().items()})
