@@ -1,121 +1,194 @@
-"""A latent pass and a token pass of the native chain, by format and batch, against the memory limit.
+"""Latent pass, token pass and prefill of the native chain, by format and batch, against the limit and the peers.
 
     pytest benchmarks/bench_latent_pass.py                       # GPT-2 124M and Llama-3.2-1B shapes, random weights
-    pytest benchmarks/bench_latent_pass.py -k "gpt2 and bf16"
+    COCONUT_LLAMA_PYTHON=... pytest benchmarks/bench_latent_pass.py -k "gpt2 and bf16"
 
 The limit of a pass is the bytes of weights it must read over the measured read bandwidth (keys and values come on top
-of it, and are part of what is timed). The peer is Hugging Face's model with its own cache, without its head for the
-latent pass. Correctness first: nothing is timed where the chain's states differ from Hugging Face's by more than int8
-or bf16 explains.
+of it, and are part of what is timed); of a prefill its operations over the measured rate of matrix products. Hugging
+Face runs one row with its own cache, without its head in a latent pass, and in bf16 where we have int8. llama.cpp
+always computes its head: `llama_headless` is the pass with the vocabulary cut away. Correctness first: nothing is timed
+where the state after some thoughts is off Hugging Face's by more than int8 or bf16 explains.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.shapes import make_hf, make_tokens
+from benchmarks.peers import hugging_face, llama_cpp, llama_missing
+from benchmarks.shapes import make_hf, make_tokens, save_for_peers
 from coconut_fast import Coconut
 from coconut_fast.infer import native
 
-PROMPT = 64
-CASES = [("gpt2", w, b) for w in ("fp32", "bf16", "int8") for b in (1, 4, 8, 32, 64)]
-CASES += [("llama-1b", w, b) for w in ("bf16", "int8") for b in (1, 8, 32)]
+PROMPT, STEPS, PREFILL = 64, 8, 256  # tokens before the passes, passes of a round, tokens of the prefill
+BATCHES = {"gpt2": (1, 8, 32, 64), "llama-1b": (1, 8)}
+MODELS = [("gpt2", "fp32"), ("gpt2", "bf16"), ("gpt2", "int8"), ("llama-1b", "bf16"), ("llama-1b", "int8")]
 GATE = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.3}  # of the largest value: far above rounding, far below a wrong result
 
 
-@pytest.fixture(scope="module")
-def chain(request: pytest.FixtureRequest, figures) -> tuple[native.NativeModel, PreTrainedModel]:
-    """The packed model and Hugging Face's, checked against each other."""
-    shape, weights = request.param
-    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-    layers = None
-    if shape == "llama-1b" and psutil.virtual_memory().available < 14 << 30:
-        layers = 4
+@dataclass
+class Original:
+    """A model, with Hugging Face's seconds for it and the state after PROMPT tokens and STEPS thoughts."""
+
+    model: Coconut
+    name: str
+    state_D: torch.Tensor
+    body: int  # parameters in its matrices, without embeddings and head
+    latent: float
+    token: float
+    prefill: float
+
+
+@dataclass
+class Packed:
+    """The packed model behind one prompt per row of the largest batch; smaller batches take the first rows."""
+
+    native: native.NativeModel
+    original: Original
+    cache: native.KVCache
+    rows: list[int]
+    hidden_BD: torch.Tensor
+
+    def think(self, batch: int, count: int) -> torch.Tensor:
+        rows, hidden_BD = self.rows[:batch], self.hidden_BD[:batch].clone()
+        self.native.think(self.cache, rows, [count] * batch, hidden_BD)
+        self.cache.truncate(rows, [PROMPT] * batch)
+        return hidden_BD
+
+    def write(self, batch: int, count: int) -> None:
+        rows = self.rows[:batch]
+        self.native.decode(self.cache, rows, self.hidden_BD[:batch], pending=[1] * batch, limits=[count] * batch)
+        self.cache.truncate(rows, [PROMPT] * batch)
+
+    def read(self, count: int) -> None:
+        row = self.cache.alloc(1)
+        self.native.prefill(self.cache, row, [[i % 1000 + 1 for i in range(count)]], torch.zeros(1, self.dim))
+        self.cache.free(row)
+
+    @property
+    def dim(self) -> int:
+        return self.native.plan.dim
+
+
+@functools.cache
+def original(shape: str, dtype: torch.dtype) -> Original:
+    """The model as Hugging Face has it, measured before it becomes ours."""
+    layers = 4 if shape == "llama-1b" and psutil.virtual_memory().available < 12 << 30 else None
     hf = make_hf(shape, dtype, layers)
-    model = Coconut(make_hf(shape, dtype, layers), make_tokens(hf.config.vocab_size))
-    packed = native.NativeModel(model, weights=weights)
-    threads, bandwidth = packed.chain.threads, native.read_bandwidth(packed.chain.threads)
-    figures.card(f"{threads} threads read {bandwidth / 1e9:.1f} GB/s; kernels: {packed.chain.isa}")
-    body, head = packed.chain.body_bytes, packed.chain.head_bytes
-    figures.card(
-        f"{shape}{f' cut to {layers} layers' if layers else ''} {weights}: a latent pass reads {body / 1e6:.0f} MB "
-        f"({body / bandwidth * 1e3:.2f} ms at the limit), a token {(body + head) / 1e6:.0f} MB "
-        f"({(body + head) / bandwidth * 1e3:.2f} ms)"
-    )
-    prompt = list(range(1, 9))
-    cache = packed.make_cache(num_slots=32, max_rows=1)
-    hidden = torch.zeros(1, packed.plan.dim)
-    packed.prefill(cache, cache.alloc(1), [prompt], hidden)
-    with torch.no_grad():
-        expected = hf.base_model(torch.tensor([prompt])).last_hidden_state[0, -1].float()
-    off = ((hidden[0] - expected).abs().max() / expected.abs().max()).item()
-    assert off < GATE[weights], f"{shape} {weights}: states are off by {off:.3g} of the largest value: nothing is timed"
-    return packed, hf
+    cache, state = hugging_face.prefilled(hf, PROMPT)
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        state = hugging_face.latent_pass(hf, cache, state)
+        times.append(time.perf_counter() - start)
+    token = least(lambda: hugging_face.token_pass(hf, cache), STEPS)
+    prefill = least(lambda: hugging_face.prefilled(hf, PREFILL), 2)
+    within = [m for m in hf.base_model.modules() if not isinstance(m, torch.nn.Embedding)]
+    body = sum(p.numel() for m in within for p in m.parameters(recurse=False) if p.dim() == 2)
+    model = Coconut(hf, make_tokens(hf.config.vocab_size)).eval()
+    name = f"{shape}, {layers} layers" if layers else shape
+    return Original(model, name, state[0, -1].float(), body, min(times), token, prefill)
+
+
+@functools.cache
+def pack(shape: str, weights: str) -> Packed:
+    """Packed once for all batches; refused where its states are off."""
+    base = original(shape, torch.float32 if weights == "fp32" else torch.bfloat16)
+    chain, batch = native.NativeModel(base.model, weights=weights), max(BATCHES[shape])
+    slots = batch * 2 * PROMPT + PREFILL
+    cache = chain.make_cache(num_slots=slots, max_rows=batch + 1, max_length=max(PREFILL, 2 * PROMPT))
+    rows, hidden_BD = cache.alloc(batch), torch.zeros(batch, chain.plan.dim)
+    chain.prefill(cache, rows, prompts(batch), hidden_BD)
+    made = Packed(chain, base, cache, rows, hidden_BD)
+    check(made.think(1, STEPS)[0], base.state_D, weights, "ours")
+    return made
+
+
+def prompts(batch: int) -> list[list[int]]:
+    """The first is Hugging Face's; all ids are small, so that llama.cpp can do without most of its vocabulary."""
+    return [[(row + i) % PROMPT + 1 for i in range(PROMPT)] for row in range(batch)]
+
+
+def check(state_D: torch.Tensor, expected_D: torch.Tensor, weights: str, whose: str) -> None:
+    off = ((state_D - expected_D).abs().max() / expected_D.abs().max()).item()
+    assert off < GATE[weights], f"{whose} {weights}: states are off by {off:.3g} of the largest value: nothing is timed"
+
+
+def least(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest call after a first one: others' work on the machine only ever adds."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations per second of PyTorch's matrix product."""
+    a, b = torch.ones(2048, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    return 2 * 2048**3 / least(lambda: a @ b, 5)
+
+
+@pytest.fixture(scope="module")
+def saved_gpt2(tmp_path_factory: pytest.TempPathFactory):
+    """The fp32 weights for llama.cpp, which makes its own formats of them."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    return save_for_peers(Coconut(make_hf("gpt2"), make_tokens(50260)), folder) if llama_missing() is None else folder
 
 
 @pytest.mark.parametrize(
-    ("chain", "batch"),
-    [pytest.param((shape, weights), batch, id=f"{shape}-{weights}-{batch}") for shape, weights, batch in CASES],
-    indirect=["chain"],
+    ("shape", "weights", "batch"),
+    [pytest.param(s, w, b, id=f"{s}-{w}-{b}") for s, w in MODELS for b in BATCHES[s]],
 )
-def test_pass(benchmark, figures, chain, batch: int) -> None:
-    packed, hf = chain
-    name = f"{hf.config.model_type} {packed.weights} batch {batch}"
-    bandwidth = native.read_bandwidth(packed.chain.threads)
-    cache = packed.make_cache(num_slots=batch * 128, max_rows=batch, max_length=128)
-    rows, hidden = cache.alloc(batch), torch.zeros(batch, packed.plan.dim)
-    packed.prefill(cache, rows, [[(7 * r + i) % 1000 + 1 for i in range(PROMPT)] for r in range(batch)], hidden)
-
-    def think(count: int) -> None:
-        packed.think(cache, rows, [count] * batch, hidden)
-        cache.truncate(rows, [PROMPT] * batch)
-
-    def write(count: int) -> None:
-        packed.decode(cache, rows, hidden, pending=[1] * batch, limits=[count] * batch)
-        cache.truncate(rows, [PROMPT] * batch)
-
-    benchmark.pedantic(think, args=(8,), rounds=5, warmup_rounds=1)
-    latent, token = _least(think, 8) / 8, _least(write, 8) / 8
-    body, head = packed.chain.body_bytes, packed.chain.head_bytes
-    peers = _hugging_face(hf, batch) if packed.weights != "int8" else {"latent": None, "token": None}
+def test_pass(benchmark, figures, saved_gpt2, shape: str, weights: str, batch: int) -> None:
+    packed = pack(shape, weights)
+    chain, base = packed.native.chain, packed.original
+    name = f"{base.name} {weights}"
+    bandwidth = native.read_bandwidth(chain.threads)
+    body, head = chain.body_bytes, chain.head_bytes
+    figures.card(f"{chain.threads} threads read {bandwidth / 1e9:.1f} GB/s; kernels: {chain.isa}")
+    figures.card(
+        f"{name}: a latent pass reads {body / 1e6:.0f} MB ({body / bandwidth * 1e3:.2f} ms at the limit), "
+        f"a token {(body + head) / 1e6:.0f} MB ({(body + head) / bandwidth * 1e3:.2f} ms)"
+    )
+    rounds = 10 if batch == 1 else 3
+    benchmark.pedantic(packed.think, args=(batch, STEPS), rounds=rounds, warmup_rounds=1)
+    latent = benchmark.stats.stats.min / STEPS if benchmark.stats else least(lambda: packed.think(batch, STEPS), 1)
+    token = least(lambda: packed.write(batch, STEPS), rounds) / STEPS
+    peers: dict[str, dict[str, float]] = {"latent": {}, "token": {}}
+    if batch == 1:
+        peers = {"latent": {"hugging_face": base.latent}, "token": {"hugging_face": base.token}}
+    if shape == "gpt2" and batch in (1, 32) and llama_missing() is None:
+        theirs = llama_cpp(saved_gpt2, weights=weights, prompts=prompts(batch), thoughts=STEPS, rounds=rounds)
+        check(torch.tensor(theirs["state"]), base.state_D, weights, "llama.cpp")
+        peers["latent"] |= {"llama_cpp": theirs["latent"], "llama_headless": theirs["latent_headless"]}
+        peers["token"] |= {"llama_cpp": theirs["token"]}
     for what, seconds, size in (("latent", latent, body), ("token", token, body + head)):
         limit = size / bandwidth
         note = f"{limit / seconds:.0%} of the limit, {batch / seconds:.0f} {what}s/s"
-        figures.add(f"{name}: {what} pass", seconds, note=note, limit=limit, hugging_face=peers[what])
+        figures.add(f"{name} batch {batch}: {what} pass", seconds, note=note, limit=limit, **peers[what])
     if batch == 1:
-        one, many = _least(think, 1), _least(think, 32) / 32
+        one, many = least(lambda: packed.think(1, 1), 8 * rounds), least(lambda: packed.think(1, 32), 4) / 32
         figures.add(f"{name}: a thought of 32 / the only one", many / one, unit="x")
 
 
-def _least(run: Callable[[int], None], count: int) -> float:
-    """Seconds of the fastest of many calls: others' work on the machine only ever adds."""
-    run(count)
-    best, until = float("inf"), time.perf_counter() + 1.5
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        run(count)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _hugging_face(hf: PreTrainedModel, batch: int) -> dict[str, float]:
-    """Seconds of one latent and one token pass of Hugging Face's model, with its own cache, behind the same prompt."""
-    ids = torch.ones(batch, PROMPT, dtype=torch.long)
-    times = {"latent": float("inf"), "token": float("inf")}
-    with torch.inference_mode():
-        cache = DynamicCache(config=hf.config)
-        state = hf.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-        for _ in range(4):
-            start = time.perf_counter()
-            state = hf.base_model(inputs_embeds=state, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-            times["latent"] = min(times["latent"], time.perf_counter() - start)
-            start = time.perf_counter()
-            hf(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
-            times["token"] = min(times["token"], time.perf_counter() - start)
-    return times
+@pytest.mark.parametrize(("shape", "weights"), [pytest.param(*m, id="-".join(m)) for m in MODELS])
+def test_prefill(benchmark, figures, shape: str, weights: str) -> None:
+    packed = pack(shape, weights)
+    base, rate = packed.original, product_rate(packed.original.model.dtype)
+    figures.card(f"matrix products in {base.model.dtype}: {rate / 1e12:.2f} TFLOP/s")
+    benchmark.pedantic(packed.read, args=(PREFILL,), rounds=2, warmup_rounds=1)
+    seconds = benchmark.stats.stats.min if benchmark.stats else least(lambda: packed.read(PREFILL), 1)
+    limit = 2 * base.body * PREFILL / rate
+    note = f"{limit / seconds:.0%} of the limit, {PREFILL / seconds:.0f} tokens/s"
+    name = f"{base.name} {weights}: prefill of {PREFILL} tokens"
+    figures.add(name, seconds, note=note, limit=limit, hugging_face=base.prefill)

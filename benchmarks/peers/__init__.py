@@ -24,6 +24,13 @@ def official_missing() -> str | None:
     return None
 
 
+def llama_missing() -> str | None:
+    """Why llama.cpp cannot be measured here; None where it can."""
+    if not os.environ.get("COCONUT_LLAMA_PYTHON"):
+        return "COCONUT_LLAMA_PYTHON names no interpreter with llama_cpp, gguf and safetensors"
+    return None
+
+
 def official(work: str, model: Path, *, vocab_size: int, dtype: str, rounds: int = 1, **job: Any) -> dict[str, Any]:
     """Runs benchmarks/peers/official.py; work: "generate" or "train". RuntimeError with its output where it fails."""
     tokens = make_tokens(vocab_size)
@@ -39,9 +46,22 @@ def official(work: str, model: Path, *, vocab_size: int, dtype: str, rounds: int
         "start": tokens.start,
         "end": tokens.end,
     }
-    python = os.environ.get("COCONUT_REFERENCE_PYTHON", sys.executable)
-    program = Path(__file__).with_name("official.py")
-    done = subprocess.run([python, str(program)], input=json.dumps(job), capture_output=True, text=True)
+    return _run("official.py", os.environ.get("COCONUT_REFERENCE_PYTHON", sys.executable), job)
+
+
+def llama_cpp(model: Path, *, weights: str, prompts: list[list[int]], thoughts: int, rounds: int = 5) -> dict[str, Any]:
+    """Runs benchmarks/peers/llama_cpp.py on a GPT-2 saved in fp32: seconds of a latent and of a token pass.
+
+    weights: "fp32", "bf16" or "int8" (Q8_0). prompts: one per row of the batch, all of one length, of small ids.
+    """
+    job = {"model": str(model), "format": weights, "prompts": prompts, "thoughts": thoughts, "rounds": rounds}
+    return _run("llama_cpp.py", os.environ["COCONUT_LLAMA_PYTHON"], job | {"threads": torch.get_num_threads()})
+
+
+def _run(program: str, python: str, job: dict[str, Any]) -> dict[str, Any]:
+    """A program of this folder under another interpreter: a job in, its last line out, both JSON."""
+    path = Path(__file__).with_name(program)
+    done = subprocess.run([python, str(path)], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the official code failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{program} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -42,3 +42,10 @@ def prefilled(model: PreTrainedModel, length: int) -> tuple[DynamicCache, torch.
 def latent_pass(model: PreTrainedModel, cache: DynamicCache, hidden: torch.Tensor) -> torch.Tensor:
     """One thought: no LM head."""
     return model.base_model(inputs_embeds=hidden, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+@torch.inference_mode()
+def token_pass(model: PreTrainedModel, cache: DynamicCache) -> torch.Tensor:
+    """One token in, the next one out: with the LM head."""
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
