@@ -9,6 +9,7 @@ be asked for; see `target` in curriculum.py.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Sequence
@@ -85,20 +86,30 @@ class Graph:
         """
         if kind not in FRONTIERS:
             raise ValueError(f"frontier: found {kind!r}, expected one of {', '.join(FRONTIERS)}")
+        return self._frontiers[kind]
+
+    @functools.cached_property  # training asks in every epoch: a quarter of a small model's step before it was kept
+    def _frontiers(self) -> dict[str, list[list[int]]]:
         hops, back = self.hops(self.root), self.hops(self.target, backwards=True)
         length = hops[self.target]
-        frontiers: list[list[int]] = [[] for _ in range(length + 1)]
+        found: dict[str, list[list[int]]] = {kind: [[] for _ in range(length + 1)] for kind in FRONTIERS}
         for node, hop in sorted(hops.items()):
-            if hop <= length and (kind == "all" or hop + back.get(node, length + 1) == length):
-                frontiers[hop].append(node)
-        return frontiers
+            if hop <= length:
+                found["all"][hop].append(node)
+                if hop + back.get(node, length + 1) == length:
+                    found["shortest_paths"][hop].append(node)
+        return found
 
     def shortest_path(self, rng: random.Random) -> list[int]:
         """A shortest path from root to target, its nodes drawn one after the other among those that lead there."""
-        path, edges = [self.root], set(self.edges)
+        path, edges = [self.root], self._edge_set
         for frontier in self.frontiers()[1:]:
             path.append(rng.choice([node for node in frontier if (path[-1], node) in edges]))
         return path
+
+    @functools.cached_property
+    def _edge_set(self) -> frozenset[tuple[int, int]]:
+        return frozenset(self.edges)
 
     def relabeled(self, new: Sequence[int], num_nodes: int) -> Graph:
         """The same graph with node n called new[n]."""
