@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from coconut_fast.infer.persistent import ATTEND, BUFFERS, DOWN, FEED, OUT, QKV, SPLIT, UP, ways_of
 from coconut_fast.model.plan import LayerPlan, ModelPlan
@@ -133,7 +134,7 @@ class Machine:
         qkv = (plan.heads + 2 * plan.kv_heads) * plan.head_dim
         self.memory = Memory(
             self.dtype,
-            state=(batch, plan.dim),
+            hidden=(batch, plan.dim),
             x=(batch, plan.dim),
             qkv=(batch, qkv),
             cache_keys=keys.shape,
@@ -142,13 +143,13 @@ class Machine:
             partial_stats=(batch, plan.heads, self.splits, 2),
             mid=(batch, plan.inner),
         )
-        self.memory.preset("state", (), hidden)
+        self.memory.preset("hidden", (), hidden)
         for row, length in enumerate(self.lengths):
             for name, given in (("cache_keys", keys), ("cache_values", values)):
                 self.memory.preset(name, (slice(None), row, slice(length)), given[:, row, :length])
 
     def run(self, passes: int, order: Sequence[int] | None = None) -> torch.Tensor:
-        """`passes` thoughts of every row that has so many left -> states (B, D). order: who runs first when many can."""
+        """`passes` thoughts of all rows that have so many left -> states (B, D). order: of the blocks, where several can run."""
         self.passes = passes
         blocks, phases, _ = self.program.shape
         total = passes * phases + 1
@@ -169,7 +170,7 @@ class Machine:
                     progress = True
             if not progress:
                 raise Deadlock(f"blocks stand at instructions {at} with {sum(arrived)} arrivals")
-        return self.memory.data["state"].clone()
+        return self.memory.data["hidden"].clone()
 
     def active(self, row: int, step: int) -> bool:
         return step < min(self.remaining[row], self.passes)
@@ -196,9 +197,9 @@ class Machine:
         memory, plan = self.memory, self.plan
         if step > 0 and self.active(row, step - 1):
             state = self._norm(memory.read("x", row), plan.final_norm, plan.final_norm_bias)
-            memory.write("state", row, value=state)
+            memory.write("hidden", row, value=state)
         if self.active(row, step):
-            x = memory.read("state", row)
+            x = memory.read("hidden", row)
             if self.rescale:
                 x = x * (self.rescale / x.norm())
             if plan.positions is not None:
@@ -215,10 +216,12 @@ class Machine:
             memory.write("x", row, tiles, value=memory.read("x", row, tiles) + y)
         elif op == UP:
             x = self._norm(memory.read("x", row), layer.norm2, layer.norm2_bias)
-            y = self._activate(self._product(layer.up, layer.up_bias, tiles, x))
+            y = self._product(layer.up, layer.up_bias, tiles, x)
             if plan.gated:
                 shifted = slice(tiles.start + plan.inner, tiles.stop + plan.inner)
-                y = y * self._product(layer.up, layer.up_bias, shifted, x)
+                y = functional.silu(y) * self._product(layer.up, layer.up_bias, shifted, x)
+            else:
+                y = functional.gelu(y, approximate="tanh")
             memory.write("mid", row, tiles, value=y)
         elif op == DOWN:
             y = self._product(layer.down, layer.down_bias, tiles, memory.read("mid", row))
@@ -287,9 +290,3 @@ class Machine:
         cos, sin = (f(angle).to(self.dtype) * self.plan.rope_scaling for f in (torch.cos, torch.sin))
         low, high = x.chunk(2)
         return torch.cat([low * cos - high * sin, high * cos + low * sin])
-
-    def _activate(self, x: torch.Tensor) -> torch.Tensor:
-        functional = torch.nn.functional
-        if self.plan.activation == "gelu_tanh":
-            return functional.gelu(x, approximate="tanh")
-        return {"gelu": functional.gelu, "silu": functional.silu, "relu": functional.relu}[self.plan.activation](x)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from coconut_fast.infer import persistent
-from coconut_fast.infer.decode import Sampling
-from coconut_fast.infer.graphs import StaticBatch
+from coconut_fast.infer.passes import StaticBatch
 from coconut_fast.infer.persistent import FIELDS, schedule
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.model.cache import KVCache
@@ -17,30 +17,40 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.plan import ModelPlan, describe
 from compare import assert_as_good_as_torch
 from persistent_vm import Deadlock, Machine, Race, validate
-from test_native import MODELS, chains, random_model, wrap
+from test_native import chains, random_model, wrap
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 2, 0]
+MODELS = ("gpt2", "llama", "llama-biased", "mistral", "qwen2", "qwen3")  # of test_native's
 
 
-def start(model: Coconut, prompts: list[list[int]], counts: list[int], size: int) -> StaticBatch:
-    """A static batch behind its prompts, with room for the thoughts; slots without a token hold NaN."""
-    cache = KVCache(model.num_layers, num_slots=64 * (size + 1), max_rows=size + 1, max_length=64, device=model.device)
-    spare = cache.alloc(1)[0]
-    cache.append([spare], [1])
-    batch = StaticBatch(model, cache, size, spare, Sampling(), 1)
+@dataclass
+class Start:
+    """Prompts read into a cache, and a batch that is about to think."""
+
+    cache: KVCache
+    batch: StaticBatch
+    rows: int
+
+
+def start(
+    model: Coconut, prompts: list[list[int]] = PROMPTS, counts: list[int] = COUNTS, size: int = 4, room: int = 64
+) -> Start:
+    """Rows behind their prompts, with pages for the thoughts; slots without a token hold NaN."""
     plan = plan_of(model)
+    cache = KVCache(plan.layers, num_slots=room * size, max_rows=size, max_length=room, device=model.device)
+    example = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=model.dtype, device=model.device)
     for layer in range(plan.layers):
-        example = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=model.dtype, device=model.device)
         for side in cache.storage(layer, example, example):
             side.fill_(float("nan"))
     rows = cache.alloc(len(prompts))
     with torch.inference_mode():
         hidden_BD = prefill(model, cache, rows, prompts)
+    batch = StaticBatch(size, plan.dim, 1, torch.float32, model.device)
     batch.fill(rows, [len(p) for p in prompts], counts)
     batch.hidden[: len(rows)] = hidden_BD
     cache.reserve(rows, counts)
-    return batch
+    return Start(cache, batch, len(rows))
 
 
 def plan_of(model: Coconut) -> ModelPlan:
@@ -49,9 +59,10 @@ def plan_of(model: Coconut) -> ModelPlan:
     return plan
 
 
-def machine(model: Coconut, program: torch.Tensor, batch: StaticBatch, rows: int, rescale: float = 0.0) -> Machine:
+def machine(model: Coconut, program: torch.Tensor, at: Start, rescale: float = 0.0) -> Machine:
     """The batch's state and cache as the Python machine takes them, in fp32."""
-    cache, table = batch.cache, batch.cache.page_table[batch.rows[:rows].long()].long()
+    cache, batch, rows = at.cache, at.batch, at.rows
+    table = cache.page_table[batch.rows[:rows].long()].long()
     slots_BP = (table[:, :, None] * cache.page_size + torch.arange(cache.page_size)).flatten(1)
     keys, values = (torch.stack([t[slots_BP].float() for t in side]) for side in (cache.keys, cache.values))
     return Machine(
@@ -59,7 +70,7 @@ def machine(model: Coconut, program: torch.Tensor, batch: StaticBatch, rows: int
         program,
         lengths=batch.lengths[:rows].tolist(),
         remaining=batch.remaining[:rows].tolist(),
-        hidden=batch.hidden[:rows].float(),
+        hidden=batch.hidden[:rows].clone(),
         keys=keys,
         values=values,
         rescale=rescale,
@@ -81,7 +92,7 @@ def test_the_schedule_thinks_as_the_model_does(name: str) -> None:
     model = wrap(hf)
     program = schedule(plan_of(model), batch=3, blocks=4, splits=1)
     validate(program)
-    ours = machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+    ours = machine(model, program, start(model)).run(3)
     assert_as_good_as_torch(ours, last_states(hf), last_states(copy.deepcopy(hf).double()), what=name)
 
 
@@ -92,19 +103,17 @@ def test_any_split_gives_the_same_attention(name: str, split: int, monkeypatch: 
     hf = random_model(name)
     model = wrap(hf)
     program = schedule(plan_of(model), batch=3, blocks=40, splits=-(-64 // split))
-    ours = machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+    ours = machine(model, program, start(model)).run(3)
     assert_as_good_as_torch(ours, last_states(hf), last_states(copy.deepcopy(hf).double()), what=name)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 150])
 def test_any_number_of_blocks_in_any_order(blocks: int) -> None:
     model = wrap(random_model("llama"))
-    batch = start(model, PROMPTS, COUNTS, 3)
+    at = start(model)
     program = schedule(plan_of(model), batch=3, blocks=blocks, splits=1)
     validate(program)
-    results = [
-        machine(model, program, batch, 3).run(3, order) for order in (range(blocks), list(reversed(range(blocks))))
-    ]
+    results = [machine(model, program, at).run(3, order) for order in (range(blocks), list(reversed(range(blocks))))]
     assert torch.equal(*results), "the order in which blocks run shows in the result"
     for i, last in enumerate(program[-1, :, FIELDS.index("last")]):
         op = program[0, i, 0]
@@ -145,7 +154,7 @@ def test_a_broken_schedule_is_found(what: str) -> None:
     with pytest.raises(error):
         if error is Deadlock:
             validate(program)
-        machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+        machine(model, program, start(model)).run(3)
 
 
 def test_a_count_that_never_comes_is_a_deadlock_when_run() -> None:
@@ -153,4 +162,4 @@ def test_a_count_that_never_comes_is_a_deadlock_when_run() -> None:
     program = schedule(plan_of(model), batch=3, blocks=4, splits=1)
     program[2, 4, field("arrive")] = 0
     with pytest.raises(Deadlock, match="blocks stand at"):
-        machine(model, program, start(model, PROMPTS, COUNTS, 3), 3).run(3)
+        machine(model, program, start(model)).run(3)
