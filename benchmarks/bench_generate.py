@@ -1,66 +1,117 @@
-"""End-to-end `generate` against the official code (its best dtype) and a Hugging Face loop with a cache.
+"""End-to-end `generate` against the official code and a Hugging Face loop with a cache; by batch and thoughts.
 
     COCONUT_REFERENCE=... COCONUT_REFERENCE_PYTHON=... pytest benchmarks/bench_generate.py
 
-Correctness first: in fp32 our answers must equal the official ones token for token, or nothing is timed.
+Both peers write one answer at a time: they are timed on a few of the prompts, and the time of all is computed from it
+(all have one length). The official code recomputes everything for every token, and is fastest in bf16 on a CPU.
+`weights` is what reading the weights of every latent and token pass takes at the measured bandwidth, without the
+prefill. Correctness first: in fp32 our answers must equal the official ones token for token, or nothing is timed.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.peers import hugging_face, official, official_missing
 from benchmarks.shapes import DEVICE, make_hf, make_model, make_prompts, save_for_peers
-from coconut_fast import generate
+from coconut_fast import Coconut, GenerateOutput, generate
 
 VOCAB = 50260
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# name: prompts, prompt tokens, thoughts, new tokens, how many of the prompts the official code is timed on
-WORKLOADS = {
-    "64-token prompt, 6 thoughts, 64 tokens": (1, 64, 6, 64, 1),
-    "400-token prompt, 6 thoughts, 128 tokens": (1, 400, 6, 128, 1),
-    "16 ProsQA prompts (330 tokens, 6 thoughts, 12 tokens)": (16, 330, 6, 12, 4),
-    "100 ProsQA prompts (330 tokens, 6 thoughts, 12 tokens)": (100, 330, 6, 12, 4),
-}
+THOUGHT = VOCAB - 1
+# dtype, prompts, prompt tokens, thoughts, new tokens, how many of the prompts the peers are timed on
+WORKLOADS = [
+    ("bfloat16", 1, 64, 6, 64, 1),
+    ("float32", 1, 64, 6, 64, 1),
+    ("bfloat16", 1, 400, 6, 128, 1),
+    ("bfloat16", 16, 330, 6, 12, 1),  # prompts of ProsQA's length
+    ("float32", 16, 330, 6, 12, 1),
+    ("bfloat16", 100, 330, 6, 12, 2),
+]
+PROMPT, NEW = 32, 16  # tokens of the runs by batch and thoughts
+
+
+@functools.cache
+def ours(dtype: str) -> Coconut:
+    return make_model("gpt2", getattr(torch, dtype))
+
+
+@functools.cache
+def theirs(dtype: str) -> PreTrainedModel:
+    return make_hf("gpt2", getattr(torch, dtype)).to(DEVICE)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights(tmp_path_factory: pytest.TempPathFactory):
     """One set of weights for everybody, and the gate: fp32 answers equal the official ones."""
     folder = save_for_peers(make_model("gpt2"), tmp_path_factory.mktemp("gpt2"))
     if official_missing() is None:
         prompts = make_prompts(VOCAB, 2, 40, 6, seed=5)
-        expected = official("generate", folder, vocab_size=VOCAB, dtype="float32", prompts=prompts, max_new_tokens=8)[
-            "answers"
-        ]
-        found = generate(make_model("gpt2"), prompts, max_new_tokens=8).token_ids
-        assert found == expected, "our fp32 answers differ from the official ones: nothing is timed"
+        found = generate(ours("float32"), prompts, max_new_tokens=8).token_ids
+        expected = official("generate", folder, vocab_size=VOCAB, dtype="float32", prompts=prompts, max_new_tokens=8)
+        assert found == expected["answers"], "our fp32 answers differ from the official ones: nothing is timed"
     return folder
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_generate(benchmark, figures, weights, workload: str, dtype: str) -> None:
-    count, length, thoughts, new, timed = WORKLOADS[workload]
-    model = make_model("gpt2", DTYPES[dtype])
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: "-".join(map(str, w[:5])))
+def test_generate(benchmark, figures, weights, workload: tuple[str, int, int, int, int, int]) -> None:
+    dtype, count, length, thoughts, new, timed = workload
     prompts = make_prompts(VOCAB, count, length, thoughts)
-    output = benchmark.pedantic(
-        generate, args=(model, prompts), kwargs={"max_new_tokens": new}, rounds=3, warmup_rounds=1
-    )
-    seconds = benchmark.stats.stats.min if benchmark.stats else 0.0
-    peers: dict[str, float | None] = {"official": None}
+    seconds, output = run(benchmark, dtype, prompts, new)
+    peers = {"weights": weights_limit(output), "official": None}
     if official_missing() is None:
-        theirs = official(
-            "generate", weights, vocab_size=VOCAB, dtype=dtype, prompts=prompts[:timed], max_new_tokens=new
-        )
-        peers["official"] = theirs["seconds"] * count / timed
-    hf = make_hf("gpt2", DTYPES[dtype]).to(DEVICE)
-    hugging_face.generate(hf, prompts[0], VOCAB - 1, 2)
+        job = {"dtype": dtype, "prompts": prompts[:timed], "max_new_tokens": new}
+        peers["official"] = official("generate", weights, vocab_size=VOCAB, **job)["seconds"] * count / timed
+    peers["hugging_face"] = time_hugging_face(dtype, prompts[:timed], new) * count / timed
+    what = f"{dtype}: {count} x {length}-token prompt, {thoughts} thoughts, {new} tokens"
+    figures.add(what, seconds, note=str(output.stats), **peers)
+
+
+@pytest.mark.parametrize("thoughts", [0, 1, 6, 32])
+@pytest.mark.parametrize("batch", [1, 8, 32, 64])
+def test_batch(benchmark, figures, batch: int, thoughts: int) -> None:
+    prompts = make_prompts(VOCAB, batch, PROMPT, thoughts)
+    seconds, output = run(benchmark, "bfloat16", prompts, NEW, batch)
+    one = one_prompt_of_hugging_face(thoughts)
+    what = f"bfloat16: batch {batch}, {PROMPT}-token prompts, {thoughts} thoughts, {NEW} tokens"
+    figures.add(what, seconds, note=str(output.stats), weights=weights_limit(output), hugging_face=one * batch)
+
+
+def run(
+    benchmark, dtype: str, prompts: list[list[int]], new: int, batch: int | None = None
+) -> tuple[float, GenerateOutput]:
+    """Seconds of the fastest of some calls on warm weights (of the only one where it is long), and its answers."""
+    model = ours(dtype)
+    generate(model, prompts[:1], max_new_tokens=2)
+    rounds = 1 if len(prompts) * len(prompts[0]) > 20_000 else 2
+    keywords = {"max_new_tokens": new, "batch_size": batch}
     start = time.perf_counter()
-    for prompt in prompts[:timed]:
-        hugging_face.generate(hf, prompt, VOCAB - 1, new)
-    peers["hf_cached"] = (time.perf_counter() - start) * count / timed
-    figures.add(f"generate {dtype}: {workload}", seconds, note=str(output.stats), **peers)
+    output = benchmark.pedantic(generate, args=(model, prompts), kwargs=keywords, rounds=rounds)
+    return benchmark.stats.stats.min if benchmark.stats else time.perf_counter() - start, output
+
+
+def weights_limit(output: GenerateOutput) -> float | None:
+    """Seconds that reading the weights of every pass behind the prefill takes, where the engine knows their size."""
+    stats = output.stats
+    if stats.measure_bandwidth is None or not stats.bytes_per_latent_pass or not stats.bytes_per_token_pass:
+        return None
+    moved = stats.latent_passes * stats.bytes_per_latent_pass + stats.token_passes * stats.bytes_per_token_pass
+    return moved / stats.measure_bandwidth()
+
+
+def time_hugging_face(dtype: str, prompts: list[list[int]], new: int) -> float:
+    """Seconds for the prompts, one after the other."""
+    hugging_face.generate(theirs(dtype), prompts[0][:8], THOUGHT, 2)
+    start = time.perf_counter()
+    for prompt in prompts:
+        hugging_face.generate(theirs(dtype), prompt, THOUGHT, new)
+    return time.perf_counter() - start
+
+
+@functools.cache
+def one_prompt_of_hugging_face(thoughts: int) -> float:
+    return time_hugging_face("bfloat16", make_prompts(VOCAB, 1, PROMPT, thoughts), NEW)
