@@ -128,6 +128,7 @@ class Machine:
         self.layers = [plan.layer(i) for i in range(plan.layers)]
         self.lengths, self.remaining = list(lengths), list(remaining)
         self.dtype = hidden.dtype
+        self.at, self.arrived = [0] * len(program), [0] * len(program)  # of each block: its instruction, its arrivals
         batch, positions = len(self.lengths), keys.shape[2]
         self.splits = -(-positions // SPLIT)
         self.ways = ways_of(plan, batch, len(program), self.splits)
@@ -148,28 +149,30 @@ class Machine:
             for name, given in (("cache_keys", keys), ("cache_values", values)):
                 self.memory.preset(name, (slice(None), row, slice(length)), given[:, row, :length])
 
-    def run(self, passes: int, order: Sequence[int] | None = None) -> torch.Tensor:
-        """`passes` thoughts of all rows that have so many left -> states (B, D). order: of the blocks, where several can run."""
+    def run(self, passes: int, order: Sequence[int] | None = None, end: int | None = None) -> torch.Tensor:
+        """`passes` thoughts of all rows that have so many left -> states (B, D).
+
+        order: of the blocks, where several can run. end: stop before this instruction; a later call goes on from there.
+        """
         self.passes = passes
         blocks, phases, _ = self.program.shape
-        total = passes * phases + 1
-        at, arrived = [0] * blocks, [0] * blocks
+        end = passes * phases + 1 if end is None else end
         program = self.program.tolist()
-        while min(at) < total:
+        while min(self.at) < end:
             progress = False
             for block in order if order is not None else range(blocks):
-                while at[block] < total:
-                    step, i = divmod(at[block], phases)
+                while self.at[block] < end:
+                    step, i = divmod(self.at[block], phases)
                     *fields, wait, arrive = program[block][i]
-                    if sum(arrived) < (step * phases + wait) * blocks:
+                    if sum(self.arrived) < (step * phases + wait) * blocks:
                         break
-                    self.memory.now = Instruction(block, arrived[block], step * phases + wait, *fields)
+                    self.memory.now = Instruction(block, self.arrived[block], step * phases + wait, *fields)
                     self.step(step)
-                    arrived[block] += arrive
-                    at[block] += 1
+                    self.arrived[block] += arrive
+                    self.at[block] += 1
                     progress = True
             if not progress:
-                raise Deadlock(f"blocks stand at instructions {at} with {sum(arrived)} arrivals")
+                raise Deadlock(f"blocks stand at instructions {self.at} with {sum(self.arrived)} arrivals")
         return self.memory.data["hidden"].clone()
 
     def active(self, row: int, step: int) -> bool:
