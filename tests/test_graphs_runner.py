@@ -1,12 +1,24 @@
-"""The graph runner's passes, run launch by launch on the CPU: the same answers as the eager runner's."""
+"""The graph runner: the same answers as the eager runner's, and what lives from one call to the next.
+
+On a CPU its passes run launch by launch; `-m gpu` captures and replays them.
+"""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from functools import partial
+
 import pytest
+import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import engine
+from coconut_fast.infer import engine, graphs
+from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.graphs import GraphRunner
+from coconut_fast.infer.passes import StaticBatch
+from coconut_fast.model.feedback import make_feedback
 from tests.families import FAMILIES, make_pair, make_row
 
 PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
@@ -36,3 +48,180 @@ def test_rows_that_end_early_stop_where_they_ended(monkeypatch) -> None:
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
     monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
     assert generate(model, PROMPTS, max_new_tokens=11, batch_size=2).token_ids == expected
+
+
+@pytest.fixture
+def kept(monkeypatch) -> None:
+    """Every call leases the model's runner, as on a GPU."""
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (graphs.lease, "asked for"))
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
+    model, _ = make_pair(family)
+    first = generate(model, PROMPTS, max_new_tokens=11)
+    runner = graphs._kept[model]
+    captured = runner.captures
+    assert captured == len(runner.graphs) > 0
+    for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
+        again = generate(model, prompts, max_new_tokens=11)
+        assert graphs._kept[model] is runner and runner.captures == captured
+    assert again.token_ids == first.token_ids
+    assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
+    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket, and a chain of another length
+    assert graphs._kept[model] is runner and runner.captures == captured + 3
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_makes_a_new_runner() -> None:
+    model, _ = make_pair("llama")
+    seen = []
+
+    def run(**options) -> None:
+        generate(model, PROMPTS[:2], **{"max_new_tokens": 3, **options})
+        if graphs._kept[model] not in seen:
+            seen.append(graphs._kept[model])
+
+    run()
+    run(max_new_tokens=2)
+    assert len(seen) == 1
+    run(max_new_tokens=200)  # capacity
+    run(max_new_tokens=200)
+    assert len(seen) == 2
+    run(temperature=0.5, seed=1)  # sampling
+    run(temperature=0.5, seed=2)
+    assert len(seen) == 3
+    model.hf.model.norm.weight = torch.nn.Parameter(model.hf.model.norm.weight.detach().clone())  # storage
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 4
+    model.feedback = make_feedback("rescale", model.hf.get_input_embeddings())
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 5
+    model.hf.model.layers[0].register_forward_hook(lambda *_: None)  # only Hugging Face's body would call it
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 6
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_of_the_optimizer_is_seen_by_the_kept_runner(family: str, fused: bool, monkeypatch) -> None:
+    model, _ = make_pair(family)
+    before = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    runner = graphs._kept[model]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
+    optimizer.step()
+    after = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    assert graphs._kept[model] is runner, "weights written in place need no new capture"
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    assert after == generate(model, PROMPTS, max_new_tokens=11).token_ids != before
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_runner_goes_when_the_model_goes(family: str) -> None:
+    model, _ = make_pair(family)
+    generate(model, PROMPTS, max_new_tokens=3)
+    runner = graphs._kept[model]
+    cache, alive = weakref.ref(runner.cache), weakref.ref(model)
+    assert graphs.held_bytes(model) > 0
+    del runner
+    gc.collect()
+    gc.disable()  # no cycle may be needed to be found
+    try:
+        del model
+        assert alive() is None and cache() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
+
+    def interrupted(self, number, draft):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "_finish", interrupted)
+        assert generate(model, PROMPTS, max_new_tokens=5).stats.interrupted
+    assert model not in graphs._kept
+    assert generate(model, PROMPTS, max_new_tokens=5).token_ids == expected
+
+
+def test_reasons_say_what_passes_are_made_of(kept) -> None:
+    assert "fused kernels, five launches" in generate(make_pair("qwen3")[0], [PROMPTS[0]]).stats.reason
+    other = generate(make_pair("gemma2")[0], [PROMPTS[0]]).stats
+    assert "Hugging Face's body: model type 'gemma2' is not one of gpt2" in other.reason
+
+
+def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
+    """Between two looks nothing of the device's is read: a row that ends early is found at the next one."""
+    model, _ = make_pair("gpt2")
+    looks, replays = [], []
+    write, replay = GraphRunner._write, GraphRunner._replay
+    monkeypatch.setattr(GraphRunner, "_write", lambda self, *a: (looks.append(1), write(self, *a)))
+    monkeypatch.setattr(
+        GraphRunner, "_replay", lambda self, batch, kind, *n: (replays.append(kind), replay(self, batch, kind, *n))
+    )
+    answer = generate(model, [PROMPTS[0]], max_new_tokens=33).token_ids[0]
+    assert len(answer) == 33 and len(looks) == 4 and replays.count("write") == 32
+    assert replays.count("think") == 1 and replays.count("feed") == 1
+
+
+def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    graphs._kept.clear()
+
+    def fails(self, batch: StaticBatch) -> None:
+        raise ValueError("no such instruction\nand more")
+
+    monkeypatch.setattr(FusedPasses, "write", fails)
+    for _ in range(2):
+        output = generate(model, PROMPTS, max_new_tokens=11)
+        assert output.token_ids == expected
+        assert output.stats.reason.endswith("body: fused kernels failed: ValueError: no such instruction")
+
+
+def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
+    seen.append(hidden_BD)
+    EagerRunner.first(runner, hidden_BD, drafts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 2}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
+    """Bit for bit: tokens and states, of a chain that replays its graph twice, and of batches of several sizes."""
+    prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
+    runs = []
+    for pool in (True, False):
+        if not pool:
+            monkeypatch.setattr(GraphRunner, "_capture", lambda self, batch, passes: passes)
+        model = make_pair(family, dtype)[0].cuda()
+        seen: list[torch.Tensor] = []
+        first = partial(_first, seen)
+        monkeypatch.setattr(GraphRunner, "first", lambda self, h, d, first=first: first(self, h, d))
+        answers = [generate(model, prompts[:n], max_new_tokens=12, **options) for n in (1, 3, 20)]
+        assert all("capture failed" not in a.stats.reason for a in answers)
+        runs.append(([a.token_ids for a in answers], seen))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_greedy_tokens_of_the_graphs_are_the_eager_runners(family: str, monkeypatch) -> None:
+    model = make_pair(family)[0].cuda()
+    prompts = PROMPTS * 5
+    expected = generate(model, prompts, max_new_tokens=20)
+    assert expected.stats.backend == "graph"
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    assert generate(model, prompts, max_new_tokens=20).token_ids == expected.token_ids

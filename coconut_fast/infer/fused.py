@@ -59,8 +59,6 @@ def reason_not(model: Coconut) -> str | None:
 class FusedPasses:
     """Passes over a StaticBatch and a cache; infer/passes.py says what each does. ValueError where `reason_not`."""
 
-    hidden_dtype = torch.float32
-
     def __init__(self, model: Coconut, cache: KVCache, sampling: Sampling) -> None:
         reason = reason_not(model)
         plan = describe(model.hf)

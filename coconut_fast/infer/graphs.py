@@ -9,7 +9,8 @@ calls too: a model keeps its last runner (`lease`, `GraphRunner.release`) for as
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -133,40 +134,79 @@ class GraphRunner(EagerRunner):
         size = next(b for b in BUCKETS if b >= rows)
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
-            self.batches[size] = StaticBatch(size, dim, STEPS, self.passes.hidden_dtype, self.cache.device)
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            self.batches[size] = StaticBatch(size, dim, STEPS, dtype, self.cache.device)
         return self.batches[size]
 
     def _replay(self, batch: StaticBatch, kind: str, *count: int) -> None:
-        """`count` passes of a kind, by their graph; captured on first use, run launch by launch where that fails."""
+        """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
+            self._warm_up(batch, kind, *count)
             self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
+            self.captures += 1
         self.graphs[key]()
 
+    def _warm_up(self, batch: StaticBatch, kind: str, *count: int) -> None:
+        """Runs the passes once without an active row, which compiles kernels and changes nothing that is read.
+
+        Fused kernels that fail here give way to Hugging Face's body; stats say so.
+        """
+        with _no_active_row(batch), _side_stream(self.pool is not None):
+            try:
+                getattr(self.passes, kind)(batch, *count)
+                return
+            except Exception as error:
+                if isinstance(self.passes, HuggingFacePasses):
+                    raise
+                why = f"fused kernels failed: {_first_line(error)}"
+        self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
+        self.trouble = self.passes.reason
+        self.graphs.clear()
+        self._warm_up(batch, kind, *count)
+
     def _capture(self, batch: StaticBatch, passes: Callable[[], None]) -> Callable[[], None]:
-        self.captures += 1
+        """What replays the passes; they themselves, run launch by launch, where they cannot be captured."""
         if self.pool is None:
             return passes
-        state = (batch.remaining, batch.step)
-        saved = [t.clone() for t in state]
-        batch.remaining.zero_()  # a warm-up of inactive rows changes nothing that is read
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                passes()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            batch.step.zero_()
-            with torch.cuda.graph(graph, pool=self.pool):
-                passes()
-            return graph.replay
-        except RuntimeError as error:
-            self.trouble = f"capture failed, passes run launch by launch: {str(error).splitlines()[0]}"
-            return passes
-        finally:
-            for tensor, value in zip(state, saved, strict=True):
-                tensor.copy_(value)
+        with _no_active_row(batch):
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    passes()
+                return graph.replay
+            except RuntimeError as error:
+                self.trouble = f"capture failed, passes run launch by launch: {_first_line(error)}"
+                return passes
+
+
+@contextmanager
+def _no_active_row(batch: StaticBatch) -> Iterator[None]:
+    saved = batch.remaining.clone(), batch.step.clone()
+    batch.remaining.zero_()
+    batch.step.zero_()
+    try:
+        yield
+    finally:
+        batch.remaining.copy_(saved[0])
+        batch.step.copy_(saved[1])
+
+
+@contextmanager
+def _side_stream(on_gpu: bool) -> Iterator[None]:
+    """Work that comes before a capture has to run on another stream than the current one."""
+    if not on_gpu:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 # One runner a model: its cache, its static batches and its captured graphs. It goes when the model goes.

@@ -25,7 +25,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sizes of a StaticBatch
 
 
 class StaticBatch:
-    """B rows at addresses that never change. hidden is the state after the final norm, of each row's last position."""
+    """B rows at addresses that never change. hidden is the state after the final norm, of each row's last position, in
+    at least fp32."""
 
     def __init__(self, size: int, dim: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -60,7 +61,6 @@ class Passes(Protocol):
     """The passes of a model over a StaticBatch. Each can be captured: fixed launches, no word to the host."""
 
     reason: str  # what they are made of, and why
-    hidden_dtype: torch.dtype  # of StaticBatch.hidden
 
     def refresh(self) -> None:
         """Takes up weights that were written in place since the last call; addresses stay."""
@@ -82,7 +82,6 @@ class HuggingFacePasses:
         self._model = weakref.ref(model)
         self.cache, self.sampling = cache, sampling
         self.reason = f"passes run Hugging Face's body: {why}"
-        self.hidden_dtype = model.dtype
         self.spare = cache.alloc(1)[0]
         cache.append([self.spare], [1])
 
@@ -96,9 +95,10 @@ class HuggingFacePasses:
         """Nothing: a pass reads the model's own weights."""
 
     def think(self, batch: StaticBatch, count: int) -> None:
+        dtype = self.model.dtype
         for _ in range(count):
             active = batch.remaining > 0
-            self._pass(batch, self.model.feedback(batch.hidden).to(batch.hidden.dtype), active)
+            self._pass(batch, self.model.feedback(batch.hidden.to(dtype)).to(dtype), active)
             batch.remaining.sub_(active.int())
 
     def feed(self, batch: StaticBatch) -> None:
