@@ -7,6 +7,7 @@ launcher's own. One JSON line a kernel.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -119,6 +120,16 @@ SHAPES = {
     "llama1b": (32, 8, 64, 2048, 8192, 128256),
     "qwen3": (16, 8, 128, 1024, 3072, 151936),
 }
+PASS_SHAPES = {
+    "gpt2": ("gpt2", {"vocab_size": 50260, "n_layer": 2}),
+    "llama1b": (
+        "llama",
+        {
+            "vocab_size": 128259, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
 DTYPES = {
     "gpt2": (torch.bfloat16, torch.float32),
     "llama1b": (torch.bfloat16,),
@@ -130,6 +141,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, call) of every op at the shapes of real models; the label starts with the op's name."""
     yield from attention_cases()
     yield from dense_cases()
+    yield from pass_cases()
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -254,16 +266,49 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     )
 
 
+def pass_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Whole fused passes over two layers, as infer/fused.py launches them: "fused_pass/shape/dtype/rows/kind"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from coconut_fast import Coconut, LatentTokens
+    from coconut_fast.infer.decode import Sampling
+    from coconut_fast.infer.fused import FusedPasses
+    from coconut_fast.infer.passes import StaticBatch
+    from coconut_fast.model.cache import KVCache
+
+    for name, (family, settings) in PASS_SHAPES.items():
+        config = AutoConfig.for_model(family, **settings, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = Coconut(hf, LatentTokens(start=1, thought=2, end=3, eos=0))
+        cache = KVCache(2, num_slots=1024 * 64, max_rows=64, max_length=1024, device="meta")
+        passes = FusedPasses(model, cache, Sampling())
+        for rows in (1, 8, 64):
+            batch = StaticBatch(rows, hf.config.hidden_size, 8, torch.float32, torch.device("meta"))
+            label = f"fused_pass/{name}/bfloat16/{rows}"
+            yield f"{label}/think", lambda p=passes, b=batch: p.think(b, 2)
+            yield f"{label}/write", lambda p=passes, b=batch: p.write(b)
+
+
+def launch_op(op: str, *args: Any, **kwargs: Any) -> Any:
+    """In the place of `ops.call`: the op's launcher itself, where the dispatcher would only ask for shapes."""
+    return importlib.import_module(f"coconut_fast.kernels.{op}")._launch(*args, **kwargs)
+
+
 def main() -> None:
+    from coconut_fast import ops
     from coconut_fast.kernels import common
 
+    ops.call = launch_op
     only = tuple(sys.argv[1:]) or ("",)
     seen: set[str] = set()
     for label, call in cases():
         if not label.startswith(only):
             continue
         for common.PLANNED in (80, 90) if "bfloat16" in label else (90,):
-            for launch in record(call):
+            launches = record(call)
+            print(json.dumps({"case": label, "launches": [launch.kernel.fn.__name__ for launch in launches]}))
+            for launch in launches:
                 key = f"{common.PLANNED} {launch.kernel.fn.__name__} {sorted(vars(launch).items(), key=str)}"
                 if key not in seen:
                     seen.add(key)

@@ -27,12 +27,13 @@ def compiled() -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     attention = [op for op in OPS if "attention" in op]
-    halves = [attention, [op for op in OPS if op not in attention]]  # about half a minute of one core each
+    others = [op for op in OPS if op not in attention]
+    parts = [attention, others, ["fused_pass"]]  # about half a minute of one core each
     command = [sys.executable, str(ROOT / "tests" / "aot.py")]
     with tempfile.TemporaryFile("w+") as errors:
         runs = [
             subprocess.Popen([*command, *ops], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            for ops in halves
+            for ops in parts
         ]
         lines = [line for run in runs for line in run.communicate(timeout=550)[0].splitlines()]
         errors.seek(0)
@@ -45,7 +46,7 @@ def test_resources(compiled, op) -> None:
     doc = importlib.import_module(f"coconut_fast.kernels.{op}").__doc__
     bound = re.search(r"[Rr]egisters at most (\d+)", doc)
     assert bound, f"kernels/{op}.py states no bound on its registers"
-    mine = [found for found in compiled if found["case"].split("/")[0] == op]
+    mine = [found for found in compiled if found["case"].split("/")[0] == op and "kernel" in found]
     assert {found["capability"] for found in mine} == {80, 90}, f"{op} is not compiled for both architectures"
     for found in mine:
         assert found["spilled"] == 0, found
@@ -53,3 +54,23 @@ def test_resources(compiled, op) -> None:
     if "128-bit" in doc:  # of the launches of a case, the one that streams; a reduction of partial results may not
         for case in {found["case"] for found in mine}:
             assert any(found["vector_loads"] for found in mine if found["case"] == case), case
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("shape", ["gpt2", "llama1b"])
+def test_fused_passes(compiled, shape, rows) -> None:
+    """The launches of a chain of two thoughts and of a token pass, over two layers of the real model."""
+    mine = [found for found in compiled if found["case"].startswith(f"fused_pass/{shape}/bfloat16/{rows}/")]
+    names = {found["case"].split("/")[-1]: found["launches"] for found in mine if "launches" in found}
+    layer = ["_linear", "_decode", "_linear", "_linear", "_linear"]
+    if rows > 16:  # between them four products of the library, which is not recorded
+        layer = ["_norm", "_decode", "_norm", "_activate"]
+    last = [] if rows <= 16 else ["_norm"]
+    assert names["think"] == [*["_feed", *layer, *layer, *last] * 2, "_feed"]
+    assert names["write"] == ["_feed", *layer, *layer, *last, "_norm", "_head", "_largest", "_accept"]
+    built = [found for found in mine if "kernel" in found]
+    assert {found["capability"] for found in built} == {80, 90}
+    for found in built:
+        assert found["spilled"] == 0 and found["registers"] <= 255, found
+    streams = [found for found in built if found["kernel"] in ("_linear", "_head", "_decode", "_norm", "_feed")]
+    assert streams and all(found["vector_loads"] for found in streams), "weights, cache and states move in 128 bits"
