@@ -83,10 +83,14 @@ def _ops(device: torch.device) -> Iterator[str]:
 
 def _runners(device: torch.device) -> Iterator[str]:
     """Who generates: known families, and any other model."""
-    if device.type == "cuda":
-        yield _line("any model", "graph: thoughts and tokens replay as CUDA graphs")
-        return
     from coconut_fast.model.plan import FAMILIES
+
+    if device.type == "cuda":
+        backend, why = ops.choose("skinny_linear", device)
+        fused = "fused kernels, five launches a layer" if backend == "triton" else f"Hugging Face's body: {why}"
+        yield _line(", ".join(FAMILIES), f"graph: thoughts and tokens replay as CUDA graphs of {fused}")
+        yield _line("any other model", "graph: the same, of Hugging Face's body over our attention")
+        return
 
     try:
         module = ops.extension()
