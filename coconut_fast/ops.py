@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-# op -> its backends, fastest first. "cpu" is the C++ module, "chunked" PyTorch in bounded
-# memory, "torch" the plain mathematics (both on any device).
+# op -> its backends, fastest first. "cpu" is the C++ module, "onednn" the library of that name, "chunked" PyTorch in
+# bounded memory, "torch" the plain mathematics (the last two on any device).
 BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("triton", "cpu", "torch"),
     "ragged_attention_backward": ("triton", "cpu", "torch"),
@@ -32,8 +32,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lm_head_sample": ("triton", "torch"),
     "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
+    "matmul": ("onednn", "torch"),
 }
-DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "chunked": None, "torch": None}
+DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "onednn": "cpu", "chunked": None, "torch": None}
 
 _forced: str | None = None
 
@@ -101,7 +102,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "torch":
         return getattr(importlib.import_module("coconut_fast.kernels.reference"), f"{op}_ref")
-    if backend in ("triton", "chunked"):
+    if backend in ("triton", "chunked", "onednn"):
         return getattr(importlib.import_module(f"coconut_fast.kernels.{op}"), op)
     return getattr(extension(), op if backend == "cpu" else f"{op}_cuda")
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .matmul import matmul
+
 CHUNK_BYTES = 128 << 20  # of fp32 logits at a time: 668 rows of GPT-2's vocabulary
 
 
@@ -89,9 +91,9 @@ class _Gradients:
         hidden, weight, bias = self.like
         if self.wanted[0]:
             self.hidden = torch.empty_like(hidden) if self.hidden is None else self.hidden
-            self.hidden[piece] = g @ w
+            self.hidden[piece] = matmul(g, w)
         if self.wanted[1]:
-            part = g.T @ h
+            part = matmul(g.T, h)
             self.weight = part.to(weight.dtype) if self.weight is None else self.weight.add_(part)
         if bias is not None and self.wanted[2]:
             part = g.sum(0)
@@ -107,7 +109,7 @@ def _chunk(
     wants_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The loss of some rows and its derivative by (h W^T + b), in `exact`."""
-    logits = (h @ w.T).to(exact)
+    logits = matmul(h, w.T).to(exact)
     if bias is not None:
         logits += bias
     logits *= scale

@@ -18,6 +18,7 @@ from .reference_dense import (  # noqa: F401 (the ops without a cache; one impor
     gated_mlp_ref,
     latent_feedback_ref,
     lm_head_sample_ref,
+    matmul_ref,
     residual_norm_ref,
     skinny_linear_ref,
 )

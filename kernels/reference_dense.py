@@ -107,6 +107,16 @@ def latent_feedback_ref(
         attended.copy_(torch.where(active, lengths, 0))
 
 
+# ---- matmul ----------------------------------------------------------------------------------------------------------
+
+
+def matmul_ref(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N) + bias (N,), or added to `into` (M, N), in place."""
+    if into is not None:
+        return into.addmm_(a, b)
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
 # ---- skinny_linear ---------------------------------------------------------------------------------------------------
 
 

@@ -179,13 +179,13 @@ class Coconut(nn.Module):
                 raise ValueError("forward: expected input_ids or batch, found neither")
             batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels).to(self.device)
         # A checkpointed pass runs again without the mode; sharded weights are not at hand when their gradient is due.
-        deferred = self.defer_weight_gradients and torch.is_grad_enabled() and len(batch.passes) > 1
-        deferred = (
-            deferred and not self.checkpoint_passes and not any(isinstance(p, DTensor) for p in self.parameters())
-        )
-        with DeferredWeightGradients() if deferred else nullcontext():
+        deferred = self.defer_weight_gradients and torch.is_grad_enabled() and not self.checkpoint_passes
+        deferred = deferred and not any(isinstance(p, DTensor) for p in self.parameters())
+        with DeferredWeightGradients() if deferred else nullcontext() as mode:
             hidden, embeds = self._passes(batch)
-        loss = self._loss(batch, hidden, num_items) if batch.num_targets else None
+        head = self.hf.get_output_embeddings()
+        weight = head.weight if mode is None else mode.alias(head.weight)
+        loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items) if batch.num_targets else None
         return CoconutOutput(loss, self, batch, hidden, embeds)
 
     def _passes(self, batch: RaggedBatch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -225,16 +225,20 @@ class Coconut(nn.Module):
         return torch.where((thoughts_after_B >= self.detach_after)[:, None], thoughts_BD.detach(), thoughts_BD)
 
     def _loss(
-        self, batch: RaggedBatch, hidden: tuple[torch.Tensor, ...], num_items: torch.Tensor | int | None
+        self,
+        batch: RaggedBatch,
+        hidden: tuple[torch.Tensor, ...],
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         # Only labelled positions reach the head: labels are -100 on questions and thoughts, most of a row.
         labelled_ND = torch.cat([h[p.loss_index] for h, p in zip(hidden, batch.passes, strict=True)])
         targets_N = torch.cat([p.targets for p in batch.passes])
-        head = self.hf.get_output_embeddings()
         total = ops.linear_cross_entropy(
             labelled_ND,
-            head.weight,
-            getattr(head, "bias", None),
+            weight_VD,
+            bias_V,
             targets_N,
             scale=self.logits_scale,
             softcap=self.logits_softcap,

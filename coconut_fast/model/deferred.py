@@ -1,23 +1,33 @@
-"""Weight gradients of all passes at once.
+"""Weight gradients of all passes at once, and less kept for them.
 
 A forward through k thoughts uses every weight k + 1 times. Autograd would make one weight gradient per use, and add
 them up: for the single-position passes that is a product of a few rows each, and three times the weights' size through
 memory to accumulate it (GPT-2: 1 GB a pass). Here a use only notes its input and its output's gradient; when backward
-has been through all uses of a weight, the large ones are multiplied one by one and the small ones together.
+has been through all uses of a weight, the large ones are multiplied one by one and the small ones together. A token
+embedding notes ids and gradients, which are added into the gradient of the head it is tied to: autograd would make a
+(V, D) gradient of zeros and a few rows per use (GPT-2: 154 MB), and add that.
 
-A mode around the passes routes `torch.nn.functional.linear` and `torch.addmm` (GPT-2's Conv1D) through it, so the model
-code stays as it is. Exact: the same products, summed in another order.
+The input of a product that is the result of LayerNorm or GELU is not kept but computed again from theirs, which
+autograd keeps anyway: on GPT-2 a third of all activations for one hundredth of the time.
+
+A mode around the passes routes `torch.nn.functional.linear`, `embedding`, `layer_norm`, `gelu` and `torch.addmm` (GPT-2's
+Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from coconut_fast import ops
+
 SMALL = 512  # rows of uses that are multiplied together; above, the copy costs more than it saves
+functional = nn.functional
 
 
 class DeferredWeightGradients(TorchFunctionMode):
@@ -25,97 +35,176 @@ class DeferredWeightGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.uses: dict[int, tuple[Tensor, _Uses]] = {}
+        self.uses: dict[tuple[int, int], tuple[Tensor, _Uses]] = {}
+        self.cheap: _Cheap | None = None  # the last result that is not worth keeping
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.linear and len(args) >= 2:
-            x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-            if _deferrable(weight):
-                return self._product(x, weight, bias, transposed=True)
-        if func is torch.addmm and not kwargs and len(args) == 3:
-            bias, x, weight = args
-            if _deferrable(weight):
-                return self._product(x, weight, bias, transposed=False)
-        return func(*args, **kwargs)
+        if func is functional.linear and len(args) >= 2 and _is_trained(args[1]):
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return self._product(args[0], args[1], bias, transposed=True)
+        if func is torch.addmm and len(args) == 3 and not kwargs and _is_trained(args[2]):
+            return self._product(args[1], args[2], args[0], transposed=False)
+        if func is functional.embedding and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
+            return _Lookup.apply(args[0], *self._uses(args[1], None))
+        result = func(*args, **kwargs)
+        if func is functional.gelu or func is functional.layer_norm:
+            self.cheap = _Cheap(result, func, args, kwargs)
+        return result
 
-    def _product(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None, transposed: bool) -> Tensor:
+    def alias(self, weight: Tensor) -> Tensor:
+        """The weight, for a use that makes its gradient itself; embeddings add theirs to that in place."""
+        return self._uses(weight, None)[0] if _is_trained(weight) else weight
+
+    def _uses(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, _Uses]:
+        key = (id(weight), id(bias))
+        if key not in self.uses:
+            uses = _Uses(weight, bias)
+            self.uses[key] = (_Collect.apply(weight, bias, uses), uses)
+        return self.uses[key]
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if id(weight) not in self.uses:
-            uses = _Uses(weight.detach().to(compute), transposed)
-            self.uses[id(weight)] = (_Collect.apply(weight, uses), uses)
-        alias, uses = self.uses[id(weight)]
-        return _Use.apply(x.to(compute), alias, None if bias is None else bias.to(compute), uses)
+        alias, uses = self._uses(weight, bias)
+        uses.prepare(compute, transposed)
+        cheap = self.cheap if self.cheap is not None and self.cheap.made(x) else None
+        return _Use.apply(x.to(compute), alias, uses, cheap)
 
 
-def _deferrable(weight: Any) -> bool:
+def _is_trained(weight: Any) -> bool:
     return isinstance(weight, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _is_plain(
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> bool:
+    """Whether an embedding with these arguments is a lookup and nothing else."""
+    return padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
+
+
+class _Cheap:
+    """How a result was computed, so that it can be computed again; does not keep the result itself alive."""
+
+    def __init__(self, result: Tensor, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> None:
+        self.result, self.version = weakref.ref(result), result._version
+        self.tensors = [x.detach() if isinstance(x, Tensor) else None for x in args]
+        self.func, self.args, self.kwargs = func, [None if isinstance(x, Tensor) else x for x in args], kwargs
+        device = result.device.type
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def made(self, x: Tensor) -> bool:
+        """Whether x is the result, untouched, in whatever shape; and large enough to be worth it."""
+        y = self.result()
+        same = y is not None and y.data_ptr() == x.data_ptr() and y.numel() == x.numel() and y._version == self.version
+        return same and x.is_contiguous() and x.numel() > SMALL * x.shape[-1]
+
+    def again(self, tensors: list[Tensor | None]) -> Tensor:
+        device, dtype, enabled = self.autocast
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+            pairs = zip(tensors, self.args, strict=True)
+            return self.func(*(a if t is None else t for t, a in pairs), **self.kwargs)
 
 
 class _Uses:
     """A weight in the dtype it is multiplied in, and what backward has noted of its uses."""
 
-    def __init__(self, weight: Tensor, transposed: bool) -> None:
-        self.weight = weight  # (out, in) where transposed, else (in, out)
-        self.transposed = transposed
-        self.noted: list[tuple[Tensor, Tensor]] = []  # input (N, in), gradient of the output (N, out)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
+        self.matrix: Tensor | None = None  # (in, out), a view of the weight where the dtypes agree
+        self.vector = self.bias
+        self.transposed = False  # whether the weight is (out, in)
+        self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
+        self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
 
-    def gradient(self, like: Tensor) -> Tensor:
-        """The sum over all noted uses, in the parameter's dtype; forgets them."""
+    def prepare(self, compute: torch.dtype, transposed: bool) -> None:
+        if self.matrix is None:
+            weight = self.weight.to(compute)
+            self.matrix, self.transposed = weight.T if transposed else weight, transposed
+            self.vector = self.bias if self.bias is None else self.bias.to(compute)
+
+    def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias: `total`, which others have made, and the sum over all noted uses; forgets them."""
+        bias = None
+        if self.noted:
+            product, bias = self._products()
+            total = product if total is None else total.add_(product)
+        if self.looked_up:
+            total = torch.zeros_like(self.weight) if total is None else total
+            for ids, grad in self.looked_up:
+                total.index_put_((ids,), grad.to(total.dtype), accumulate=True)
+            self.looked_up = []
+        return total, bias
+
+    def _products(self) -> tuple[Tensor, Tensor | None]:
         noted, self.noted = self.noted, []
-        large = [pair for pair in noted if len(pair[0]) > SMALL]
-        small = [pair for pair in noted if len(pair[0]) <= SMALL]
+        large = [pair for pair in noted if len(pair[1]) > SMALL]
+        small = [(x() if callable(x) else x, g) for x, g in noted if len(g) <= SMALL]
         if len(small) > 1:
             small = [(torch.cat([x for x, _ in small]), torch.cat([g for _, g in small]))]
-        total = None
+        total, bias = None, None
         for x, grad in large + small:
+            if self.bias is not None:
+                part = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+                bias = part if bias is None else bias.add_(part)
+            x = x() if callable(x) else x
             left, right = (grad, x) if self.transposed else (x, grad)
-            if total is not None and total.dtype == x.dtype:
-                total.addmm_(left.T, right)
-                continue
-            part = left.T @ right
-            total = part.to(like.dtype) if total is None else total.add_(part)
-        assert total is not None
-        return total
+            total = ops.matmul(left.T, right, into=total)
+        return total.to(self.weight.dtype), None if bias is None else bias.to(self.bias.dtype)
 
 
 class _Use(torch.autograd.Function):
-    """y = x W + b, or x W^T + b; backward leaves the weight's gradient to _Collect."""
+    """y = x W + b; backward leaves the gradients of W and b to _Collect."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alias: Tensor, bias: Tensor | None, uses: _Uses) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, alias: Tensor, uses: _Uses, cheap: _Cheap | None) -> Tensor:  # type: ignore[override]
         flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat)
-        ctx.uses, ctx.shape = uses, x.shape
-        matrix = uses.weight.T if uses.transposed else uses.weight
+        ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
+        ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            y = flat @ matrix if bias is None else torch.addmm(bias, flat, matrix)
+            y = ops.matmul(flat, uses.matrix, uses.vector)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (flat,) = ctx.saved_tensors
+        saved, cheap, uses = ctx.saved_tensors, ctx.cheap, ctx.uses
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        uses = ctx.uses
-        uses.noted.append((flat, grad_NO))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ (uses.weight if uses.transposed else uses.weight.T)).view(ctx.shape)
-        grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias, None
+        if cheap is None:
+            uses.noted.append((saved[0], grad_NO))
+        else:
+            shape, compute = (-1, ctx.shape[-1]), ctx.compute
+            uses.noted.append((lambda: cheap.again(saved).view(shape).to(compute), grad_NO))
+        grad_x = ops.matmul(grad_NO, uses.matrix.T).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight; backward leaves their gradient to _Collect."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, alias: Tensor, uses: _Uses) -> Tensor:  # type: ignore[override]
+        ctx.uses, ctx.ids = uses, ids
+        return functional.embedding(ids, uses.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        ctx.uses.looked_up.append((ctx.ids.flatten(), grad.reshape(-1, grad.shape[-1])))
+        return None, None, None
 
 
 class _Collect(torch.autograd.Function):
     """The weight itself; its backward runs when that of every use has, whatever order autograd chose."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, uses: _Uses) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, uses: _Uses) -> Tensor:  # type: ignore[override]
         ctx.uses = uses
         ctx.set_materialize_grads(False)
-        ctx.like = weight.detach()
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
-        return (ctx.uses.gradient(ctx.like) if ctx.uses.noted else None), None
+        return *ctx.uses.gradients(grad), None
