@@ -219,6 +219,7 @@ class PersistentChain(FusedPasses):
             "begin": begin,
             "end": end,
             "bf16": STORAGE[self.dtype],
+            "depth": plan.layers,
             "batch": size,
             **{n: getattr(plan, n) for n in ("dim", "heads", "kv_heads", "head_dim", "inner", "gated", "eps")},
             "layer_norm": plan.norm == "layer",

@@ -27,7 +27,7 @@ struct Splits {
 
 // Shared memory of this phase, in floats.
 static inline __host__ __device__ int attend_floats(int head_dim, int threads) {
-  return 3 * head_dim + kSplit + threads / kWarp * head_dim;
+  return 2 * kSplit + (3 + threads / kWarp) * head_dim;
 }
 
 template <class T>
@@ -36,18 +36,19 @@ struct Attend {
   const Arguments& a;
   const Layer& layer;
   float *query, *key, *value, *scores, *sums;  // shared memory
+  int32_t* slots;                              // of the split's positions, in shared memory
   int lanes;                                   // that share a position: 16 bytes of it each
-  const int32_t* pages;                        // of the row
 
   __device__ Attend(const Arguments& a, const Layer& layer, float* shared) : a(a), layer(layer) {
-    query = shared, key = query + a.head_dim, value = key + a.head_dim;
-    scores = value + a.head_dim, sums = scores + kSplit;
+    slots = reinterpret_cast<int32_t*>(shared), scores = shared + kSplit;
+    query = scores + kSplit, key = query + a.head_dim, value = key + a.head_dim, sums = value + a.head_dim;
     lanes = 1;
     while (lanes < kWarp && lanes * V < a.head_dim) lanes *= 2;
   }
 
-  __device__ size_t slot_of(int position) const {
-    return size_t(pages[position / a.page_size]) * a.page_size + position % a.page_size;
+  __device__ int32_t slot_of(int m, int position) const {
+    const int32_t* pages = a.page_table + size_t(a.rows[m]) * a.pages_per_row;
+    return pages[position / a.page_size] * a.page_size + position % a.page_size;
   }
 
   // to = rotated(normed(from)) * factor, by one warp.
@@ -77,9 +78,9 @@ struct Attend {
     const int n = a.head_dim, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
     const int group = a.heads / a.kv_heads, kv_head = head / group;
     const int from = max(seen.low, split * kSplit), to = min(position + 1, (split + 1) * kSplit);
-    pages = a.page_table + size_t(a.rows[m]) * a.pages_per_row;
     const float* fused = a.qkv + size_t(m) * (a.heads + 2 * a.kv_heads) * n;
     __syncthreads();  // shared memory is free
+    for (int j = from + threadIdx.x; j < to; j += blockDim.x) slots[j - from] = slot_of(m, j);
     if (warp == 0) rotate(fused + head * n, layer.q_norm, position, layer.scaling, query);
     if (warp == warps - 1 && split == seen.last) {
       const float* own = fused + (a.heads + kv_head) * n;
@@ -89,7 +90,7 @@ struct Attend {
         const T k = from_float<T>(key[i]), v = from_float<T>(own[a.kv_heads * n + i]);
         key[i] = to_float(k), value[i] = to_float(v);
         if (head % group) continue;
-        const size_t at = (slot_of(position) * a.kv_heads + kv_head) * n + i;
+        const size_t at = (size_t(slot_of(m, position)) * a.kv_heads + kv_head) * n + i;
         static_cast<T*>(layer.keys)[at] = k, static_cast<T*>(layer.values)[at] = v;
       }
     }
@@ -114,11 +115,10 @@ struct Attend {
 
   // Into L2: what this block will read of the cache for this split.
   __device__ void fetch(int m, int head, int split, const Splits& seen, int position) {
-    pages = a.page_table + size_t(a.rows[m]) * a.pages_per_row;
     const int from = max(seen.low, split * kSplit), to = min(position, (split + 1) * kSplit);
     const size_t offset = size_t(head / (a.heads / a.kv_heads)) * a.head_dim;
     for (int j = from + threadIdx.x; j < to; j += blockDim.x) {
-      const size_t at = slot_of(j) * a.kv_heads * a.head_dim + offset;
+      const size_t at = size_t(slot_of(m, j)) * a.kv_heads * a.head_dim + offset;
       for (int i = 0; i < a.head_dim; i += kLine / int(sizeof(T))) {
         prefetch_line(static_cast<const T*>(layer.keys) + at + i);
         prefetch_line(static_cast<const T*>(layer.values) + at + i);
@@ -127,16 +127,10 @@ struct Attend {
   }
 
  private:
-  // Sixteen bytes of the key or value at j: the token's own from shared memory, the others from the cache.
-  __device__ __forceinline__ void vector_at(const void* side, const float* own, int j, int position, int kv_head, int i,
-                                            float (&x)[V]) const {
-    if (j == position) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) x[v] = own[i + v];
-    } else {
-      const T* start = static_cast<const T*>(side) + (slot_of(j) * a.kv_heads + kv_head) * a.head_dim + i;
-      unpack(*reinterpret_cast<const uint4*>(start), x);
-    }
+  // Sixteen bytes of a stored key or value.
+  __device__ __forceinline__ uint4 stored(const void* side, int slot, int kv_head, int i) const {
+    const T* start = static_cast<const T*>(side) + (size_t(slot) * a.kv_heads + kv_head) * a.head_dim + i;
+    return *reinterpret_cast<const uint4*>(start);
   }
 
   __device__ void score(int from, int to, int kv_head, int position) {
@@ -148,10 +142,15 @@ struct Attend {
       float dot = 0;
       if (j < to)
         for (int i = lane % lanes * V; i < a.head_dim; i += lanes * V) {
-          float k[V];
-          vector_at(layer.keys, key, j, position, kv_head, i, k);
+          uint4 k{};
+          if (j != position) k = stored(layer.keys, slots[j - from], kv_head, i);
 #pragma unroll
-          for (int v = 0; v < V; ++v) dot = fmaf(query[i + v], k[v], dot);
+          for (int v = 0; v < V; v += 4) {
+            float x[4];
+            unpack<T>(k, v, x);
+#pragma unroll
+            for (int u = 0; u < 4; ++u) dot = fmaf(query[i + v + u], j == position ? key[i + v + u] : x[u], dot);
+          }
         }
       for (int mask = lanes / 2; mask > 0; mask /= 2) dot += shuffle_xor(dot, mask);
       if (j < to && lane % lanes == 0) scores[j - from] = dot;
@@ -161,18 +160,25 @@ struct Attend {
   // sums (warps, K): each warp's positions, weighted.
   __device__ void add_values(int from, int to, int kv_head, int position, float top) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, at_once = kWarp / lanes;
-    const int step = blockDim.x / kWarp * at_once;
-    for (int i = lane % lanes * V; i < lanes * V * divide_up(a.head_dim, lanes * V); i += lanes * V) {
+    const int step = blockDim.x / kWarp * at_once, turns = divide_up(a.head_dim, lanes * V);
+    for (int turn = 0; turn < turns; ++turn) {  // the same for all lanes
+      const int i = (turn * lanes + lane % lanes) * V;
       float sum[V] = {};
-      if (i < a.head_dim)
+      if (i < a.head_dim) {
 #pragma unroll 4
         for (int j = from + warp * at_once + lane / lanes; j < to; j += step) {
-          float x[V];
-          vector_at(layer.values, value, j, position, kv_head, i, x);
+          uint4 stored_value{};
+          if (j != position) stored_value = stored(layer.values, slots[j - from], kv_head, i);
           const float weight = expf(scores[j - from] - top);
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[v] = fmaf(weight, x[v], sum[v]);
+          for (int v = 0; v < V; v += 4) {
+            float x[4];
+            unpack<T>(stored_value, v, x);
+#pragma unroll
+            for (int u = 0; u < 4; ++u) sum[v + u] = fmaf(weight, j == position ? value[i + v + u] : x[u], sum[v + u]);
+          }
         }
+      }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         for (int mask = kWarp / 2; mask >= lanes; mask /= 2) sum[v] += shuffle_xor(sum[v], mask);

@@ -57,14 +57,16 @@ __device__ __forceinline__ Bf16 from_float<Bf16>(float x) {  // to the nearest, 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-static __device__ __forceinline__ void unpack(const uint4& v, float (&x)[4]) {
-  x[0] = as_float(v.x), x[1] = as_float(v.y), x[2] = as_float(v.z), x[3] = as_float(v.w);
-}
-
-static __device__ __forceinline__ void unpack(const uint4& v, float (&x)[8]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[2 * i] = as_float(words[i] << 16), x[2 * i + 1] = as_float(words[i] & 0xffff0000u);
+// Values from, ..., from + 3 of a load; from is a constant multiple of 4.
+template <class T>
+static __device__ __forceinline__ void unpack(const uint4& v, int from, float (&x)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    x[0] = as_float(v.x), x[1] = as_float(v.y), x[2] = as_float(v.z), x[3] = as_float(v.w);
+  } else {
+    const uint32_t low = from ? v.z : v.x, high = from ? v.w : v.y;
+    x[0] = as_float(low << 16), x[1] = as_float(low & 0xffff0000u);
+    x[2] = as_float(high << 16), x[3] = as_float(high & 0xffff0000u);
+  }
 }
 
 // Weights: read once a pass and by one block, so they leave L1 to what is read again.
@@ -86,6 +88,22 @@ static __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #else
   (void)*static_cast<const volatile char*>(p);
+#endif
+}
+
+// Sixteen bytes from global to shared memory, not waited for.
+static __device__ __forceinline__ void copy_async(void* to, const void* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from));
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+// This thread's copies have come; others see them behind the next __syncthreads.
+static __device__ __forceinline__ void copies_done() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -152,14 +170,13 @@ static __device__ void block_sums(float (&v)[N], float* scratch) {
 // ---- the grid barrier: one number that only grows ---------------------------------------------------------------
 
 // All that this block has written is visible to whoever sees the count.
-static __device__ __forceinline__ void arrive(uint32_t* counter) {
+static __device__ __forceinline__ void arrive(uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
 #ifdef __CUDA_ARCH__
-    __threadfence();
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(count) : "memory");
 #else
-    *counter += 1;
+    *counter += count;
 #endif
   }
 }

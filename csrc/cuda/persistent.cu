@@ -13,43 +13,83 @@
 
 namespace coconut_fast {
 
-// Shared memory: where each row stands, scratch for sums over the block, then what the phase needs.
+// Shared memory, from its start: where the rows stand; the block's instructions and the layers' pointers, so that no phase
+// begins with a chain of loads; scratch for sums over the block; the norm of the phase; then what the phase needs.
 struct Rows {
   int passes[kMaxRows], lengths[kMaxRows];
 };
 
-static inline __host__ __device__ int scratch_floats(int threads) { return kMaxRows * (1 + threads / kWarp); }
+template <class T>
+struct Shared {
+  size_t layers, scratch, norm, norm_bias, data;  // offsets in bytes
+
+  __host__ __device__ Shared(const Arguments& a, int threads) {
+    layers = sizeof(Rows) + sizeof(Instruction) * a.phases;
+    scratch = (layers + sizeof(Layer) * a.depth + 15) / 16 * 16;
+    norm = scratch + sizeof(float) * kMaxRows * (1 + threads / kWarp);
+    norm_bias = norm + sizeof(T) * a.dim;
+    data = norm_bias + sizeof(T) * a.dim;
+  }
+};
+
+template <class To, class Word>
+static __device__ void copy_words(To* to, const To* from, int count) {
+  for (int i = threadIdx.x; i < count * int(sizeof(To) / sizeof(Word)); i += blockDim.x)
+    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+}
 
 template <class T, int B>
 struct Block {
   using Lin = Linear<T, B>;
+  // What a thread's own output adds to its sum, asked for ahead of it.
+  struct Early {
+    float bias, up_bias, x;
+  };
+
   const Arguments& a;
-  const Rows& place;
-  float* scratch;
-  float* data;
-  int capacity;  // floats of one row of staged inputs
+  const int capacity;  // floats of one row of staged inputs
+  Rows& place;
+  Instruction* program;
+  Layer* layers;
+  float *scratch, *data;
+  T *norm, *norm_bias;
   int pass = 0;
-  bool active[B];
 
-  __device__ Block(const Arguments& a, const Rows& place, float* after, int capacity)
-      : a(a), place(place), scratch(after), data(after + scratch_floats(blockDim.x)), capacity(capacity) {}
-
-  __device__ void start(int p) {
-    pass = p;
-#pragma unroll
-    for (int m = 0; m < B; ++m) active[m] = m < a.batch && pass < place.passes[m];
+  __device__ Block(const Arguments& a, int capacity)
+      : a(a), capacity(capacity), place(*reinterpret_cast<Rows*>(dynamic_shared())) {
+    char* start = reinterpret_cast<char*>(&place);
+    const Shared<T> at(a, blockDim.x);
+    program = reinterpret_cast<Instruction*>(start + sizeof(Rows)), layers = reinterpret_cast<Layer*>(start + at.layers);
+    scratch = reinterpret_cast<float*>(start + at.scratch), data = reinterpret_cast<float*>(start + at.data);
+    norm = reinterpret_cast<T*>(start + at.norm), norm_bias = reinterpret_cast<T*>(start + at.norm_bias);
+    if (threadIdx.x < kMaxRows) {
+      const int m = threadIdx.x;
+      place.passes[m] = m < a.batch ? max(min(a.remaining[m], a.passes), 0) : 0;
+      place.lengths[m] = m < a.batch ? a.lengths[m] : 0;
+    }
+    copy_words<Instruction, uint4>(program, a.program + size_t(blockIdx.x) * a.phases, a.phases);
+    copy_words<Layer, uint64_t>(layers, a.layers, a.depth);
+    __syncthreads();
   }
 
+  __device__ bool active(int m) const { return pass < place.passes[m]; }
+
   __device__ bool linear(const Instruction& now, Lin& to) const {
-    const Layer& layer = a.layers[now.layer];
-    const int fused = a.heads * a.head_dim;
+    const Layer& layer = layers[now.layer];
     switch (now.opcode) {
       case kQkv: to.init(layer.qkv, layer.qkv_bias, a.dim, now, 0); return true;
-      case kOut: to.init(layer.o, layer.o_bias, fused, now, 0); return true;
+      case kOut: to.init(layer.o, layer.o_bias, a.heads * a.head_dim, now, 0); return true;
       case kUp: to.init(layer.up, layer.up_bias, a.dim, now, a.gated ? a.inner : 0); return true;
       case kDown: to.init(layer.down, layer.down_bias, a.inner, now, 0); return true;
       default: return false;
     }
+  }
+
+  __device__ bool normed(const Instruction& now, const void*& weight, const void*& bias) const {
+    const Layer& layer = layers[now.layer];
+    weight = now.opcode == kQkv ? layer.norm1 : layer.norm2;
+    bias = now.opcode == kQkv ? layer.norm1_bias : layer.norm2_bias;
+    return now.opcode == kQkv || now.opcode == kUp;
   }
 
   // Chunks of a row that fit into the staged inputs at once.
@@ -58,21 +98,43 @@ struct Block {
   // Into L2, while this block still waits or works: what the next instruction will read.
   __device__ void fetch(const Instruction& next) {
     Lin lin;
+    const void *weight, *bias;
     if (linear(next, lin)) lin.fetch();
-    else if (next.opcode == kAttend)
+    if (normed(next, weight, bias)) {
+      prefetch(weight, a.dim * sizeof(T));
+      if (bias) prefetch(bias, a.dim * sizeof(T));
+    }
+    if (next.opcode == kAttend)
       each_split(next, [&](Attend<T>& attend, int m, int head, int split, const Splits& seen, int position) {
         attend.fetch(m, head, split, seen, position);
       });
   }
 
+  // Before the barrier: a linear phase's first weights, its norm, and the biases of this thread's own output.
+  __device__ void ask(const Instruction& now, Lin& lin, typename Lin::Held& held, Early& early) {
+    lin.slice(0, chunks_at_once(lin));
+    lin.load(held);
+    const void *weight, *bias;
+    if (normed(now, weight, bias))
+      for (int i = threadIdx.x * kVector<T>; i < a.dim; i += blockDim.x * kVector<T>) {
+        copy_async(norm + i, static_cast<const T*>(weight) + i);
+        if (bias) copy_async(norm_bias + i, static_cast<const T*>(bias) + i);
+      }
+    const int index = lin.count ? threadIdx.x % lin.count : 0;
+    const bool mine = int(threadIdx.x) < lin.count * B;
+    early.bias = mine ? lin.bias_of(index) : 0.0f;
+    early.up_bias = mine && lin.second ? lin.bias_of(lin.count + index) : 0.0f;
+  }
+
   template <class Run>
   __device__ void each_split(const Instruction& now, Run run) {
-    Attend<T> attend(a, a.layers[now.layer], data);
+    const Layer& layer = layers[now.layer];
+    Attend<T> attend(a, layer, data);
     for (int tile = now.first; tile < now.last; ++tile) {
       const int way = tile % a.ways, head = tile / a.ways % a.heads, m = tile / a.ways / a.heads;
-      if (m >= a.batch || pass >= place.passes[m]) continue;
+      if (!active(m)) continue;
       const int position = place.lengths[m] + pass;
-      const Splits seen(position, a.layers[now.layer].window);
+      const Splits seen(position, layer.window);
       for (int s = seen.first + (way + a.ways - seen.first % a.ways) % a.ways; s <= seen.last; s += a.ways)
         run(attend, m, head, s, seen, position);
     }
@@ -87,18 +149,17 @@ struct Block {
   // The end of a pass and the start of the next; behind the last pass, its end alone.
   __device__ void feed(const Instruction& now) {
     for (int m = now.first; m < now.last; ++m) {
-      const bool made = pass > 0 && pass <= place.passes[m], more = pass < place.passes[m];
+      const bool made = pass > 0 && pass <= place.passes[m];
       float *x = a.x + size_t(m) * a.dim, *hidden = a.hidden + size_t(m) * a.dim;
       // Each thread comes back to its own elements only, so nobody waits between these loops.
       if (made) {
         const T *weight = static_cast<const T*>(a.final_norm), *bias = static_cast<const T*>(a.final_norm_bias);
-        const bool only[1] = {true};
         float mean[1], scale[1];
-        statistics<1>(x, a.dim, a.layer_norm, a.eps, only, mean, scale, scratch);
+        statistics<1>(x, a.dim, a.layer_norm, a.eps, 1, mean, scale, scratch);
         for (int k = threadIdx.x; k < a.dim; k += blockDim.x)
           hidden[k] = (x[k] - mean[0]) * scale[0] * to_float(weight[k]) + (bias ? to_float(bias[k]) : 0.0f);
       }
-      if (more) {
+      if (active(m)) {
         float factor = 1.0f;
         if (a.rescale > 0) {
           float squares[1] = {};
@@ -111,100 +172,103 @@ struct Block {
         for (int k = threadIdx.x; k < a.dim; k += blockDim.x)
           x[k] = hidden[k] * factor + (embedding ? to_float(embedding[k]) : 0.0f);
       }
-      if (pass == a.passes && threadIdx.x == 0) {
+      if (pass == a.passes && threadIdx.x == 0)
         a.positions[m] += place.passes[m], a.lengths[m] += place.passes[m], a.remaining[m] -= place.passes[m];
-      }
     }
   }
 
-  // y = linear(inputs of the phase), the held weights having been asked for before the barrier.
-  __device__ void run(const Instruction& now, Lin& lin, typename Lin::Held& held) {
-    float mean[B], scale[B];
-    const Layer& layer = a.layers[now.layer];
-    const bool normed = now.opcode == kQkv || now.opcode == kUp;
-    if (normed) statistics<B>(a.x, a.dim, a.layer_norm, a.eps, active, mean, scale, scratch);
+  // Element k of row m of a linear phase's input.
+  __device__ __forceinline__ float input(const Instruction& now, int m, int k, const Splits& seen, float mean,
+                                         float scale, bool biased) const {
+    if (now.opcode == kOut) return combined(a, m, k, seen);
+    if (now.opcode == kDown) return a.mid[size_t(m) * a.inner + k];
+    const float y = (a.x[size_t(m) * a.dim + k] - mean) * scale * to_float(norm[k]);
+    return biased ? y + to_float(norm_bias[k]) : y;
+  }
+
+  // y = linear(input): what `ask` asked for is there, or comes.
+  __device__ void run(const Instruction& now, Lin& lin, typename Lin::Held& held, Early& early) {
+    const int outputs = lin.count * B;
+    const bool adds = now.opcode == kOut || now.opcode == kDown;
+    early.x = adds && int(threadIdx.x) < outputs && active(threadIdx.x / lin.count) ? *residual(lin, threadIdx.x) : 0.0f;
+    float mean[B] = {}, scale[B] = {};
+    const void *weight, *bias;
+    if (normed(now, weight, bias)) {
+      unsigned rows = 0;
+      for (int m = 0; m < B; ++m) rows |= unsigned(active(m)) << m;
+      copies_done();
+      statistics<B>(a.x, a.dim, a.layer_norm, a.eps, rows, mean, scale, scratch);
+    }
     float* sums = data + B * capacity;
-    const int at_once = chunks_at_once(lin);
-    for (int from = 0; from < lin.chunks; from += at_once) {
-      lin.slice(from, from + at_once);
+    for (int from = 0; from < lin.chunks; from += lin.staged) {
       if (from > 0) {
-        lin.load(0, lin.slots(), held);
+        lin.slice(from, chunks_at_once(lin));
+        lin.load(held);
         __syncthreads();  // the slice before has been read
       }
-      const int staged = (lin.end - lin.begin) * lin.chunk * Lin::kLoad, first = from * lin.chunk * Lin::kLoad;
-      const T* weight = static_cast<const T*>(now.opcode == kQkv ? layer.norm1 : layer.norm2);
-      const T* bias = static_cast<const T*>(now.opcode == kQkv ? layer.norm1_bias : layer.norm2_bias);
+      const int staged = lin.staged * lin.chunk * Lin::kLoad, first = from * lin.chunk * Lin::kLoad;
 #pragma unroll
       for (int m = 0; m < B; ++m) {
-        const Splits seen(active[m] ? place.lengths[m] + pass : 0, layer.window);
-        for (int i = threadIdx.x; i < staged; i += blockDim.x) {
-          const int k = first + i;
-          float value = 0.0f;  // of rows that rest, and behind the end of the row
-          if (active[m] && k < lin.width) {
-            if (normed) {
-              value = (a.x[size_t(m) * a.dim + k] - mean[m]) * scale[m] * to_float(weight[k]);
-              if (bias) value += to_float(bias[k]);
-            } else if (now.opcode == kOut) {
-              value = combined(a, m, k, seen);
-            } else {
-              value = a.mid[size_t(m) * a.inner + k];
-            }
-          }
-          data[m * staged + chunk_place(i)] = value;
+        const bool live = active(m);
+        const Splits seen(place.lengths[m] + pass, layers[now.layer].window);
+        for (int i = threadIdx.x; i < staged; i += blockDim.x) {  // zero for rows that rest, and behind the row's end
+          const bool there = live && first + i < lin.width;
+          const float value = there ? input(now, m, first + i, seen, mean[m], scale[m], bias) : 0.0f;
+          data[m * staged + coconut_fast::place<kVector<T>>(i)] = value;
         }
       }
       __syncthreads();
-      lin.multiply(data, staged, held, sums);
+      lin.multiply(data, held, sums);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < lin.count * B; i += blockDim.x) {
-      const int m = i / lin.count, index = i % lin.count, n = now.first + index;
-      if (m >= a.batch || pass >= place.passes[m]) continue;
-      float y = lin.output(sums, index, m, false);
-      switch (now.opcode) {
-        case kQkv: a.qkv[size_t(m) * (a.heads + 2 * a.kv_heads) * a.head_dim + n] = y; break;
-        case kUp:
-          a.mid[size_t(m) * a.inner + n] = a.gated ? silu(y) * lin.output(sums, index, m, true) : gelu_tanh(y);
-          break;
-        default: a.x[size_t(m) * a.dim + n] += y;
+    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+      if (!active(i / lin.count)) continue;
+      if (i >= int(blockDim.x)) {  // a share of more outputs than threads
+        early.bias = lin.bias_of(i % lin.count);
+        if (lin.second) early.up_bias = lin.bias_of(lin.count + i % lin.count);
+        if (adds) early.x = *residual(lin, i);
       }
+      finish(now, lin, sums, i, early);
     }
   }
 
-  static __device__ __forceinline__ int chunk_place(int i) { return coconut_fast::place<kVector<T>>(i); }
+  // Where output i (row, then output of the share) is added to.
+  __device__ float* residual(const Lin& lin, int i) const {
+    return a.x + size_t(i / lin.count) * a.dim + lin.first + i % lin.count;
+  }
+
+  __device__ void finish(const Instruction& now, const Lin& lin, const float* sums, int i, const Early& early) const {
+    const int m = i / lin.count, index = i % lin.count, n = lin.first + index;
+    const float y = lin.sum_of(sums, index, m) + early.bias;
+    if (now.opcode == kQkv) {
+      a.qkv[size_t(m) * (a.heads + 2 * a.kv_heads) * a.head_dim + n] = y;
+    } else if (now.opcode == kUp) {
+      const float up = a.gated ? lin.sum_of(sums, lin.count + index, m) + early.up_bias : 0.0f;
+      a.mid[size_t(m) * a.inner + n] = a.gated ? silu(y) * up : gelu_tanh(y);
+    } else {
+      *residual(lin, i) = early.x + y;
+    }
+  }
 };
 
 template <class T, int B>
 __global__ void __launch_bounds__(kThreads, 1) think(const Arguments a, int capacity) {
-  float4* shared = dynamic_shared();
-  Rows& rows = *reinterpret_cast<Rows*>(shared);
-  if (threadIdx.x < kMaxRows) {
-    const int m = threadIdx.x;
-    rows.passes[m] = m < a.batch ? max(min(a.remaining[m], a.passes), 0) : 0;
-    rows.lengths[m] = m < a.batch ? a.lengths[m] : 0;
-  }
-  __syncthreads();
-  Block<T, B> block(a, rows, reinterpret_cast<float*>(&rows + 1), capacity);
-  const Instruction* program = a.program + size_t(blockIdx.x) * a.phases;
-  Instruction next = program[a.begin % a.phases];
+  Block<T, B> block(a, capacity);
   for (int at = a.begin; at < a.end; ++at) {
-    const Instruction now = next;
-    next = program[(at + 1) % a.phases];
-    block.start(at / a.phases);
+    const Instruction& now = block.program[at % a.phases];
+    block.pass = at / a.phases;
     Linear<T, B> lin;
     typename Linear<T, B>::Held held;
+    typename Block<T, B>::Early early;
     const bool linear = block.linear(now, lin);
-    if (linear) {
-      lin.slice(0, block.chunks_at_once(lin));
-      lin.load(0, lin.slots(), held);
-    }
-    if (at + 1 < a.end) block.fetch(next);
-    const int due = at / a.phases * a.phases + now.wait - a.begin;  // phases before `begin` are complete
+    if (linear) block.ask(now, lin, held, early);
+    if (at + 1 < a.end) block.fetch(block.program[(at + 1) % a.phases]);
+    const int due = block.pass * a.phases + now.wait - a.begin;  // phases before `begin` are complete
     wait(a.counter, max(due, 0) * gridDim.x);
-    if (linear) block.run(now, lin, held);
+    if (linear) block.run(now, lin, held, early);
     else if (now.opcode == kAttend) block.attend(now);
     else block.feed(now);
-    if (now.arrive) arrive(a.counter);
+    arrive(a.counter, now.arrive);
   }
 }
 
@@ -229,7 +293,7 @@ static int choose_capacity(const Arguments& a, int blocks, int threads, size_t l
     if (chunks * chunk * Lin::kLoad > widest) widest = chunks * chunk * Lin::kLoad;
     if (chunk * Lin::kLoad > step) step = chunk * Lin::kLoad;
   }
-  const size_t fixed = sizeof(Rows) + sizeof(float) * scratch_floats(threads);
+  const size_t fixed = Shared<T>(a, threads).data;
   for (int capacity = divide_up(widest, step) * step; capacity > 0; capacity -= step) {
     size_t floats = B * size_t(capacity) + sums;
     if (floats < size_t(attend_floats(a.head_dim, threads))) floats = attend_floats(a.head_dim, threads);

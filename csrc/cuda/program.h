@@ -57,6 +57,7 @@ static_assert(sizeof(Instruction) == 32 && sizeof(Layer) == 136, "persistent.py 
   X(int32_t, begin)              /* instructions [begin, end) of passes * phases + 1 are run: all of */ \
   X(int32_t, end)                /* them, or one phase to look at */                                    \
   X(int32_t, bf16)               /* storage type: 1 bf16, 0 fp32 */                                     \
+  X(int32_t, depth)              /* layers */                                                           \
   X(int32_t, batch) X(int32_t, dim) X(int32_t, heads) X(int32_t, kv_heads) X(int32_t, head_dim)         \
   X(int32_t, inner)                                                                                     \
   X(int32_t, layer_norm)         /* 1 LayerNorm, 0 RMSNorm */                                           \
