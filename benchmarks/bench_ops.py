@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.timing import gpu_limits, seconds_of
 from coconut_fast import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -151,6 +152,17 @@ def feedback(batch: int, dim: int) -> Work:
     return Work("latent_feedback", given, 6 * batch * dim)
 
 
+def accept(batch: int) -> Work:
+    def ints(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=DEVICE)
+
+    given = {
+        "ids": ints(batch), "tokens": ints(batch), "written": ints(batch, 1 << 16), "step": ints(1), "eos": -1,
+        "remaining": ints(batch, dtype=torch.int32), "attended": torch.ones(batch, dtype=torch.int32, device=DEVICE),
+    }  # fmt: skip
+    return Work("accept_tokens", given, 40 * batch)
+
+
 WORKS: dict[str, Callable[[], Work]] = {
     "kv_append GPT-2, 64 rows": lambda: append(64, 12, 64),
     "kv_append GPT-2, 42k tokens": lambda: append(42_240, 12, 64),
@@ -178,33 +190,18 @@ WORKS: dict[str, Callable[[], Work]] = {
     "residual_norm 4096 x 768": lambda: norm(4096, 768),
     "gated_mlp 4096 x 8192": lambda: mlp(4096, 8192),
     "latent_feedback GPT-2, 64 rows": lambda: feedback(64, 768),
+    "accept_tokens, 64 rows": lambda: accept(64),
 }
 
 
 @pytest.fixture(scope="module")
 def rates(figures) -> tuple[float, float]:
     """Bytes a second of a large copy (read + written) and bf16 operations a second of a large product, measured now."""
-    source = torch.randn(1 << 30, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = 2 * 4 * source.numel() / min(_events(lambda: target.copy_(source)) for _ in range(5))
-    a, b = _random(8192, 8192), _random(8192, 8192)
-    product = 2 * 8192**3 / min(_events(lambda: a @ b) for _ in range(5))
+    copy, product = gpu_limits()
     figures.card(
         f"measured limits: copy {copy / 1e12:.2f} TB/s (read + written), bf16 product {product / 1e12:.0f} TFLOP/s"
     )
     return copy, product
-
-
-def _events(call: Callable[[], Any]) -> float:
-    """Seconds between two events around one call, once the device is idle."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    call()
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def _replayed(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -224,7 +221,7 @@ def _replayed(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
 
 def _gate(work: Work) -> None:
     """Our result against the reference's; gradients and ids by their own tests (tests/test_gpu_ops.py)."""
-    if work.op in ("ragged_attention_backward", "lm_head_sample", "latent_feedback", "kv_append"):
+    if work.op in ("ragged_attention_backward", "lm_head_sample", "latent_feedback", "kv_append", "accept_tokens"):
         return
     first = [r if isinstance(r, torch.Tensor) else r[0] for r in (work.run(), work.run("torch"))]
     ours, plain = (t.double() for t in first)
@@ -243,16 +240,16 @@ def test_op(benchmark, figures, rates, name: str) -> None:
     calls = [w.run for w in works] * max(1, 40 // len(works))
     replay = _replayed(calls)
     times: list[float] = []
-    benchmark.pedantic(lambda: times.append(_events(replay)), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(lambda: times.append(seconds_of(replay)), rounds=5, warmup_rounds=1)
     seconds = min(times) / len(calls)
     work, peer = works[0], None
     peers = [w.peer for w in works if w.peer is not None]
     if peers and work.graphed_peer:
         peers = peers * max(1, 40 // len(peers))
         again = _replayed(peers)
-        peer = min(_events(again) for _ in range(5)) / len(peers)
+        peer = min(seconds_of(again) for _ in range(5)) / len(peers)
     elif peers:
-        peer = min(_events(peers[0]) for _ in range(5))
+        peer = min(seconds_of(peers[0]) for _ in range(5))
     limit = max(work.moved / copy, work.flops / product)
     rate = f"{work.flops / seconds / 1e12:.0f} TFLOP/s" if work.flops / product > work.moved / copy else ""
     note = f"{rate or f'{work.moved / seconds / 1e9:.0f} GB/s'}, {limit / seconds:.0%} of the limit"

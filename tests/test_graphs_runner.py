@@ -162,10 +162,10 @@ def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
     """Between two looks nothing of the device's is read: a row that ends early is found at the next one."""
     model, _ = make_pair("gpt2")
     looks, replays = [], []
-    write, replay = GraphRunner._write, GraphRunner._replay
+    write, replay = GraphRunner._write, GraphRunner.replay
     monkeypatch.setattr(GraphRunner, "_write", lambda self, *a: (looks.append(1), write(self, *a)))
     monkeypatch.setattr(
-        GraphRunner, "_replay", lambda self, batch, kind, *n: (replays.append(kind), replay(self, batch, kind, *n))
+        GraphRunner, "replay", lambda self, batch, kind, *n: (replays.append(kind), replay(self, batch, kind, *n))
     )
     answer = generate(model, [PROMPTS[0]], max_new_tokens=33).token_ids[0]
     assert len(answer) == 33 and len(looks) == 4 and replays.count("write") == 32

@@ -49,3 +49,17 @@ def token_pass(model: PreTrainedModel, cache: DynamicCache) -> torch.Tensor:
     """One token in, the next one out: with the LM head."""
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+
+
+def static_generate(model: PreTrainedModel, batch: int, length: int, new: int) -> None:
+    """`new` greedy tokens by `generate` with a static cache, which on a GPU compiles the forward into CUDA graphs."""
+    ids = torch.arange(1, length + 1, device=model.device).expand(batch, length).contiguous()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=new,
+        max_new_tokens=new,
+        do_sample=False,
+        cache_implementation="static",
+        pad_token_id=0,
+    )

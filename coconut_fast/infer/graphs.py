@@ -85,7 +85,7 @@ class GraphRunner(EagerRunner):
         with self.clock("prefill"):
             hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
         counts = [p.num_thoughts for p in prompts]
-        batch = self._batch(len(rows))
+        batch = self.batch_for(len(rows))
         batch.fill(rows, self._lengths(rows), counts)
         batch.hidden[: len(rows)] = hidden_BD
         self.cache.reserve(rows, [c + 1 for c in counts])
@@ -93,12 +93,12 @@ class GraphRunner(EagerRunner):
         with self.clock("think", passes=left):
             while left:
                 chain = min(left, LONGEST_CHAIN)
-                self._replay(batch, "think", chain)
+                self.replay(batch, "think", chain)
                 left -= chain
         batch.remaining[: len(rows)] = 1
         tails = [p.pieces[1].tokens[0] for p in prompts]
         batch.tokens[: len(rows)] = torch.tensor(tails, device=self.cache.device)
-        self._replay(batch, "feed")
+        self.replay(batch, "feed")
         return batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
 
     @torch.inference_mode()
@@ -111,26 +111,8 @@ class GraphRunner(EagerRunner):
             with self.clock("write", passes=max(min(steps, d.limit - len(d.tokens)) for d in part)):
                 self._write(part, steps)
 
-    def _write(self, drafts: Sequence[Draft], steps: int) -> None:
-        rows = [d.row for d in drafts]
-        counts = [min(steps, d.limit - len(d.tokens)) for d in drafts]
-        batch = self._batch(len(rows))
-        batch.fill(rows, self._lengths(rows), counts)
-        batch.tokens[: len(rows)] = torch.tensor([d.tokens[-1] for d in drafts], device=self.cache.device)
-        if self.sampling.temperature:
-            numbers = [[uniform(d.seed, len(d.tokens) + i) for i in range(steps)] for d in drafts]
-            batch.numbers[: len(rows), :steps] = torch.tensor(numbers, dtype=torch.float64, device=self.cache.device)
-        self.cache.reserve(rows, counts)
-        for _ in range(max(counts)):
-            self._replay(batch, "write")
-        for draft, written in zip(drafts, batch.written[: len(rows), : max(counts)].tolist(), strict=True):
-            draft.tokens.extend(t for t in written if t >= 0)
-
-    def _lengths(self, rows: Sequence[int]) -> list[int]:
-        lengths = self.cache.layout.lengths
-        return [int(lengths[r]) for r in rows]
-
-    def _batch(self, rows: int) -> StaticBatch:
+    def batch_for(self, rows: int) -> StaticBatch:
+        """The static batch of the smallest bucket that holds so many rows."""
         size = next(b for b in BUCKETS if b >= rows)
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
@@ -138,7 +120,7 @@ class GraphRunner(EagerRunner):
             self.batches[size] = StaticBatch(size, dim, STEPS, dtype, self.cache.device)
         return self.batches[size]
 
-    def _replay(self, batch: StaticBatch, kind: str, *count: int) -> None:
+    def replay(self, batch: StaticBatch, kind: str, *count: int) -> None:
         """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
@@ -146,6 +128,25 @@ class GraphRunner(EagerRunner):
             self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
             self.captures += 1
         self.graphs[key]()
+
+    def _write(self, drafts: Sequence[Draft], steps: int) -> None:
+        rows = [d.row for d in drafts]
+        counts = [min(steps, d.limit - len(d.tokens)) for d in drafts]
+        batch = self.batch_for(len(rows))
+        batch.fill(rows, self._lengths(rows), counts)
+        batch.tokens[: len(rows)] = torch.tensor([d.tokens[-1] for d in drafts], device=self.cache.device)
+        if self.sampling.temperature:
+            numbers = [[uniform(d.seed, len(d.tokens) + i) for i in range(steps)] for d in drafts]
+            batch.numbers[: len(rows), :steps] = torch.tensor(numbers, dtype=torch.float64, device=self.cache.device)
+        self.cache.reserve(rows, counts)
+        for _ in range(max(counts)):
+            self.replay(batch, "write")
+        for draft, written in zip(drafts, batch.written[: len(rows), : max(counts)].tolist(), strict=True):
+            draft.tokens.extend(t for t in written if t >= 0)
+
+    def _lengths(self, rows: Sequence[int]) -> list[int]:
+        lengths = self.cache.layout.lengths
+        return [int(lengths[r]) for r in rows]
 
     def _warm_up(self, batch: StaticBatch, kind: str, *count: int) -> None:
         """Runs the passes once without an active row, which compiles kernels and changes nothing that is read.

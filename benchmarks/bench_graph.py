@@ -1,0 +1,200 @@
+"""Latent and token passes on a GPU: by graph of fused kernels, by graph of Hugging Face's body, and launch by launch.
+
+    pytest benchmarks/bench_graph.py [--results FOLDER]       GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights
+
+The limit of a pass is the bytes of weights it must read (a token pass reads the head's too) over the bandwidth of a
+large copy, both measured in this run; keys and values come on top of it and are part of what is timed. A thought's
+graph is a chain of six, and all of a chain counts. "6 thoughts + 10 tokens" begins behind the prefill and ends with the
+tokens on the host. Its peers: Hugging Face's `generate` with a static cache and torch.compile, for as many passes (it
+knows no thoughts, so each of its passes runs the head), and end to end, prefill included, the official code.
+Correctness first: nothing is timed where states after the thoughts are off from Hugging Face's body by more than bf16
+explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.peers import hugging_face, official, official_missing
+from benchmarks.shapes import make_hf, make_model, make_prompts, save_for_peers
+from benchmarks.timing import gpu_limits, seconds_of, waited
+from coconut_fast import Coconut, generate
+from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.fused import reason_not
+from coconut_fast.infer.graphs import GraphRunner
+from coconut_fast.infer.passes import HuggingFacePasses
+from coconut_fast.infer.prefill import prefill
+from coconut_fast.model.plan import ModelPlan, describe
+
+PROMPT, THOUGHTS, TOKENS = 64, 6, 10
+ROOM = 64  # positions that timed passes may fill
+PASSES = THOUGHTS + 1 + TOKENS - 1  # the first token follows the pass over `<|end-latent|>`
+GATE = 0.1  # of the largest value: far above rounding, far below a wrong result
+
+
+class Timed:
+    """Rows of a model behind their prompts, and passes over them: fused, or Hugging Face's body."""
+
+    def __init__(self, model: Coconut, batch: int, body: str) -> None:
+        self.model, self.size, self.device = model, batch, model.device
+        runner = GraphRunner(
+            model,
+            num_slots=batch * (PROMPT + ROOM + 16),
+            max_rows=batch,
+            max_length=PROMPT + ROOM,
+            sampling=Sampling(),
+        )
+        if body == "hugging face":
+            runner.passes = HuggingFacePasses(model, runner.cache, Sampling(), "to be compared with")
+        self.runner, self.rows = runner, runner.cache.alloc(batch)
+        prompts = [[(7 * r + i) % 90 + 1 for i in range(PROMPT)] for r in range(batch)]
+        self.hidden_BD = prefill(model, runner.cache, self.rows, prompts)
+        self.batch = runner.batch_for(batch)
+
+    @torch.inference_mode()
+    def pass_seconds(self, kind: str, graphed: bool, rounds: int) -> float:
+        """Of one pass; of a latent one as part of a chain."""
+        count = (THOUGHTS,) if kind == "think" else ()
+        passes: Callable[[], None] = partial(self.runner.replay, self.batch, kind, *count)
+        if not graphed:
+            passes = partial(getattr(self.runner.passes, kind), self.batch, *count)
+        self._start(ROOM)
+        passes()  # compiles, captures
+        best = float("inf")
+        for _ in range(rounds):
+            self._start(ROOM)
+            self.batch.step.zero_()
+            best = min(best, seconds_of(passes, self.device))
+        return best / (count[0] if count else 1)
+
+    @torch.inference_mode()
+    def states(self) -> torch.Tensor:
+        """(B, D) fp32 after six thoughts."""
+        self._start(THOUGHTS)
+        self.runner.replay(self.batch, "think", THOUGHTS)
+        return self.batch.hidden[: self.size].to(device="cpu", copy=True)
+
+    @torch.inference_mode()
+    def answer(self) -> list[list[int]]:
+        """Six thoughts, `<|end-latent|>`, ten tokens, on the host."""
+        self._start(THOUGHTS)
+        runner, batch = self.runner, self.batch
+        runner.cache.truncate(self.rows, [PROMPT] * self.size)
+        runner.cache.reserve(self.rows, [THOUGHTS + 1] * self.size)
+        runner.replay(batch, "think", THOUGHTS)
+        batch.remaining[: self.size] = 1
+        batch.tokens.fill_(self.model.tokens.end)
+        runner.replay(batch, "feed")
+        drafts = [Draft(row, 0, TOKENS, []) for row in self.rows]
+        runner.first(batch.hidden[: self.size].to(self.model.dtype), drafts)
+        while not all(d.done(self.model.tokens.eos) for d in drafts):
+            runner.write(drafts, 8)
+        return [d.tokens for d in drafts]
+
+    def _start(self, passes: int) -> None:
+        cache = self.runner.cache
+        cache.truncate(self.rows, [PROMPT] * self.size)
+        cache.reserve(self.rows, [ROOM] * self.size)
+        self.batch.fill(self.rows, [PROMPT] * self.size, [passes] * self.size)
+        self.batch.hidden[: self.size] = self.hidden_BD
+
+
+def measure(model: Coconut, batch: int, rounds: int = 5) -> dict[str, float]:
+    """Seconds of a latent and a token pass each way, and of "answer"; AssertionError where the two bodies disagree."""
+    found: dict[str, float] = {}
+    states = []
+    for body in ("fused", "hugging face"):
+        timed = Timed(model, batch, body)
+        states.append(timed.states())
+        for kind in ("think", "write"):
+            for graphed in (True, False):
+                name = f"{kind}, {body}, {'graph' if graphed else 'launches'}"
+                found[name] = timed.pass_seconds(kind, graphed, rounds)
+        timed.answer()
+        found[f"answer, {body}"] = min(waited(timed.answer, model.device) for _ in range(rounds))
+        assert not timed.runner.trouble, timed.runner.trouble
+    off = ((states[0] - states[1]).abs().max() / states[1].abs().max()).item()
+    assert off < GATE, f"states after {THOUGHTS} thoughts are off by {off:.3g} of the largest value: nothing is timed"
+    return found
+
+
+def weight_bytes(plan: ModelPlan) -> tuple[int, int]:
+    """Of a latent pass, and of the head."""
+    body = sum(p.numel() * p.element_size() for p in plan.blocks.parameters())
+    return body, plan.head.numel() * plan.head.element_size()
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> Coconut:
+    return make_model(request.param, torch.bfloat16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs are a GPU's")
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("model", ["gpt2", "llama-1b"], indirect=True)
+def test_passes(benchmark, figures, model: Coconut, batch: int) -> None:
+    assert reason_not(model) is None
+    plan = describe(model.hf)
+    assert isinstance(plan, ModelPlan)
+    shape = "gpt2" if plan.model_type == "gpt2" else "llama-1b"
+    body, head = weight_bytes(plan)
+    bandwidth, _ = gpu_limits()
+    name = f"{plan.model_type} batch {batch}"
+    figures.card(
+        f"copy {bandwidth / 1e12:.2f} TB/s; {plan.model_type}: a latent pass reads {body / 1e6:.0f} MB "
+        f"({body / bandwidth * 1e6:.0f} us at the limit), a token {(body + head) / 1e6:.0f} MB"
+    )
+    found = benchmark.pedantic(measure, args=(model, batch), rounds=1)
+    for kind, what, size in (("think", "latent", body), ("write", "token", body + head)):
+        ours, limit = found[f"{kind}, fused, graph"], size / bandwidth
+        figures.add(
+            f"{name}: {what} pass",
+            ours,
+            note=f"{limit / ours:.0%} of the limit, {batch / ours:.0f} {what}s/s",
+            limit=limit,
+            fused_launches=found[f"{kind}, fused, launches"],
+            hf_body_graph=found[f"{kind}, hugging face, graph"],
+            hf_body_launches=found[f"{kind}, hugging face, launches"],
+        )
+    figures.add(
+        f"{name}: {THOUGHTS} thoughts + {TOKENS} tokens",
+        found["answer, fused"],
+        limit=((THOUGHTS + 1) * body + TOKENS * (body + head)) / bandwidth,
+        hf_body_graph=found["answer, hugging face"],
+        # compiling costs most of a minute a shape, so at batch 1 alone
+        hf_static_compiled=static_seconds(make_hf(shape, torch.bfloat16).to(model.device)) if batch == 1 else None,
+    )
+
+
+def static_seconds(hf: PreTrainedModel, batch: int = 1, rounds: int = 3) -> float:
+    """Hugging Face's `generate`, static cache, compiled: PASSES decoding passes, prefill and first token taken off."""
+    times = []
+    for new in (1, PASSES + 1):
+        run = partial(hugging_face.static_generate, hf, batch, PROMPT, new)
+        run()  # compiles
+        times.append(min(waited(run, hf.device) for _ in range(rounds)))
+    return times[1] - times[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs are a GPU's")
+@pytest.mark.skipif(official_missing() is not None, reason=str(official_missing()))
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+def test_against_the_official_code(benchmark, figures, model: Coconut, tmp_path) -> None:
+    vocabulary = model.config.vocab_size
+    prompts = make_prompts(vocabulary, 1, PROMPT, THOUGHTS)
+    folder = save_for_peers(make_model("gpt2", device="cpu"), tmp_path)
+    generate(model, prompts, max_new_tokens=TOKENS)
+    benchmark.pedantic(generate, args=(model, prompts), kwargs={"max_new_tokens": TOKENS}, rounds=5, warmup_rounds=1)
+    theirs = official(
+        "generate", folder, vocab_size=vocabulary, dtype="bfloat16", prompts=prompts, max_new_tokens=TOKENS, rounds=3
+    )
+    figures.add(
+        f"gpt2 batch 1, end to end: {PROMPT}-token prompt, {THOUGHTS} thoughts, {TOKENS} tokens",
+        benchmark.stats.stats.min,
+        official=theirs["seconds"],
+    )

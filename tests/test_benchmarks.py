@@ -1,0 +1,46 @@
+"""The GPU benchmarks' own code, run once at a tiny shape, so that it cannot rot where there is no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import bench_graph
+from coconut_fast.infer.graphs import GraphRunner
+from coconut_fast.model.plan import describe
+from tests.families import make_hf, make_pair
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_graph_benchmark(family: str, device, monkeypatch) -> None:
+    monkeypatch.setattr(bench_graph, "PROMPT", 5)
+    monkeypatch.setattr(bench_graph, "ROOM", 32)
+    model = make_pair(family)[0].to(device)
+    model.tokens = replace(model.tokens, eos=None)
+    found = bench_graph.measure(model, 2, rounds=1)
+    assert len(found) == 10 and all(seconds > 0 for seconds in found.values())
+    answers = [bench_graph.Timed(model, 2, body).answer() for body in ("fused", "hugging face")]
+    assert answers[0] == answers[1] and [len(a) for a in answers[0]] == [bench_graph.TOKENS] * 2
+    body, head = bench_graph.weight_bytes(describe(model.hf))
+    assert body + head < sum(4 * p.numel() for p in model.parameters()) <= body + 2 * head + 4 * 257 * 32
+
+
+def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
+    replay = GraphRunner.replay
+
+    def wrong(self, batch, kind, *count):
+        replay(self, batch, kind, *count)
+        if "fused" in self.passes.reason:
+            batch.hidden.mul_(-1)
+
+    monkeypatch.setattr(bench_graph, "PROMPT", 5)
+    monkeypatch.setattr(bench_graph, "ROOM", 32)
+    monkeypatch.setattr(GraphRunner, "replay", wrong)
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        bench_graph.measure(make_pair("gpt2")[0].to(device), 2, rounds=1)
+
+
+def test_the_peers_static_cache(device) -> None:
+    hf = make_hf("gpt2").to(device)
+    assert bench_graph.static_seconds(hf, 2, rounds=1) > 0
