@@ -1,0 +1,83 @@
+"""benchmarks/gpu.sh, run with a stub in the place of python3: its steps, its time, its table, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
+STUB = """#!{python}
+import json, os, pathlib, subprocess, sys
+
+arguments = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(arguments) + "\\n")
+if arguments[:1] == ["-c"]:
+    print("9.0" if "capability" in arguments[1] else "nvidia-h200")
+elif arguments[:2] == ["-m", "benchmarks.summary"]:
+    sys.exit(subprocess.run([{python!r}, *arguments]).returncode)
+elif "--results" in arguments:
+    suite = pathlib.Path(arguments[3]).stem
+    if suite == os.environ.get("FAILS"):
+        sys.exit("no such kernel")
+    row = {{"what": f"row of {{suite}}", "ours": 0.002, "unit": "s", "note": "", "limit": 0.001}}
+    run = {{"device": "H200", "torch": "2.13", "commit": "abc", "card": ["a card"], "rows": [row]}}
+    pathlib.Path(arguments[5], suite + ".json").write_text(json.dumps(run))
+    print("1 passed")
+"""
+
+
+def run(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name in ("python3", "compute-sanitizer"):
+        (stubs / name).write_text(STUB.format(python=sys.executable))
+        (stubs / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(SCRIPT), str(tmp_path / "results")],
+        env={**os.environ, "PATH": path, "CALLS": str(calls), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done, [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def test_limits_add_up_to_less_than_nine_minutes() -> None:
+    limits = [int(n) for n in re.findall(r"^\s*(?:step|suite) \w+ (\d+)", SCRIPT.read_text(), re.MULTILINE)]
+    assert len(limits) == 10 and sum(limits) == int(re.search(r"add up to (\d+) s", SCRIPT.read_text())[1]) <= 540
+
+
+def test_every_step_runs_and_one_table_ends_it(tmp_path) -> None:
+    done, calls = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    suites = [Path(c[3]).stem for c in calls if "--results" in c]
+    named = re.findall(r"^suite (\w+)", SCRIPT.read_text(), re.MULTILINE)
+    assert suites == [f"bench_{n}" for n in named if (SCRIPT.parent / f"bench_{n}.py").is_file()]
+    assert len(suites) >= 5
+    assert any(c[:2] == ["setup.py", "build_ext"] for c in calls) and ["-m", "coconut_fast", "doctor"] in calls
+    table = done.stdout.split("H200, torch 2.13, commit abc\n")[1]
+    assert table.count("a card") == 1 and [f"row of {s}" in table for s in suites] == [True] * len(suites)
+    assert "2 ms" in table and "1 ms (0.50x)" in table
+    assert (tmp_path / "results" / "bench_graph.log").read_text().strip() == "1 passed"
+
+
+def test_a_suite_that_fails_is_named_and_the_rest_goes_on(tmp_path) -> None:
+    done, _ = run(tmp_path, FAILS="bench_graph")
+    assert done.returncode == 1
+    assert re.search(r"bench_graph +FAILED \(1\) in \d+ s: no such kernel", done.stdout)
+    assert "row of bench_train" in done.stdout and "row of bench_graph" not in done.stdout
+
+
+def test_no_gpu_is_said_at_once(tmp_path) -> None:
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", str(SCRIPT)], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "gpu.sh: python3 has no torch that sees a GPU\n"
