@@ -47,7 +47,7 @@ bench: install
 # The C++ module with address and undefined-behaviour sanitizers, in a copy of the package under build/, and its tests.
 # The runtimes must be there before python is; torch's own leaks are not ours to report.
 sanitize: install
-	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" \

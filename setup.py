@@ -20,11 +20,16 @@ THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
 CXX = [*OPTIMISE, *THREADS, "-fvisibility=hidden"]
 NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is at hand to ask
+# Python's own flags ask for debug information: 20 MB of it, and twice the time to compile. CFLAGS may ask for it again.
+os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
 
 TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}  # torch itself asks for it only where it is built for a GPU
+if TORCH not in TRITON:
+    sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.13 is needed")
 DEPENDENCIES = [
     f"torch=={TORCH}.*",
-    "triton>=3.6; platform_system == 'Linux'",
+    f"triton=={TRITON[TORCH]}.*; platform_system == 'Linux'",
     "transformers>=5.17",
     "accelerate>=1.1",
     "tokenizers>=0.22",
@@ -72,9 +77,6 @@ def extension() -> CppExtension:
     shared["define_macros"] = [("COCONUT_FAST_WITH_CUDA", None)]
     return CUDAExtension("coconut_fast._C", sources, extra_compile_args={"cxx": CXX, "nvcc": NVCC}, **shared)
 
-
-if not (2, 11) <= tuple(map(int, TORCH.split("."))) < (2, 14):
-    sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.13 is needed")
 
 setup(
     install_requires=DEPENDENCIES,

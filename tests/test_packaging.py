@@ -191,6 +191,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     assert set(names) - {module} == expected
     minor = ".".join(torch.__version__.split(".")[:2])
     assert f"Requires-Dist: torch=={minor}.*" in metadata, "a wheel requires the torch it was built against"
+    assert re.search(r"Requires-Dist: triton==3\.[67]\.\*; platform_system", metadata), "and that torch's Triton"
     assert "Requires-Python: <3.14,>=3.11" in metadata
 
 
