@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.peers import hugging_face, official, official_missing
-from benchmarks.shapes import make_hf, make_model, make_prompts, save_for_peers
+from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_for_peers
 from benchmarks.timing import gpu_limits, seconds_of, waited
 from coconut_fast import Coconut, generate
 from coconut_fast.infer.decode import Draft, Sampling
@@ -129,9 +129,16 @@ def weight_bytes(plan: ModelPlan) -> tuple[int, int]:
     return body, plan.head.numel() * plan.head.element_size()
 
 
+def made(shape: str) -> PreTrainedModel:
+    """A random bf16 model, drawn on the device: a host would take far longer for a billion numbers."""
+    with torch.device(DEVICE):
+        return make_hf(shape, torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest) -> Coconut:
-    return make_model(request.param, torch.bfloat16)
+    hf = made(request.param)
+    return Coconut(hf, make_tokens(hf.config.vocab_size)).eval()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs are a GPU's")
@@ -167,7 +174,7 @@ def test_passes(benchmark, figures, model: Coconut, batch: int) -> None:
         limit=((THOUGHTS + 1) * body + TOKENS * (body + head)) / bandwidth,
         hf_body_graph=found["answer, hugging face"],
         # compiling costs most of a minute a shape, so at batch 1 alone
-        hf_static_compiled=static_seconds(make_hf(shape, torch.bfloat16).to(model.device)) if batch == 1 else None,
+        hf_static_compiled=static_seconds(made(shape)) if batch == 1 else None,
     )
 
 
@@ -187,7 +194,7 @@ def static_seconds(hf: PreTrainedModel, batch: int = 1, rounds: int = 3) -> floa
 def test_against_the_official_code(benchmark, figures, model: Coconut, tmp_path) -> None:
     vocabulary = model.config.vocab_size
     prompts = make_prompts(vocabulary, 1, PROMPT, THOUGHTS)
-    folder = save_for_peers(make_model("gpt2", device="cpu"), tmp_path)
+    folder = save_for_peers(model, tmp_path)
     generate(model, prompts, max_new_tokens=TOKENS)
     benchmark.pedantic(generate, args=(model, prompts), kwargs={"max_new_tokens": TOKENS}, rounds=5, warmup_rounds=1)
     theirs = official(
