@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -234,3 +235,25 @@ EVERY_DTYPE = (
     "latent_feedback", "residual_norm, layer", "gated_mlp, swiglu", "skinny_linear, one row",
     "skinny_linear, tensor cores", "lm_head_sample, greedy", "lm_head_sample, sampled, one row",
 )  # fmt: skip
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits; NaN (in slots without a token) equals NaN."""
+    return torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+
+
+def function_of(op: str) -> Callable[..., Any]:
+    """The public function of kernels/<op>.py."""
+    return getattr(importlib.import_module(f"coconut_fast.kernels.{op}"), op)
+
+
+def assert_compiles(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Traced as one graph, with its writes made functional and put back (what Inductor is handed): the same bits."""
+    case = CASES[name](dtype, device)
+    function = function_of(case.op)
+    given = case.start()
+    expected = case.run("triton")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda tensors: function(**tensors), backend="aot_eager", fullgraph=True)
+    found = case.results(given, compiled(given))
+    assert all(same(expected[k], found[k]) for k in expected)

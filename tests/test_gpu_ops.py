@@ -7,8 +7,6 @@ there is no GPU and somebody asks for `-m gpu`: that checks these tests, not the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import torch
 from coconut_fast import ops
 from coconut_fast.kernels import reference
 from compare import assert_as_good_as_torch
-from gpu_cases import CASES, CUDA, EVERY_DTYPE, cache_of, fused
+from gpu_cases import CASES, CUDA, EVERY_DTYPE, assert_compiles, cache_of, function_of, fused, same
 from paged import truth_of
 
 pytestmark = [
@@ -25,11 +23,6 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bits; NaN (in slots without a token) equals NaN."""
-    return torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
 
 
 @pytest.mark.parametrize(
@@ -62,28 +55,16 @@ def test_twice_the_same_bits(name, device) -> None:
         assert all(same(first[k], again[k]) for k in first)
 
 
-def _function(op: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"coconut_fast.kernels.{op}"), op)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name, device) -> None:
-    """Traced as one graph, with its writes made functional and put back: what Inductor is handed."""
-    case = CASES[name](DTYPES[-1], device)
-    function = _function(case.op)
-    given = case.start()
-    expected = case.run("triton")
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda tensors: function(**tensors), backend="aot_eager", fullgraph=True)
-    found = case.results(given, compiled(given))
-    assert all(same(expected[k], found[k]) for k in expected)
+    assert_compiles(name, DTYPES[-1], device)
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", CASES)
 def test_in_a_cuda_graph(name, device) -> None:
     case, other = CASES[name](torch.bfloat16, device), CASES[name](torch.bfloat16, device)
-    given, function = case.start(), _function(case.op)
+    given, function = case.start(), function_of(case.op)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -119,7 +100,7 @@ def test_inductor_around_a_chain_of_ops(device) -> None:
     given = fused(12, 12, 64, rotary=False, norm=False)(torch.bfloat16, device).start()
     x, weight = torch.randn(4, 768, device=device), torch.rand(768, device=device).bfloat16()
     qkv = (torch.randn(2304, 768) / 28).to(device, torch.bfloat16)
-    triton = [_function(op) for op in ("residual_norm", "skinny_linear", "decode_attention")]
+    triton = [function_of(op) for op in ("residual_norm", "skinny_linear", "decode_attention")]
     plain = [getattr(reference, f"{op}_ref") for op in ("residual_norm", "skinny_linear", "decode_attention")]
 
     def layer(functions: list, x: torch.Tensor, weight: torch.Tensor, qkv: torch.Tensor, given: dict) -> torch.Tensor:
