@@ -12,32 +12,38 @@
 
 namespace coconut_fast {
 
+#define KERNEL_LEVEL 0
 namespace portable {
 #include "cpu/vec.h"
 #include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/attention_tiles_backward.h"
 }  // namespace portable
+#undef KERNEL_LEVEL
 
 #if COCONUT_FAST_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#define KERNEL_LEVEL 1
 namespace avx2 {
 #include "cpu/vec.h"
 #include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/attention_tiles_backward.h"
 }  // namespace avx2
+#undef KERNEL_LEVEL
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define KERNEL_LEVEL 2
 namespace avx512 {
 #include "cpu/vec.h"
 #include "cpu/attention_rows.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/attention_tiles_backward.h"
 }  // namespace avx512
+#undef KERNEL_LEVEL
 #pragma GCC pop_options
 #endif
 
@@ -102,6 +108,13 @@ void attention_forward(const Attention& a, void* out, void* lse, const Parallel&
   const Kernels k = kernels(a.query_dtype);
   run_all(cut(a, parallel.threads, false), parallel,
           [&](const Task& task) { (task.tiles ? k.tiles_forward : k.rows_forward)(a, task, out, lse); });
+}
+
+void attend_prompt(const Attention& a, int64_t b, int64_t kv_head, void* out, void* lse) {
+  const Kernels k = kernels(Dtype::f32);
+  const int64_t lanes = Row(a, b).lanes();
+  for (int64_t lane = 0; lane < lanes; lane += kChunkLanes)
+    k.tiles_forward(a, {b, kv_head, kv_head + 1, lane, std::min(lane + kChunkLanes, lanes), true}, out, lse);
 }
 
 void attention_backward(const Attention& a, const AttentionGrads& grads, const Parallel& parallel) {
