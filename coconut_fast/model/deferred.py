@@ -149,7 +149,7 @@ class _Uses:
         total, bias = None, None
         for x, grad in large + small:
             if self.bias is not None:
-                part = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+                part = grad.sum(0)
                 bias = part if bias is None else bias.add_(part)
             x = x() if callable(x) else x
             left, right = (grad, x) if self.transposed else (x, grad)
