@@ -96,6 +96,12 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def gelu(x):
+    """x/2 (1 + erf(x / sqrt 2)), the exact one: CODI's projection."""
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def silu(x):
     """x sigmoid(x)."""
     return x / (1 + tl.exp(-x))

@@ -1,6 +1,6 @@
 """The middle of an MLP: bias and activation between its two products, for products that a library computed.
 
-    "gelu_tanh": out = gelu(x + bias)                        x (N, F)      GPT-2
+    "gelu_tanh": out = gelu(x + bias)                        x (N, F)      GPT-2, by tanh; "gelu" by erf
     "swiglu":    out = silu(gate + bias) * (up + bias)       x (N, 2 F), gate then up      the Llama family
 
 Bytes: x read once and out written once, 128-bit accesses. Bound: memory bandwidth. For few rows skinny_linear does the
@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, gelu_tanh, on_device, register, silu
+from .common import check_dtypes, check_shape, gelu, gelu_tanh, on_device, register, silu
 
 
 @triton.jit
-def _activate(x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _activate(
+    x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < F
@@ -25,11 +27,13 @@ def _activate(x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, GATED
     a = tl.load(base + f, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         a += tl.load(bias + f, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
+    if ACTIVATION == "swiglu":
         up = tl.load(base + F + f, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             up += tl.load(bias + F + f, mask=mask, other=0.0).to(tl.float32)
         a = silu(a) * up
+    elif ACTIVATION == "gelu":
+        a = gelu(a)
     else:
         a = gelu_tanh(a)
     tl.store(out + row * F + f, a.to(out.dtype.element_ty), mask=mask)
@@ -38,8 +42,8 @@ def _activate(x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, GATED
 def _launch(x: torch.Tensor, *, activation: str, bias: torch.Tensor | None = None) -> torch.Tensor:
     rows, width = x.shape
     check_dtypes("gated_mlp", x=x, bias=bias)
-    if activation not in ("gelu_tanh", "swiglu"):
-        raise ValueError(f"gated_mlp: activation is {activation!r}, expected 'gelu_tanh' or 'swiglu'")
+    if activation not in ("gelu_tanh", "gelu", "swiglu"):
+        raise ValueError(f"gated_mlp: activation is {activation!r}, expected 'gelu_tanh', 'gelu' or 'swiglu'")
     gated = activation == "swiglu"
     if gated and width % 2:
         raise ValueError(f"gated_mlp: x has {width} columns, expected an even number (gate, then up)")
@@ -58,7 +62,7 @@ def _launch(x: torch.Tensor, *, activation: str, bias: torch.Tensor | None = Non
             x_row=x.stride(0),
             F=inner,
             BLOCK_F=1024,
-            GATED=gated,
+            ACTIVATION=activation,
             HAS_BIAS=bias is not None,
             num_warps=4,
         )

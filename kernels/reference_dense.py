@@ -48,12 +48,13 @@ def residual_norm_ref(
 
 
 def gated_mlp_ref(x: Tensor, *, activation: str, bias: Tensor | None = None) -> Tensor:
-    """gelu(x + bias), tanh approximation, x (N, F); or "swiglu": silu(gate) * up, x = (gate, up) (N, 2 F)."""
+    """gelu(x + bias), x (N, F), by tanh or ("gelu") by erf; or "swiglu": silu(gate) * up, x = (gate, up) (N, 2 F)."""
     wide = _work(x) if bias is None else _work(x) + bias.to(_work(x).dtype)
     if activation == "swiglu":
         gate, up = wide.chunk(2, dim=-1)
         return (torch.nn.functional.silu(gate) * up).to(x.dtype)
-    return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(wide, approximate=approximate).to(x.dtype)
 
 
 # ---- latent_feedback -------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def skinny_linear_ref(
 ) -> Tensor:
     """residual + act(norm(x) W^T + bias): x (M, IN), weight (OUT, IN); in the residual's dtype, else the weight's.
 
-    activation "none", "gelu_tanh", or "swiglu": then weight is (2 OUT, IN), gate rows before up rows.
+    activation "none", "gelu_tanh", "gelu", or "swiglu": then weight is (2 OUT, IN), gate rows before up rows.
     """
     x = _normed(_work(x), norm, norm_weight, norm_bias, eps)
     y = x @ weight.to(x.dtype).t()

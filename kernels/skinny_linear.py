@@ -1,6 +1,6 @@
 """A linear layer for few rows: norm before it, bias, activation and residual behind it, the weights streamed once.
 
-    y = residual + act(norm(x) W^T + bias)       act: none, gelu_tanh, or swiglu: silu(gate) * up with W = (gate, up)
+    y = residual + act(norm(x) W^T + bias)       act: none, gelu_tanh, gelu, or swiglu: silu(gate) * up, W = (gate, up)
 
 Shapes: x (M, IN), M <= 64; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or (2 OUT,); residual
 (M, OUT); norm_weight, norm_bias (IN,). y (M, OUT) has the residual's dtype, the weight's without one: with fp32 rows
@@ -23,6 +23,7 @@ from .common import (
     TRITON_TYPE,
     check_dtypes,
     check_shape,
+    gelu,
     gelu_tanh,
     on_device,
     products,
@@ -57,6 +58,8 @@ def _linear(
         y += tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "gelu_tanh":
         y = gelu_tanh(y)
+    if ACTIVATION == "gelu":
+        y = gelu(y)
     if ACTIVATION == "swiglu":
         up = products(
             x, m, mask_m, x_row, weight, n + OUT, mask_n, weight_row, mean, scale, norm_weight, norm_bias,
@@ -90,8 +93,8 @@ def _launch(
     check_dtypes(op, x=x, weight=weight, bias=bias, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     if rows > MAX_ROWS:
         raise ValueError(f"{op}: x has {rows} rows, expected at most {MAX_ROWS} (a library product is faster beyond)")
-    if activation not in ("none", "gelu_tanh", "swiglu"):
-        raise ValueError(f"{op}: activation is {activation!r}, expected 'none', 'gelu_tanh' or 'swiglu'")
+    if activation not in ("none", "gelu_tanh", "gelu", "swiglu"):
+        raise ValueError(f"{op}: activation is {activation!r}, expected 'none', 'gelu_tanh', 'gelu' or 'swiglu'")
     if norm not in ("none", "layer", "rms"):
         raise ValueError(f"{op}: norm is {norm!r}, expected 'none', 'layer' or 'rms'")
     if (norm_weight is None) != (norm == "none"):

@@ -247,6 +247,17 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"gated_mlp/{label}",
                 lambda a=activation, w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation=a),
             )
+            if gpt2:
+                yield (
+                    f"gated_mlp/{label}/gelu",
+                    lambda w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation="gelu"),
+                )
+                square = empty(dim, dim, dtype=dtype)
+                for x in (one, many):
+                    yield (
+                        f"skinny_linear/{label}/{len(x)}/projection",
+                        lambda x=x, w=square: skinny_linear._launch(x, w, bias=w[0], activation="gelu"),
+                    )
             up, down = empty(wide, dim, dtype=dtype), empty(dim, inner, dtype=dtype)
             normed = {"norm": kind, "norm_weight": weight, "norm_bias": bias, "activation": activation}
             for x in (one, many):

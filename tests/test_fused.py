@@ -159,7 +159,7 @@ def test_launches(family: str, rows: int, device) -> None:
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_feedbacks(feedback: str, device) -> None:
-    model = make_pair("llama")[0]
+    model = make_pair("gpt2", activation_function="gelu")[0]
     model.feedback = make_feedback(feedback, model.hf.get_input_embeddings())
     model.to(device)
     expected = Bench(model, 3, hugging_face).think()

@@ -11,7 +11,7 @@ from paged import truth_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "swiglu"])
 @pytest.mark.parametrize(("rows", "width", "biased"), [(1, 2, False), (3, 200, True), (2, 2500, False)])
 def test_against_the_reference(rows, width, biased, activation, dtype, device) -> None:
     x = (torch.randn(rows, width) * 3).to(device, dtype)

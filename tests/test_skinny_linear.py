@@ -15,6 +15,7 @@ CASES = [  # rows, in, out, keywords
     (4, 40, 5, {}),
     (5, 300, 18, {"norm": "layer", "activation": "swiglu"}),
     (16, 72, 50, {"norm": "rms"}),
+    (2, 48, 20, {"activation": "gelu"}),
     (33, 48, 20, {"activation": "gelu_tanh"}),
 ]
 

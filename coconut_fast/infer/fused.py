@@ -33,12 +33,13 @@ from coconut_fast.infer.native import fingerprint
 from coconut_fast.infer.passes import BUCKETS, StaticBatch
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.feedback import Identity, Rescale
+from coconut_fast.model.feedback import Identity, Projection, Rescale
 from coconut_fast.model.plan import LayerPlan, ModelPlan, describe
 
 SKINNY_ROWS = 16  # of a product that skinny_linear computes; more go to the library
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = {("gelu_tanh", False): "gelu_tanh", ("silu", True): "swiglu"}  # (of the plan, gated) -> of the kernels
+# (activation of the plan, gated) -> of the kernels
+ACTIVATIONS = {("gelu_tanh", False): "gelu_tanh", ("gelu", False): "gelu", ("silu", True): "swiglu"}
 
 
 def reason_not(model: Coconut) -> str | None:
@@ -102,7 +103,14 @@ class FusedPasses:
         model = self._model()
         assert model is not None, "the model is gone, and its passes run"
         for _ in range(count):
-            self._enter(batch, model.feedback(batch.hidden.to(self.dtype)), batch.index)
+            if type(model.feedback) is Projection and batch.size <= SKINNY_ROWS:
+                into, _, out, norm = model.feedback
+                inner_BF = ops.skinny_linear(batch.hidden, into.weight, bias=into.bias, activation="gelu")
+                fed_BD = ops.skinny_linear(inner_BF, out.weight, bias=out.bias)
+                last = {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+                self._enter(batch, fed_BD, batch.index, **last)
+            else:
+                self._enter(batch, model.feedback(batch.hidden.to(self.dtype)), batch.index)
             self._leave(batch, self._layers(batch))
 
     def feed(self, batch: StaticBatch) -> None:
@@ -136,11 +144,12 @@ class FusedPasses:
         target: float = 0.0,
         thought: torch.Tensor | None = None,
         remaining: torch.Tensor | None = None,
+        **norm: Any,
     ) -> None:
-        """source[last] becomes the next input of active rows. With `thought`, source is what the layers left: it goes
-        through the final norm first, and the rows that were in that pass keep the result there."""
+        """source[last], through a norm if one is given, becomes the next input of active rows. With `thought`, source
+        is what the layers left: the norm is the final one, and the rows that were in that pass keep the result there.
+        """
         plan = self.plan
-        norm: dict[str, Any] = {}
         if thought is not None:
             norm = {"norm": plan.norm, "weight": plan.final_norm, "bias": plan.final_norm_bias, "eps": plan.eps}
         ops.latent_feedback(
