@@ -121,6 +121,20 @@ def test_kernels_agree_with_hugging_face(family: str, rows: int, device) -> None
     assert (found[1] - expected[1]).abs().max() <= 1e-5 * expected[1].abs().max()
 
 
+@pytest.mark.parametrize("rows", [2, 5, 18])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_16_bit_states_are_as_good_as_hugging_faces(family: str, rows: int, device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter's bf16 is wrong
+    model, twin = make_pair(family, dtype)
+    model.to(device)
+    plain, ours = Bench(model, rows, hugging_face), Bench(model, rows, FusedPasses)
+    with ops.use("triton"):
+        found = ours.think()
+    assert_as_good_as_torch(
+        found.cpu(), plain.think().float().cpu(), _truth(twin, ours), what="states after the thoughts", working=dtype
+    )
+
+
 def _truth(twin, bench: Bench) -> torch.Tensor:
     """The states after the thoughts, by Hugging Face's model with its own cacheless attention, as good as fp64 gets."""
     double = twin.double()

@@ -41,6 +41,19 @@ def test_replayed_passes_write_what_eager_ones_write(family: str, options: dict,
     assert [ids for output in together for ids in output.token_ids] == [ids for answers in expected for ids in answers]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_thoughts_are_handed_out(family: str, monkeypatch) -> None:
+    model, _ = make_pair(family)
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    expected = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
+    found = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
+    assert found.token_ids == expected.token_ids and found.stats.latent_passes == 19
+    for ours, theirs, count in zip(found.thoughts, expected.thoughts, found.num_thoughts, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == (count, 32)
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_rows_that_end_early_stop_where_they_ended(monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     first = generate(model, [PROMPTS[0]], max_new_tokens=6).token_ids[0]

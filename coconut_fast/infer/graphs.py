@@ -80,7 +80,7 @@ class GraphRunner(EagerRunner):
     def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
         """As EagerRunner.read. Prompts that end `thoughts, one token`, the usual ones, are replayed from there on."""
         usual = all([len(p.tokens) for p in prompt.pieces[1:]] == [1] for prompt in prompts)
-        if not usual or thoughts is not None or len(rows) > BUCKETS[-1]:
+        if not usual or len(rows) > BUCKETS[-1]:
             return super().read(rows, prompts, thoughts)
         with self.clock("prefill"):
             hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
@@ -89,16 +89,22 @@ class GraphRunner(EagerRunner):
         batch.fill(rows, self._lengths(rows), counts)
         batch.hidden[: len(rows)] = hidden_BD
         self.cache.reserve(rows, [c + 1 for c in counts])
-        left = max(counts)
-        with self.clock("think", passes=left):
-            while left:
-                chain = min(left, LONGEST_CHAIN)
+        longest = LONGEST_CHAIN if thoughts is None else 1  # whoever wants the thoughts has them one by one
+        done = 0
+        with self.clock("think", passes=max(counts)):
+            while done < max(counts):
+                if thoughts is not None:
+                    fed_BD = batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
+                    for sink, count, thought_D in zip(thoughts, counts, fed_BD, strict=True):
+                        sink.extend([thought_D] if done < count else [])
+                chain = min(max(counts) - done, longest)
                 self.replay(batch, "think", chain)
-                left -= chain
+                done += chain
         batch.remaining[: len(rows)] = 1
         tails = [p.pieces[1].tokens[0] for p in prompts]
         batch.tokens[: len(rows)] = torch.tensor(tails, device=self.cache.device)
-        self.replay(batch, "feed")
+        with self.clock("prefill", passes=0):
+            self.replay(batch, "feed")
         return batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
 
     @torch.inference_mode()
