@@ -117,8 +117,10 @@ struct Attend {
   __device__ void fetch(int m, int head, int split, const Splits& seen, int position) {
     const int from = max(seen.low, split * kSplit), to = min(position, (split + 1) * kSplit);
     const size_t offset = size_t(head / (a.heads / a.kv_heads)) * a.head_dim;
+#pragma unroll 1
     for (int j = from + threadIdx.x; j < to; j += blockDim.x) {
       const size_t at = size_t(slot_of(m, j)) * a.kv_heads * a.head_dim + offset;
+#pragma unroll 1
       for (int i = 0; i < a.head_dim; i += kLine / int(sizeof(T))) {
         prefetch_line(static_cast<const T*>(layer.keys) + at + i);
         prefetch_line(static_cast<const T*>(layer.values) + at + i);
@@ -136,11 +138,12 @@ struct Attend {
   __device__ void score(int from, int to, int kv_head, int position) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, at_once = kWarp / lanes;
     const int step = blockDim.x / kWarp * at_once;
-#pragma unroll 4
+#pragma unroll 2
     for (int start = from + warp * at_once; start < to; start += step) {  // the same for all lanes of a warp
       const int j = start + lane / lanes;
       float dot = 0;
       if (j < to)
+#pragma unroll 1
         for (int i = lane % lanes * V; i < a.head_dim; i += lanes * V) {
           uint4 k{};
           if (j != position) k = stored(layer.keys, slots[j - from], kv_head, i);
@@ -161,11 +164,12 @@ struct Attend {
   __device__ void add_values(int from, int to, int kv_head, int position, float top) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, at_once = kWarp / lanes;
     const int step = blockDim.x / kWarp * at_once, turns = divide_up(a.head_dim, lanes * V);
+#pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {  // the same for all lanes
       const int i = (turn * lanes + lane % lanes) * V;
       float sum[V] = {};
       if (i < a.head_dim) {
-#pragma unroll 4
+#pragma unroll 2
         for (int j = from + warp * at_once + lane / lanes; j < to; j += step) {
           uint4 stored_value{};
           if (j != position) stored_value = stored(layer.values, slots[j - from], kv_head, i);
@@ -193,7 +197,9 @@ static __device__ __forceinline__ float combined(const Arguments& a, int m, int 
   const size_t head = (size_t(m) * a.heads + k / a.head_dim) * a.splits;
   const float *stats = a.stats + 2 * head, *partial = a.partial + head * a.head_dim + k % a.head_dim;
   float top = -INFINITY, total = 0, sum = 0;
+#pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) top = fmaxf(top, stats[2 * s]);
+#pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) {
     const float weight = expf(stats[2 * s] - top);
     total = fmaf(weight, stats[2 * s + 1], total);

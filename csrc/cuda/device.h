@@ -111,6 +111,7 @@ constexpr int kLine = 128;
 
 // The lines of [p, p + bytes) into L2, shared out over the block.
 static __device__ __forceinline__ void prefetch(const void* p, size_t bytes) {
+#pragma unroll 1
   for (size_t at = threadIdx.x * size_t(kLine); at < bytes; at += blockDim.x * size_t(kLine))
     prefetch_line(static_cast<const char*>(p) + at);
 }
@@ -131,31 +132,29 @@ static __device__ __forceinline__ float warp_max(float x) {
 
 // N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves how many sums a
 // lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
-template <int N>
-static __device__ __forceinline__ int warp_sums(float (&v)[N]) {
-  const int lane = threadIdx.x % kWarp;
-  int mask = kWarp / 2;
+template <int N, int Mask = kWarp / 2>
+static __device__ __forceinline__ void warp_sums(float* v) {
+  if constexpr (N > 1) {
+    const bool upper = threadIdx.x & Mask;
 #pragma unroll
-  for (int n = N; n > 1; n /= 2, mask /= 2) {
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < n / 2; ++i) {
-      const float kept = upper ? v[i + n / 2] : v[i], given = upper ? v[i] : v[i + n / 2];
-      v[i] = kept + shuffle_xor(given, mask);
+    for (int i = 0; i < N / 2; ++i) {
+      const float kept = upper ? v[i + N / 2] : v[i], given = upper ? v[i] : v[i + N / 2];
+      v[i] = kept + shuffle_xor(given, Mask);
     }
+    warp_sums<N / 2, Mask / 2>(v);
+  } else if constexpr (Mask > 0) {
+    v[0] += shuffle_xor(v[0], Mask);
+    warp_sums<1, Mask / 2>(v);
   }
-#pragma unroll
-  for (; mask > 0; mask /= 2) v[0] += shuffle_xor(v[0], mask);
-  return lane / (kWarp / N);
 }
 
 // N sums over the block, known to all of its threads afterwards. scratch: N * (1 + warps) floats of shared memory.
 template <int N>
 static __device__ void block_sums(float (&v)[N], float* scratch) {
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const int which = warp_sums<N>(v);
+  warp_sums<N>(v);
   __syncthreads();  // the last sums have been read
-  if (threadIdx.x % (kWarp / N) == 0) scratch[N * (1 + warp) + which] = v[0];
+  if (threadIdx.x % (kWarp / N) == 0) scratch[N * (1 + warp) + threadIdx.x % kWarp / (kWarp / N)] = v[0];
   __syncthreads();
   if (threadIdx.x < N) {
     float sum = 0;

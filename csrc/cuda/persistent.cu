@@ -13,18 +13,28 @@
 
 namespace coconut_fast {
 
-// Shared memory, from its start: where the rows stand; the block's instructions and the layers' pointers, so that no phase
-// begins with a chain of loads; scratch for sums over the block; the norm of the phase; then what the phase needs.
-struct Rows {
-  int passes[kMaxRows], lengths[kMaxRows];
+// What all threads of a block know, at the start of its shared memory. The arguments are here because what the compiler
+// would compute of kernel parameters ahead of the loop over phases takes 40 registers; instructions and the layers' pointers
+// because no phase should begin with a chain of loads.
+template <class T>
+struct Board {
+  Arguments arguments;
+  int capacity;                           // floats of one row of staged inputs
+  int passes[kMaxRows], lengths[kMaxRows];  // of the rows, before the first pass
+  float mean[kMaxRows], scale[kMaxRows];  // of the norm that a phase begins with
+  Instruction* program;                   // of this block
+  Layer* layers;
+  float *scratch, *data;                  // for sums over the block; for what the phase needs
+  T *norm, *norm_bias;                    // the phase's
 };
 
 template <class T>
-struct Shared {
-  size_t layers, scratch, norm, norm_bias, data;  // offsets in bytes
+struct Offsets {  // of the parts behind the board, in bytes
+  size_t program, layers, scratch, norm, norm_bias, data;
 
-  __host__ __device__ Shared(const Arguments& a, int threads) {
-    layers = sizeof(Rows) + sizeof(Instruction) * a.phases;
+  __host__ __device__ Offsets(const Arguments& a, int threads) {
+    program = (sizeof(Board<T>) + 15) / 16 * 16;
+    layers = program + sizeof(Instruction) * a.phases;
     scratch = (layers + sizeof(Layer) * a.depth + 15) / 16 * 16;
     norm = scratch + sizeof(float) * kMaxRows * (1 + threads / kWarp);
     norm_bias = norm + sizeof(T) * a.dim;
@@ -46,36 +56,36 @@ struct Block {
     float bias, up_bias, x;
   };
 
+  Board<T>& board;
   const Arguments& a;
-  const int capacity;  // floats of one row of staged inputs
-  Rows& place;
-  Instruction* program;
-  Layer* layers;
-  float *scratch, *data;
-  T *norm, *norm_bias;
   int pass = 0;
 
-  __device__ Block(const Arguments& a, int capacity)
-      : a(a), capacity(capacity), place(*reinterpret_cast<Rows*>(dynamic_shared())) {
-    char* start = reinterpret_cast<char*>(&place);
-    const Shared<T> at(a, blockDim.x);
-    program = reinterpret_cast<Instruction*>(start + sizeof(Rows)), layers = reinterpret_cast<Layer*>(start + at.layers);
-    scratch = reinterpret_cast<float*>(start + at.scratch), data = reinterpret_cast<float*>(start + at.data);
-    norm = reinterpret_cast<T*>(start + at.norm), norm_bias = reinterpret_cast<T*>(start + at.norm_bias);
+  __device__ Block(const Arguments& given, int capacity)
+      : board(*reinterpret_cast<Board<T>*>(dynamic_shared())), a(board.arguments) {
+    char* start = reinterpret_cast<char*>(&board);
+    const Offsets<T> at(given, blockDim.x);
+    if (threadIdx.x == 0) {
+      board.arguments = given, board.capacity = capacity;
+      board.program = reinterpret_cast<Instruction*>(start + at.program);
+      board.layers = reinterpret_cast<Layer*>(start + at.layers);
+      board.scratch = reinterpret_cast<float*>(start + at.scratch), board.data = reinterpret_cast<float*>(start + at.data);
+      board.norm = reinterpret_cast<T*>(start + at.norm), board.norm_bias = reinterpret_cast<T*>(start + at.norm_bias);
+    }
     if (threadIdx.x < kMaxRows) {
       const int m = threadIdx.x;
-      place.passes[m] = m < a.batch ? max(min(a.remaining[m], a.passes), 0) : 0;
-      place.lengths[m] = m < a.batch ? a.lengths[m] : 0;
+      board.passes[m] = m < given.batch ? max(min(given.remaining[m], given.passes), 0) : 0;
+      board.lengths[m] = m < given.batch ? given.lengths[m] : 0;
     }
-    copy_words<Instruction, uint4>(program, a.program + size_t(blockIdx.x) * a.phases, a.phases);
-    copy_words<Layer, uint64_t>(layers, a.layers, a.depth);
+    __syncthreads();
+    copy_words<Instruction, uint4>(board.program, a.program + size_t(blockIdx.x) * a.phases, a.phases);
+    copy_words<Layer, uint64_t>(board.layers, a.layers, a.depth);
     __syncthreads();
   }
 
-  __device__ bool active(int m) const { return pass < place.passes[m]; }
+  __device__ bool active(int m) const { return pass < board.passes[m]; }
 
   __device__ bool linear(const Instruction& now, Lin& to) const {
-    const Layer& layer = layers[now.layer];
+    const Layer& layer = board.layers[now.layer];
     switch (now.opcode) {
       case kQkv: to.init(layer.qkv, layer.qkv_bias, a.dim, now, 0); return true;
       case kOut: to.init(layer.o, layer.o_bias, a.heads * a.head_dim, now, 0); return true;
@@ -86,14 +96,14 @@ struct Block {
   }
 
   __device__ bool normed(const Instruction& now, const void*& weight, const void*& bias) const {
-    const Layer& layer = layers[now.layer];
+    const Layer& layer = board.layers[now.layer];
     weight = now.opcode == kQkv ? layer.norm1 : layer.norm2;
     bias = now.opcode == kQkv ? layer.norm1_bias : layer.norm2_bias;
     return now.opcode == kQkv || now.opcode == kUp;
   }
 
   // Chunks of a row that fit into the staged inputs at once.
-  __device__ int chunks_at_once(const Lin& lin) const { return capacity / (lin.chunk * Lin::kLoad); }
+  __device__ int chunks_at_once(const Lin& lin) const { return board.capacity / (lin.chunk * Lin::kLoad); }
 
   // Into L2, while this block still waits or works: what the next instruction will read.
   __device__ void fetch(const Instruction& next) {
@@ -113,27 +123,28 @@ struct Block {
   // Before the barrier: a linear phase's first weights, its norm, and the biases of this thread's own output.
   __device__ void ask(const Instruction& now, Lin& lin, typename Lin::Held& held, Early& early) {
     lin.slice(0, chunks_at_once(lin));
-    lin.load(held);
+    lin.load(lin.ahead, held);
     const void *weight, *bias;
     if (normed(now, weight, bias))
+#pragma unroll 1
       for (int i = threadIdx.x * kVector<T>; i < a.dim; i += blockDim.x * kVector<T>) {
-        copy_async(norm + i, static_cast<const T*>(weight) + i);
-        if (bias) copy_async(norm_bias + i, static_cast<const T*>(bias) + i);
+        copy_async(board.norm + i, static_cast<const T*>(weight) + i);
+        if (bias) copy_async(board.norm_bias + i, static_cast<const T*>(bias) + i);
       }
     const int index = lin.count ? threadIdx.x % lin.count : 0;
     const bool mine = int(threadIdx.x) < lin.count * B;
-    early.bias = mine ? lin.bias_of(index) : 0.0f;
-    early.up_bias = mine && lin.second ? lin.bias_of(lin.count + index) : 0.0f;
+    early.bias = mine ? lin.bias_of(index, false) : 0.0f;
+    early.up_bias = mine && lin.second ? lin.bias_of(index, true) : 0.0f;
   }
 
   template <class Run>
   __device__ void each_split(const Instruction& now, Run run) {
-    const Layer& layer = layers[now.layer];
-    Attend<T> attend(a, layer, data);
+    const Layer& layer = board.layers[now.layer];
+    Attend<T> attend(a, layer, board.data);
     for (int tile = now.first; tile < now.last; ++tile) {
       const int way = tile % a.ways, head = tile / a.ways % a.heads, m = tile / a.ways / a.heads;
       if (!active(m)) continue;
-      const int position = place.lengths[m] + pass;
+      const int position = board.lengths[m] + pass;
       const Splits seen(position, layer.window);
       for (int s = seen.first + (way + a.ways - seen.first % a.ways) % a.ways; s <= seen.last; s += a.ways)
         run(attend, m, head, s, seen, position);
@@ -149,41 +160,39 @@ struct Block {
   // The end of a pass and the start of the next; behind the last pass, its end alone.
   __device__ void feed(const Instruction& now) {
     for (int m = now.first; m < now.last; ++m) {
-      const bool made = pass > 0 && pass <= place.passes[m];
+      const bool made = pass > 0 && pass <= board.passes[m];
       float *x = a.x + size_t(m) * a.dim, *hidden = a.hidden + size_t(m) * a.dim;
       // Each thread comes back to its own elements only, so nobody waits between these loops.
       if (made) {
         const T *weight = static_cast<const T*>(a.final_norm), *bias = static_cast<const T*>(a.final_norm_bias);
-        float mean[1], scale[1];
-        statistics<1>(x, a.dim, a.layer_norm, a.eps, 1, mean, scale, scratch);
+        statistics<1>(x, a.dim, a.layer_norm, a.eps, 1, board.mean, board.scale, board.scratch);
         for (int k = threadIdx.x; k < a.dim; k += blockDim.x)
-          hidden[k] = (x[k] - mean[0]) * scale[0] * to_float(weight[k]) + (bias ? to_float(bias[k]) : 0.0f);
+          hidden[k] = (x[k] - board.mean[0]) * board.scale[0] * to_float(weight[k]) + (bias ? to_float(bias[k]) : 0.0f);
       }
       if (active(m)) {
         float factor = 1.0f;
         if (a.rescale > 0) {
           float squares[1] = {};
           for (int k = threadIdx.x; k < a.dim; k += blockDim.x) squares[0] = fmaf(hidden[k], hidden[k], squares[0]);
-          block_sums<1>(squares, scratch);
+          block_sums<1>(squares, board.scratch);
           factor = a.rescale / fmaxf(sqrtf(squares[0]), 1.1754943508222875e-38f);
         }
         const T* embedding = static_cast<const T*>(a.embedding);
-        if (embedding) embedding += size_t(place.lengths[m] + pass) * a.dim;
+        if (embedding) embedding += size_t(board.lengths[m] + pass) * a.dim;
         for (int k = threadIdx.x; k < a.dim; k += blockDim.x)
           x[k] = hidden[k] * factor + (embedding ? to_float(embedding[k]) : 0.0f);
       }
       if (pass == a.passes && threadIdx.x == 0)
-        a.positions[m] += place.passes[m], a.lengths[m] += place.passes[m], a.remaining[m] -= place.passes[m];
+        a.positions[m] += board.passes[m], a.lengths[m] += board.passes[m], a.remaining[m] -= board.passes[m];
     }
   }
 
   // Element k of row m of a linear phase's input.
-  __device__ __forceinline__ float input(const Instruction& now, int m, int k, const Splits& seen, float mean,
-                                         float scale, bool biased) const {
+  __device__ __forceinline__ float input(const Instruction& now, int m, int k, const Splits& seen, bool biased) const {
     if (now.opcode == kOut) return combined(a, m, k, seen);
     if (now.opcode == kDown) return a.mid[size_t(m) * a.inner + k];
-    const float y = (a.x[size_t(m) * a.dim + k] - mean) * scale * to_float(norm[k]);
-    return biased ? y + to_float(norm_bias[k]) : y;
+    const float y = (a.x[size_t(m) * a.dim + k] - board.mean[m]) * board.scale[m] * to_float(board.norm[k]);
+    return biased ? y + to_float(board.norm_bias[k]) : y;
   }
 
   // y = linear(input): what `ask` asked for is there, or comes.
@@ -191,41 +200,42 @@ struct Block {
     const int outputs = lin.count * B;
     const bool adds = now.opcode == kOut || now.opcode == kDown;
     early.x = adds && int(threadIdx.x) < outputs && active(threadIdx.x / lin.count) ? *residual(lin, threadIdx.x) : 0.0f;
-    float mean[B] = {}, scale[B] = {};
     const void *weight, *bias;
     if (normed(now, weight, bias)) {
       unsigned rows = 0;
       for (int m = 0; m < B; ++m) rows |= unsigned(active(m)) << m;
       copies_done();
-      statistics<B>(a.x, a.dim, a.layer_norm, a.eps, rows, mean, scale, scratch);
+      statistics<B>(a.x, a.dim, a.layer_norm, a.eps, rows, board.mean, board.scale, board.scratch);
     }
-    float* sums = data + B * capacity;
+    float* sums = board.data + B * board.capacity;
     for (int from = 0; from < lin.chunks; from += lin.staged) {
       if (from > 0) {
         lin.slice(from, chunks_at_once(lin));
-        lin.load(held);
+        lin.load(lin.ahead, held);
         __syncthreads();  // the slice before has been read
       }
       const int staged = lin.staged * lin.chunk * Lin::kLoad, first = from * lin.chunk * Lin::kLoad;
-#pragma unroll
+#pragma unroll 1
       for (int m = 0; m < B; ++m) {
         const bool live = active(m);
-        const Splits seen(place.lengths[m] + pass, layers[now.layer].window);
+        const Splits seen(board.lengths[m] + pass, board.layers[now.layer].window);
+#pragma unroll 1
         for (int i = threadIdx.x; i < staged; i += blockDim.x) {  // zero for rows that rest, and behind the row's end
           const bool there = live && first + i < lin.width;
-          const float value = there ? input(now, m, first + i, seen, mean[m], scale[m], bias) : 0.0f;
-          data[m * staged + coconut_fast::place<kVector<T>>(i)] = value;
+          const float value = there ? input(now, m, first + i, seen, bias) : 0.0f;
+          board.data[coconut_fast::place<kVector<T>, B>(m, i)] = value;
         }
       }
       __syncthreads();
-      lin.multiply(data, held, sums);
+      lin.multiply(board.data, held, sums);
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
       if (!active(i / lin.count)) continue;
       if (i >= int(blockDim.x)) {  // a share of more outputs than threads
-        early.bias = lin.bias_of(i % lin.count);
-        if (lin.second) early.up_bias = lin.bias_of(lin.count + i % lin.count);
+        early.bias = lin.bias_of(i % lin.count, false);
+        if (lin.second) early.up_bias = lin.bias_of(i % lin.count, true);
         if (adds) early.x = *residual(lin, i);
       }
       finish(now, lin, sums, i, early);
@@ -239,11 +249,11 @@ struct Block {
 
   __device__ void finish(const Instruction& now, const Lin& lin, const float* sums, int i, const Early& early) const {
     const int m = i / lin.count, index = i % lin.count, n = lin.first + index;
-    const float y = lin.sum_of(sums, index, m) + early.bias;
+    const float y = lin.sum_of(sums, index, false, m) + early.bias;
     if (now.opcode == kQkv) {
       a.qkv[size_t(m) * (a.heads + 2 * a.kv_heads) * a.head_dim + n] = y;
     } else if (now.opcode == kUp) {
-      const float up = a.gated ? lin.sum_of(sums, lin.count + index, m) + early.up_bias : 0.0f;
+      const float up = a.gated ? lin.sum_of(sums, index, true, m) + early.up_bias : 0.0f;
       a.mid[size_t(m) * a.inner + n] = a.gated ? silu(y) * up : gelu_tanh(y);
     } else {
       *residual(lin, i) = early.x + y;
@@ -255,14 +265,14 @@ template <class T, int B>
 __global__ void __launch_bounds__(kThreads, 1) think(const Arguments a, int capacity) {
   Block<T, B> block(a, capacity);
   for (int at = a.begin; at < a.end; ++at) {
-    const Instruction& now = block.program[at % a.phases];
+    const Instruction& now = block.board.program[at % a.phases];
     block.pass = at / a.phases;
     Linear<T, B> lin;
     typename Linear<T, B>::Held held;
     typename Block<T, B>::Early early;
     const bool linear = block.linear(now, lin);
     if (linear) block.ask(now, lin, held, early);
-    if (at + 1 < a.end) block.fetch(block.program[(at + 1) % a.phases]);
+    if (at + 1 < a.end) block.fetch(block.board.program[(at + 1) % a.phases]);
     const int due = block.pass * a.phases + now.wait - a.begin;  // phases before `begin` are complete
     wait(a.counter, max(due, 0) * gridDim.x);
     if (linear) block.run(now, lin, held, early);
@@ -293,7 +303,7 @@ static int choose_capacity(const Arguments& a, int blocks, int threads, size_t l
     if (chunks * chunk * Lin::kLoad > widest) widest = chunks * chunk * Lin::kLoad;
     if (chunk * Lin::kLoad > step) step = chunk * Lin::kLoad;
   }
-  const size_t fixed = Shared<T>(a, threads).data;
+  const size_t fixed = Offsets<T>(a, threads).data;
   for (int capacity = divide_up(widest, step) * step; capacity > 0; capacity -= step) {
     size_t floats = B * size_t(capacity) + sums;
     if (floats < size_t(attend_floats(a.head_dim, threads))) floats = attend_floats(a.head_dim, threads);
