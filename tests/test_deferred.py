@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -54,3 +56,58 @@ def test_passes_that_backward_never_reaches_lose_nothing(detach_after: int) -> N
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_token_gradients_join_the_heads(tied: bool) -> None:
+    """One weight under the embedding and the head, or two; and a frozen embedding, which gets no gradient."""
+    model, _ = make_pair("gpt2", torch.float64, tie_word_embeddings=tied)
+    expected, found = _gradients(model, False), _gradients(model, True)
+    assert found.keys() == expected.keys() and ("hf.lm_head.weight" in found) != tied
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-14, msg=name)
+    model.hf.get_input_embeddings().weight.requires_grad_(False)
+    assert _gradients(model, True).keys() == _gradients(model, False).keys()
+
+
+def _kept(model, defer: bool) -> int:
+    """Bytes that a forward keeps for its backward, weights apart."""
+    storages: dict[int, int] = {}
+    model.defer_weight_gradients = defer
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = model(batch=collate(ROWS, TOKENS.thought, LABELS)).loss
+    assert loss.requires_grad
+    return sum(size for at, size in storages.items() if at not in weights)
+
+
+def test_neither_normed_inputs_nor_gelus_outputs_are_kept(monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    monkeypatch.setattr(deferred, "SMALL", 512)
+    everything = _kept(model, True)
+    monkeypatch.setattr(deferred, "SMALL", 0)
+    tokens = sum(map(len, ROWS))
+    layers, width = model.num_layers, model.config.n_embd
+    # per layer two norms of (T, D) and one GELU of (T, 4 D), and this small model's attention has others' share
+    assert everything - _kept(model, True) >= 0.9 * layers * tokens * width * 6 * 4
+
+
+def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
+    """What can be computed again is known by its memory: a later write into it must be noticed."""
+    weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    x = torch.randn(deferred.SMALL + 1, 4, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for defer in (False, True):
+        with deferred.DeferredWeightGradients() if defer else nullcontext():
+            y = torch.nn.functional.gelu(x)
+            with torch.no_grad():
+                y.mul_(2.0)
+            torch.addmm(torch.zeros(3, dtype=torch.float64), y, weight).square().sum().backward()
+        gradients.append(weight.grad)
+        weight.grad = None
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
