@@ -150,6 +150,10 @@ static void attend(const Attend& a, int token, int first_head, int last_head, in
   else attend_row<Bf16Cache>(a, token, first_head, last_head, row, position);
 }
 
+static void query(const Attend& a, int token, int head, float* out) {
+  rotate(a, token, a.qkv + token * a.qkv_stride + size_t(head) * a.head_dim, a.q_norm, 1.0f, out);
+}
+
 static void write(const Attend& a, int token, int head, int row, int position) {
   const int n = a.head_dim;
   const float* key = a.qkv + token * a.qkv_stride + size_t(a.heads + head) * n;

@@ -31,6 +31,10 @@ struct Parallel {
 // out (T, heads, value_dim) of query_dtype, lse (T, heads) fp32 (fp64 for f64); every element is written.
 void attention_forward(const Attention& attention, void* out, void* lse, const Parallel& parallel);
 
+// One kv head of row b of the call (f32 query), by tiles of queries and keys, for a caller with threads of its own.
+// `out` may be `query`. A query's bits do not depend on the other queries of its row's call.
+void attend_prompt(const Attention& attention, int64_t b, int64_t kv_head, void* out, void* lse);
+
 struct AttentionGrads {
   const void *grad_out, *out;    // (T, heads, value_dim) of query_dtype
   const void* lse;               // (T, heads)

@@ -42,6 +42,9 @@ Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int
   scratch_ = make_memory<float>(scratch_stride_ * threads);
   cos_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
   sin_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
+  queries_ = make_memory<float>(size_t(max_tokens) * shape.heads * shape.head_dim);
+  lse_ = make_memory<float>(size_t(max_tokens) * shape.heads);
+  runs_.rows.resize(max_tokens), runs_.lengths.resize(max_tokens), runs_.offsets.resize(max_tokens + 1);
   candidates_ = make_memory<Candidates>(size_t(max_tokens) * threads);
   row_logits_ = make_memory<float>(shape.vocab);
   order_ = make_memory<int>(shape.vocab);
@@ -165,13 +168,19 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
       // Every thread walks alike; thread 0 writes the list down.
       const int first_row = row, first_done = done;
       int count = 0;
+      if (t == 0) runs_.count = 0;
       for (; row < rows.count && count < max_tokens_;) {
         const int n = std::min(counts[row] - done, max_tokens_ - count);
-        if (t == 0)
+        if (t == 0 && n > 0) {
           for (int i = 0; i < n; ++i) {
             tokens_[count + i] = {rows.rows[row], rows.starts[row] + done + i};
             active_[count + i] = row;
           }
+          runs_.rows[runs_.count] = rows.rows[row];
+          runs_.lengths[runs_.count] = rows.starts[row] + done + n;
+          runs_.offsets[runs_.count++] = count;
+          runs_.offsets[runs_.count] = count + n;
+        }
         count += n, done += n;
         if (done < counts[row]) break;
         ++row, done = 0;
@@ -184,7 +193,7 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
       }
       start_tokens(t, count);
       next += count;
-      body(t, count, cache, layers_[0].qkv);
+      body(t, count, cache, layers_[0].qkv, true);
       // Rows whose last token was in this pass.
       int m = -1;
       for (int r = first_row, from = first_done; r < row; ++r, from = 0) {

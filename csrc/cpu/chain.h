@@ -126,6 +126,12 @@ class Chain {
     int32_t row, position;
   };
 
+  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them.
+  struct Runs {
+    int count = 0;
+    std::vector<int32_t> rows, offsets, lengths;
+  };
+
   // A row of a decode call.
   struct RowState {
     int32_t pending, position;
@@ -141,7 +147,9 @@ class Chain {
   // Lists the rows i with position(i) >= 0 in active_ and tokens_, and says how many.
   template <class Position>
   int gather(int t, const RowsView& rows, Position position);
-  void body(int t, int tokens, const CacheView& cache, const Linear& after);
+  void body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt = false);
+  void attend_tokens(int t, int tokens, const Attend& attend);
+  void attend_runs(int t, int tokens, const Attend& attend);
   void normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to);
   Input inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to);
   template <class Finish>
@@ -179,6 +187,8 @@ class Chain {
   Inputs from_x_, from_attended_, from_mid_;
   Memory<float> sums_, scratch_, cos_, sin_;  // per thread; per token
   size_t sums_stride_ = 0, scratch_stride_ = 0;
+  Memory<float> queries_, lse_;  // of prefill: (tokens, heads, head_dim), (tokens, heads)
+  Runs runs_;
   std::vector<Token> tokens_;
   int gathered_ = 0;
   std::vector<int> active_;  // index among the call's rows of each token of the pass

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/attention.h"
 #include "cpu/chain.h"
 
 namespace coconut_fast {
@@ -41,9 +42,48 @@ Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear
   return to.view();
 }
 
-void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after) {
+// Thoughts and tokens: one position a row, head by head through its keys and values.
+void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
+  const int heads = shape_.kv_heads;
+  const auto [first, last] = share(tokens * heads, t, team_.size());
+  for (int i = first; i < last; ++i) {
+    const Token& token = tokens_[i / heads];
+    kernels_.write(attend, i / heads, i % heads, token.row, token.position);
+  }
+  team_.barrier();
+  for (int i = first, m, end; i < last; i = end) {
+    m = i / heads;
+    end = std::min(last, (m + 1) * heads);
+    kernels_.attend(attend, m, i % heads, end - m * heads, tokens_[m].row, tokens_[m].position);
+  }
+  team_.barrier();
+}
+
+// Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
+// never on what it is batched with.
+void Chain::attend_runs(int t, int tokens, const Attend& a) {
+  const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
+  const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
+  for (int m = t; m < tokens; m += size) {
+    for (int h = 0; h < a.kv_heads; ++h) kernels_.write(a, m, h, tokens_[m].row, tokens_[m].position);
+    for (int h = 0; h < a.heads; ++h) kernels_.query(a, m, h, query_of(m, h));
+  }
+  team_.barrier();
+  const Attention attention{queries_.get(), a.keys, a.values, a.page_table, runs_.rows.data(), runs_.offsets.data(),
+                            runs_.lengths.data(), Dtype::f32, a.dtype, runs_.count, a.heads, a.kv_heads, n, n,
+                            a.pages_per_row, a.page_size, a.window, a.scaling, 0, 0, 0};
+  for (int i = t; i < runs_.count * a.kv_heads; i += size) {
+    const int run = i / a.kv_heads, head = i % a.kv_heads;
+    attend_prompt(attention, run, head, queries_.get(), lse_.get());
+    for (int m = runs_.offsets[run]; m < runs_.offsets[run + 1]; ++m)
+      std::copy_n(query_of(m, head * shared), shared * n, a.out + m * a.out_stride + size_t(head) * shared * n);
+  }
+  team_.barrier();
+}
+
+// `prompt`: the tokens are those of runs_.
+void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt) {
   const ChainShape& s = shape_;
-  const int items = tokens * s.kv_heads;
   const auto store_to = [&](const Linear& linear, const Rows& rows) {
     return [&, out = rows.data.get(), stride = rows.stride](int c, const float* sums) {
       const int width = linear.width();
@@ -67,18 +107,8 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after)
                         cache.keys[l], cache.values[l], cache.dtype, cache.page_table, cache.pages_per_row,
                         cache.page_size, s.heads, s.kv_heads, s.head_dim, layer.window, layer.scaling,
                         scratch_.get() + t * scratch_stride_};
-    const auto [first, last] = share(items, t, team_.size());
-    for (int i = first; i < last; ++i) {
-      const Token& token = tokens_[i / s.kv_heads];
-      kernels_.write(attend, i / s.kv_heads, i % s.kv_heads, token.row, token.position);
-    }
-    team_.barrier();
-    for (int i = first, m, end; i < last; i = end) {
-      m = i / s.kv_heads;
-      end = std::min(last, (m + 1) * s.kv_heads);
-      kernels_.attend(attend, m, i % s.kv_heads, end - m * s.kv_heads, tokens_[m].row, tokens_[m].position);
-    }
-    team_.barrier();
+    if (prompt) attend_runs(t, tokens, attend);
+    else attend_tokens(t, tokens, attend);
 
     multiply(t, layer.o, inputs_of(t, tokens, attended_, layer.o, from_attended_), tokens, layer.up,
              add_to(layer.o, x_));

@@ -64,6 +64,8 @@ struct Kernels {
   void (*rotary)(int position, const float* inv_freq, int half, float scaling, float* cos, float* sin);
   // Writes key and value head `head` of `token` to its slot: normed, rotated, converted.
   void (*write)(const Attend& attend, int token, int head, int row, int position);
+  // Query head `head` of `token`: normed and rotated, not scaled.
+  void (*query)(const Attend& attend, int token, int head, float* out);
   // Attention of the query heads that share the kv heads [first_head, last_head)
   void (*attend)(const Attend& attend, int token, int first_head, int last_head, int row, int position);
   // See sampling.h and pick_kernel.h
@@ -77,7 +79,6 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
-const Kernels* amx_kernels();
 
 const Kernels& kernels_for(Isa isa);
 

@@ -27,6 +27,7 @@ static const Kernels kTable = {
     .finish_activate = finish_activate,
     .rotary = rotary,
     .write = write,
+    .query = query,
     .attend = attend,
     .pick = pick,
     .tally = tally,
