@@ -10,8 +10,8 @@ embedding notes ids and gradients, which are added into the gradient of the head
 The input of a product that is the result of LayerNorm or GELU is not kept but computed again from theirs, which
 autograd keeps anyway: on GPT-2 a third of all activations for one hundredth of the time.
 
-A mode around the passes routes `torch.nn.functional.linear`, `embedding`, `layer_norm`, `gelu` and `torch.addmm` (GPT-2's
-Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
+A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional and `torch.addmm`
+(GPT-2's Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
 """
 
 from __future__ import annotations
