@@ -133,6 +133,32 @@ def test_a_step_of_the_optimizer_is_seen_by_the_kept_runner(family: str, fused: 
 
 
 @pytest.mark.usefixtures("kept")
+def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
+    """Its copies of the weights die with it; a runner made outside would compute in the weights' dtype."""
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
+    assert graphs._kept[model].passes.layers[0].qkv.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        runner = graphs.lease(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
+        assert runner.passes.layers[0].qkv.dtype == runner.passes.head.dtype == torch.bfloat16
+        assert runner.passes.layers[0].norm1.dtype == torch.float32
+        under = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
+        assert model not in graphs._kept and "fused kernels" in under.stats.reason
+    again = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
+    assert again.token_ids == expected
+    for a, b in zip(under.thoughts, again.thoughts, strict=True):
+        assert 0 < (a - b).abs().max() < 0.1 * b.abs().max(), "as far apart as bf16 is from fp32"
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_runner_can_be_forgotten() -> None:
+    model, _ = make_pair("gpt2")
+    generate(model, PROMPTS, max_new_tokens=2)
+    graphs.forget(model)
+    assert model not in graphs._kept and graphs.held_bytes(model) == 0
+
+
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     model, _ = make_pair(family)

@@ -15,7 +15,7 @@ eight launches a layer, norms and activations still fused.
 
 The description of the weights is the CPU chain's (model/plan.py). Kernels want rows (out, in), contiguous: GPT-2's
 transposed matrices and Llama's merged ones are copies, written again in place when the weights have changed, so that
-captured graphs stay valid.
+captured graphs stay valid. Under autocast all matrices are copies in its dtype.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FusedPasses:
         if reason or not isinstance(plan, ModelPlan):
             raise ValueError(f"model: has no fused passes: {reason}")
         self._model = weakref.ref(model)  # whoever keeps the passes does not keep the model
-        self.plan, self.cache, self.sampling, self.dtype = plan, cache, sampling, model.dtype
+        self.plan, self.cache, self.sampling, self.dtype = plan, cache, sampling, compute_dtype(model)
         self.reason = f"passes are fused kernels, five launches a layer (eight above {SKINNY_ROWS} rows)"
         self.activation = ACTIVATIONS[plan.activation, plan.gated]
         self.eos = -1 if model.tokens.eos is None else model.tokens.eos
@@ -74,7 +74,8 @@ class FusedPasses:
         self.direct = type(model.feedback) in (Identity, Rescale)  # part of the launch between two passes
         self.limit = cache.page_table.shape[1] * cache.page_size
         self.cos, self.sin = rotations(plan, self.limit)
-        self.layers = [_contiguous(plan.layer(i)) for i in range(plan.layers)]
+        self.layers = [_packed(plan.layer(i), self.dtype) for i in range(plan.layers)]
+        self.head = plan.head.detach().to(self.dtype)
         self.fingerprint = fingerprint(model, plan)
         # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
         self.counters = torch.zeros(BUCKETS[-1] * plan.kv_heads, dtype=torch.int32, device=cache.device)
@@ -91,6 +92,8 @@ class FusedPasses:
                 kept = getattr(packed, name)
                 if kept.data_ptr() != tensor.data_ptr():
                     kept.copy_(tensor)
+        if self.head.data_ptr() != self.plan.head.data_ptr():
+            self.head.copy_(self.plan.head)
         self.fingerprint = now
 
     def think(self, batch: StaticBatch, count: int) -> None:
@@ -126,7 +129,7 @@ class FusedPasses:
         numbers_B = None if sampling.temperature == 0 else batch.numbers.index_select(1, batch.step)[:, 0]
         ids_B = ops.lm_head_sample(
             hidden_BD,
-            plan.head,
+            self.head,
             bias=plan.head_bias,
             numbers=numbers_B,
             temperature=sampling.temperature,
@@ -247,5 +250,14 @@ def rotations(plan: ModelPlan, length: int) -> tuple[torch.Tensor | None, torch.
     return angles.cos() * plan.rope_scaling, angles.sin() * plan.rope_scaling
 
 
-def _contiguous(layer: LayerPlan) -> LayerPlan:
-    return replace(layer, **{name: tensor.contiguous() for name, tensor in layer.named().items()})
+def compute_dtype(model: Coconut) -> torch.dtype:
+    """Of the products: autocast's where it is on, else the weights'."""
+    kind = model.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else model.dtype
+
+
+def _packed(layer: LayerPlan, dtype: torch.dtype) -> LayerPlan:
+    """Contiguous, and all but the norms in the dtype of the products."""
+    named = {name: t.contiguous() if "norm" in name else t.to(dtype).contiguous() for name, t in layer.named().items()}
+    return replace(layer, **named)

@@ -73,8 +73,12 @@ class GraphRunner(EagerRunner):
         self._model = weakref.ref(model)
 
     def release(self) -> None:
-        """The call is over and its rows are free: the model's next call may have this runner."""
-        _kept[self.model] = self
+        """The call is over and its rows are free: the model's next call may have this runner.
+
+        Not under autocast, whose copies of the weights, which graphs have captured, end with it.
+        """
+        if fused.compute_dtype(self.model) == self.model.dtype:
+            _kept[self.model] = self
 
     @torch.inference_mode()
     def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
@@ -236,6 +240,11 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
     return GraphRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
 
 
+def forget(model: Coconut) -> None:
+    """Drops the model's kept runner, where there is one: its memory is needed for something else."""
+    _kept.pop(model, None)
+
+
 def held_bytes(model: Coconut) -> int:
     """Bytes of the cache that the model's kept runner holds: the next call has it, or gives it back first."""
     runner = _kept.get(model)
@@ -249,7 +258,8 @@ def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
     addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
     mean_norm = getattr(model.feedback, "mean_norm", None)
     constant = float(mean_norm) if mean_norm is not None else None
-    return addresses, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
+    dtype = fused.compute_dtype(model)
+    return addresses, dtype, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
 
 
 def _roomy(count: int) -> int:
