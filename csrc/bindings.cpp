@@ -143,4 +143,5 @@ PYBIND11_MODULE(_C, m) {
   bind_cache_layout(m);
   bind_attention(m);
   bind_native(m);
+  bind_cuda(m);
 }
