@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +226,42 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
         output = generate(model, PROMPTS, max_new_tokens=11)
         assert output.token_ids == expected
         assert output.stats.reason.endswith("body: fused kernels failed: ValueError: no such instruction")
+
+
+def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch) -> None:
+    """With stand-ins for what only a GPU has: the warm-up's stream, and a capture that refuses."""
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    begun = []
+
+    @contextmanager
+    def refuses(graph, pool):
+        begun.append(pool)
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "graph": refuses,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def runner(model, **options) -> GraphRunner:
+        made = GraphRunner(model, **options)
+        made.pool = "the pool"
+        return made
+
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (runner, "asked for"))
+    output = generate(model, PROMPTS, max_new_tokens=11)
+    assert output.token_ids == expected and set(begun) == {"the pool"}
+    reason = (
+        "capture failed, passes run launch by launch: RuntimeError: operation not permitted when stream is capturing"
+    )
+    assert output.stats.reason == reason
 
 
 def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
