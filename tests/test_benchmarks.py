@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import bench_graph
+from coconut_fast import ops
 from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.model.plan import describe
 from tests.families import make_hf, make_pair
@@ -24,6 +25,18 @@ def test_graph_benchmark(family: str, device, monkeypatch) -> None:
     assert answers[0] == answers[1] and [len(a) for a in answers[0]] == [bench_graph.TOKENS] * 2
     body, head = bench_graph.weight_bytes(describe(model.hf))
     assert body + head < sum(4 * p.numel() for p in model.parameters()) <= body + 2 * head + 4 * 257 * 32
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
+def test_graph_benchmark_on_its_kernels(device, monkeypatch) -> None:
+    for name, value in {"PROMPT": 5, "ROOM": 32, "THOUGHTS": 1, "TOKENS": 2}.items():
+        monkeypatch.setattr(bench_graph, name, value)
+    model = make_pair("gpt2", n_layer=1)[0].to(device)
+    expected = bench_graph.Timed(model, 1, "hugging face").answer()
+    timed = bench_graph.Timed(model, 1, "fused")
+    with ops.use("triton"):
+        assert timed.pass_seconds("think", graphed=True, rounds=1) > 0
+        assert timed.answer() == expected
 
 
 def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
