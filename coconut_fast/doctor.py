@@ -90,6 +90,7 @@ def _runners(device: torch.device) -> Iterator[str]:
         fused = "fused kernels, five launches a layer" if backend == "triton" else f"Hugging Face's body: {why}"
         yield _line(", ".join(FAMILIES), f"graph: thoughts and tokens replay as CUDA graphs of {fused}")
         yield _line("any other model", "graph: the same, of Hugging Face's body over our attention")
+        yield _line("persistent kernel", _persistent(device))
         return
 
     try:
@@ -98,6 +99,21 @@ def _runners(device: torch.device) -> Iterator[str]:
     except ImportError:
         yield _line(", ".join(FAMILIES), "nothing: the C++ module does not load")
     yield _line("any other model", "eager: plain PyTorch over the ragged attention")
+    yield _line("persistent kernel", _persistent(device))
+
+
+def _persistent(device: torch.device) -> str:
+    """Whether chains of thoughts run in one launch, and why (not)."""
+    from coconut_fast.infer import persistent
+
+    try:
+        built = ops.extension().build_info()
+    except ImportError:
+        return "off: the C++ module does not load"
+    if not built["cuda"]:
+        return f"off: the C++ module is built without CUDA: {built['cuda_reason']}"
+    on, why = persistent.enabled(torch.cuda.get_device_name(device) if torch.cuda.is_available() else "")
+    return f"{'on' if on else 'off'}: {why}"
 
 
 def _line(name: str, value: str) -> str:

@@ -50,6 +50,7 @@ def loud(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn
 
 def build(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """As test_native's, but for GPT-2 a head of 16 dimensions: bf16 in 16-byte loads wants a multiple of 8."""
+    torch.manual_seed(0)  # the same model whenever it is asked for
     return loud(gpt2(n_embd=64), dtype) if name == "gpt2" else random_model(name, dtype)
 
 
@@ -224,6 +225,9 @@ def test_what_the_kernel_does_not_know_is_refused_with_its_reason(launch: Launch
     hf = random_model("llama")
     refused(wrap(hf, feedback=make_feedback("projection", hf.get_input_embeddings())), "Projection")
     refused(wrap(gpt2(activation_function="relu")), "relu")
+    refused(wrap(gpt2(n_embd=64, activation_function="gelu")), "'gelu'")
+    with torch.autocast("cpu", torch.bfloat16):
+        refused(wrap(hf), "autocast")
     assert "cpu" in str(persistent.reason_not(wrap(hf)))
 
 
@@ -251,3 +255,75 @@ def test_python_and_cuda_agree_on_instructions_and_layers() -> None:
     constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", header))
     agreed = {"kSplit": persistent.SPLIT, "kMaxRows": persistent.MAX_ROWS, "kThreads": persistent.THREADS}
     assert {name: int(constants[name]) for name in agreed} == agreed
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def on_gpu(name: str, dtype: torch.dtype) -> Coconut:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if reason := persistent.reason_not(model := wrap(build(name, dtype)).cuda()):
+        pytest.fail(f"the persistent kernel does not run here: {reason}")
+    return model
+
+
+def gpu_chain(model: Coconut, at: Start) -> PersistentChain:
+    return PersistentChain(model, at.cache, Sampling())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_chains_are_as_good_as_torch(name: str, dtype: torch.dtype) -> None:
+    model = on_gpu(name, dtype)
+    at = start(model)
+    gpu_chain(model, at).think(at.batch, 3)
+    hf = build(name, dtype)
+    truth = last_states(copy.deepcopy(hf).double())
+    assert_as_good_as_torch(at.batch.hidden[:3].cpu(), last_states(hf), truth, what=name, working=dtype)
+    assert at.batch.remaining.tolist() == [0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [4, 8])
+def test_gpu_chains_repeat_bit_for_bit_phase_by_phase_and_under_a_graph(size: int) -> None:
+    model = on_gpu("gpt2", torch.bfloat16)
+
+    def fresh() -> tuple[PersistentChain, Start]:
+        at = start(model, size=size)
+        return gpu_chain(model, at), at
+
+    chain, at = fresh()
+    chain.think(at.batch, 3)
+    expected = at.batch.hidden.clone()
+    for _ in range(20):
+        chain, at = fresh()
+        chain.think(at.batch, 3)
+        assert torch.equal(at.batch.hidden, expected)
+    chain, at = fresh()
+    for i in range(3 * chain.phases + 1):
+        chain.run(at.batch, 3, i, i + 1)
+    assert torch.equal(at.batch.hidden, expected)
+    chain, at = fresh()
+    remaining = at.batch.remaining.clone()
+    at.batch.remaining.zero_()
+    chain.think(at.batch, 3)  # makes program and scratch, changes nothing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain.think(at.batch, 3)
+    at.batch.remaining.copy_(remaining)
+    graph.replay()
+    assert torch.equal(at.batch.hidden, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_sanitizer_persistent() -> None:
+    """Small enough for compute-sanitizer: one layer's worth of every phase, two splits, rows that rest."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = wrap(loud(llama_like("Mistral", max_position_embeddings=700, sliding_window=270), torch.bfloat16)).cuda()
+    prompts = [[(3 * i + j) % 90 + 3 for j in range(n)] for i, n in enumerate((300, 5, 40))]
+    at = start(model, prompts, [2, 1, 0], size=4, room=320)
+    gpu_chain(model, at).think(at.batch, 2)
+    assert torch.isfinite(at.batch.hidden).all()

@@ -140,10 +140,14 @@ def _unfit(model: Coconut) -> str | None:
         return reason
     if model.dtype not in STORAGE:
         return f"the model is {model.dtype}, the persistent kernel takes float32 and bfloat16"
+    if fused.compute_dtype(model) != model.dtype:
+        return f"autocast computes in {fused.compute_dtype(model)}, the persistent kernel in the weights' {model.dtype}"
     if type(model.feedback) not in (Identity, Rescale):
         return f"feedback {type(model.feedback).__name__} is not one of Identity, Rescale"
     plan = describe(model.hf)
     assert isinstance(plan, ModelPlan)
+    if not plan.gated and plan.activation != "gelu_tanh":
+        return f"activation {plan.activation!r}: the persistent kernel has gelu_tanh, and silu behind a gate"
     vector = 16 // model.dtype.itemsize
     for name in ("dim", "inner", "head_dim"):
         if getattr(plan, name) % vector:
@@ -254,6 +258,9 @@ class PersistentChain(FusedPasses):
         for index, weights in enumerate(self.layers):
             keys, values = self.cache.storage(index, example, example)
             tensors = {**weights.named(), "keys": keys, "values": values}
+            for name, tensor in tensors.items():
+                if tensor.data_ptr() % 16 and not name.endswith("bias"):
+                    raise ValueError(f"model: {name} of layer {index} does not begin at a multiple of 16 bytes")
             pointers = [tensors[n].data_ptr() if n in tensors else 0 for n in LAYER_POINTERS]
             entries += LAYER.pack(*pointers, plan.scaling[index], plan.window[index])
         return torch.frombuffer(bytearray(entries), dtype=torch.uint8).to(self.cache.device)
