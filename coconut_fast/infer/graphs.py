@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from coconut_fast.infer import fused
+from coconut_fast.infer import fused, persistent
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
@@ -32,9 +32,13 @@ STEPS = 8  # tokens between two looks of the host: `write` is asked for at most 
 def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
     """What the passes of this model are made of: the one place that decides it."""
     reason = fused.reason_not(model)
-    if reason is None:
-        return fused.FusedPasses(model, cache, sampling)
-    return HuggingFacePasses(model, cache, sampling, reason)
+    if reason is not None:
+        return HuggingFacePasses(model, cache, sampling, reason)
+    if model.device.type == "cuda":
+        faster, _ = persistent.enabled(torch.cuda.get_device_name(model.device))
+        if faster and persistent.reason_not(model) is None:
+            return persistent.PersistentChain(model, cache, sampling)
+    return fused.FusedPasses(model, cache, sampling)
 
 
 class GraphRunner(EagerRunner):
