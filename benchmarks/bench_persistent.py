@@ -2,10 +2,11 @@
 
     pytest benchmarks/bench_persistent.py [--results FOLDER]
 
-GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights. A chain of six thoughts behind 64 tokens, all of it timed, divided by six. The limit is the bytes of all layers' weights
-over the bandwidth of a large copy. Correctness first: nothing is timed where the states after the chain differ from the
-graph's by more than bf16 explains, or from one run to the next at all. Where the kernel is the faster one for every row
-of the table, its device may be entered in FASTER_ON of coconut_fast/infer/persistent.py, with the file of this run.
+GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights. A chain of six thoughts behind 64 tokens, all of it timed,
+divided by six. The limit is the bytes of all layers' weights over the bandwidth of a large copy. Correctness first:
+nothing is timed where the states after the chain differ from the graph's by more than bf16 explains, or from one run to
+the next at all. Where the kernel is the faster one in every row of the table, its device may be entered in FASTER_ON of
+coconut_fast/infer/persistent.py, with the file of this run.
 """
 
 from __future__ import annotations

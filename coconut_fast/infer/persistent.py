@@ -12,11 +12,11 @@ device, tests/persistent_vm.py in Python, where it is proved free of races and d
     DOWN      x += mid down' + bias                                                  outputs
 
 Five barriers a layer and one a pass: 61 for GPT-2 124M. The floor of a pass is 170 MB / 4.3 TB/s = 40 us; a barrier
-costs about 1 us, and behind it a phase waits for its inputs to come from L2 (about 1 us more), so 60 phases are
-predicted at 100 to 130 us, were the weights free. That they nearly are is the design: a block's share of a phase is 9
-to 36 KB of weights, fetched into L2 one phase ahead, and its first 64 bytes per thread (32 KB of a block) are in
-registers before the block waits. Norms are computed anew by every block, from at most 8 rows of x: a phase less.
-Llama-3.2-1B (122 MB a layer) is bound by memory instead: its 81 barriers are 15% of the 453 us floor.
+costs about 1 us, and behind it a phase waits about 1 us more for its inputs to come from L2, so a pass is predicted to
+take 100 to 130 us if weights cost nothing on top. That is what the design is for: a block's share of a phase is 9 to
+36 KB of weights, fetched into L2 one phase ahead, and the first 64 bytes of every thread (32 KB of a block) are in
+registers before the block waits. Norms are computed anew by every block, from at most 8 rows of x: a phase less each.
+Llama-3.2-1B (122 MB a layer, floor 453 us) is bound by memory: its 81 barriers are predicted to add at most 100 us.
 
 It is off at run time until a committed measurement shows it faster than the graph: see `enabled`.
 """
