@@ -199,6 +199,18 @@ def test_reasons_say_what_passes_are_made_of(kept) -> None:
     assert "Hugging Face's body: model type 'gemma2' is not one of gpt2" in other.reason
 
 
+def test_stats_know_how_near_a_pass_came_to_the_memory(kept, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "copy_bandwidth", lambda device: 1e9)
+    model, _ = make_pair("qwen2")  # its head is its embedding table
+    stats = generate(model, PROMPTS, max_new_tokens=11).stats
+    body = sum(p.nbytes for p in model.hf.model.layers.parameters())
+    assert stats.bytes_per_latent_pass == body
+    assert stats.bytes_per_token_pass == body + model.hf.lm_head.weight.nbytes
+    assert stats.bandwidth_share == body / stats.seconds_per_latent_pass / 1e9
+    monkeypatch.undo()
+    assert 1e8 < graphs.copy_bandwidth(torch.device("cpu"), 1 << 22) < 1e13
+
+
 def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
     """Between two looks nothing of the device's is read: a row that ends early is found at the next one."""
     model, _ = make_pair("gpt2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ class EagerRunner:
 
     name = "eager"
     bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
+    measure_bandwidth: Callable[[], float] | None = None  # bytes a second that a pass could read at most
     reason = ""  # what there is to say of the passes beyond who runs them
     trouble = ""  # why the passes did not run as they were meant to, if so
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from coconut_fast.infer import graphs
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
-from coconut_fast.infer.native import NativeRunner, read_bandwidth, reason_not
+from coconut_fast.infer.native import NativeRunner, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.coconut import Coconut
@@ -145,7 +145,7 @@ class Engine:
         self.stats = GenerateStats(self.runner.name, "; ".join(r for r in (reason, self.runner.reason) if r))
         if self.runner.bytes_per_pass is not None:
             self.stats.bytes_per_latent_pass, self.stats.bytes_per_token_pass = self.runner.bytes_per_pass
-            self.stats.measure_bandwidth = read_bandwidth
+            self.stats.measure_bandwidth = self.runner.measure_bandwidth
 
     def run(self) -> None:
         """Reads prompts while there is room, writes answers, until all are finished."""

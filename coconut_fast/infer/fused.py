@@ -80,6 +80,12 @@ class FusedPasses:
         # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
         self.counters = torch.zeros(BUCKETS[-1] * plan.kv_heads, dtype=torch.int32, device=cache.device)
 
+    @property
+    def bytes_per_pass(self) -> tuple[int, int]:
+        """Weights read by a latent pass, and by a token pass."""
+        body = sum(t.nbytes for layer in self.layers for t in layer.named().values())
+        return body, body + self.head.nbytes
+
     @torch.inference_mode()
     def refresh(self) -> None:
         model = self._model()

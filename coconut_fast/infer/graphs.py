@@ -8,10 +8,11 @@ calls too: a model keeps its last runner (`lease`, `GraphRunner.release`) for as
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -61,6 +62,9 @@ class GraphRunner(EagerRunner):
         self.made_for = _made_for(model, sampling)
         self.passes = choose_passes(model, self.cache, sampling)
         self.reason = self.passes.reason
+        if isinstance(self.passes, fused.FusedPasses):
+            self.bytes_per_pass = self.passes.bytes_per_pass
+            self.measure_bandwidth = partial(copy_bandwidth, model.device)
         self.batches: dict[int, StaticBatch] = {}
         self.graphs: dict[tuple[int, str, tuple[int, ...]], Callable[[], None]] = {}
         self.captures = 0
@@ -218,6 +222,20 @@ def _side_stream(on_gpu: bool) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@lru_cache
+def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
+    """Bytes a second, read and written, of copying `size` bytes ten times over: what memory-bound kernels can reach."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).copy_(source)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    wait()
+    begun = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    wait()
+    return 20 * size / (time.perf_counter() - begun)
 
 
 def _first_line(error: Exception) -> str:

@@ -212,6 +212,7 @@ class NativeRunner:
         self.clock = Clock(model.device)
         chain = self.native.chain
         self.bytes_per_pass = (chain.body_bytes, chain.body_bytes + chain.head_bytes)
+        self.measure_bandwidth = read_bandwidth
         self.cache = self.native.make_cache(num_slots=num_slots, max_rows=max_rows, max_length=max_length)
 
     def read(
