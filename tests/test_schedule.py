@@ -43,6 +43,16 @@ def test_advances_when_the_metric_passes_and_by_count_at_the_latest() -> None:
     assert schedule.final_start([EpochRecord(0, 0.1)]) is None
 
 
+def test_a_list_names_the_first_stages_alone() -> None:
+    schedule = StageSchedule(
+        last_stage=3, epochs_per_stage=2, first_stage_epochs=4, num_epochs=20, advance_at=[0.6], final_epochs=1
+    )
+    assert play(schedule, [0.5, 0.7, 0.9, 0.9, 0.9, 0.9, 0.9])[0] == [0, 0, 1, 1, 2, 2, 3]
+    assert play(schedule, [0.5] * 9)[0] == [0, 0, 0, 0, 1, 1, 2, 2, 3]
+    with pytest.raises(ValueError, match="advance_at: found 'much', expected numbers"):
+        StageSchedule(last_stage=1, advance_at=["much"])  # type: ignore[list-item]
+
+
 def test_final_epochs_end_a_run_by_count() -> None:
     assert play(StageSchedule(last_stage=2, epochs_per_stage=1, num_epochs=99, final_epochs=3))[0] == [0, 1, 2, 2, 2]
 

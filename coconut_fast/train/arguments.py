@@ -70,7 +70,7 @@ class CoconutArguments:
     num_epochs: int = 1
     final_epochs: int | None = None  # end after so many epochs in the last stage
     resume: int = 0  # epochs of the plan to skip, for a model trained before (a killed run goes on by itself)
-    advance_at: float | None = None  # leave a stage once an epoch's validation accuracy reaches this
+    advance_at: float | list | None = None  # leave a stage once an epoch's validation accuracy is this; list: per stage
     reset_optimizer: str = "stage"  # at stage switches (the paper); "epoch" (official True); "never" (official False)
 
     # Optimisation: AdamW on all parameters. Batch size is per process; all three factors make the effective one.

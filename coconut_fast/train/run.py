@@ -77,7 +77,8 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     epochs = [schedule.planned_stage(e) for e in range(schedule.first_epoch, schedule.num_epochs)]
     planned = ", ".join(f"{s} x {epochs.count(s)}" for s in sorted(set(epochs)))
     if schedule.advance_at is not None:
-        planned = f"left at accuracy {schedule.advance_at:g}, after {schedule.epochs_per_stage} epochs at the latest"
+        longest = ", ".join(f"{s} x {schedule.epochs_of(s)}" for s in range(schedule.last_stage))
+        planned = f"left at accuracy {schedule.advance_at}, after {longest} at the latest"
     held_out = f", {len(trainer.validation)} for validation" if trainer.validation else ""
     return "\n".join(
         [

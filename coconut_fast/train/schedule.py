@@ -2,8 +2,9 @@
 
 Stage s replaces the first s reasoning steps by thoughts; the last stage drops all language. By count, stage s lasts
 `epochs_per_stage` epochs (stage 0 may last `first_stage_epochs`) and the last stage lasts until the run ends. With
-`advance_at`, a stage is left as soon as the validation metric of an epoch reaches it, and by count at the latest.
-A stage holds for whole epochs, so a run is reproduced by its list of (stage, metric).
+`advance_at`, a stage is left as soon as the validation metric of an epoch reaches it, and by count at the latest; it
+may also name the first stages alone, and the others are left by count. A stage holds for whole epochs, so a run is
+reproduced by its list of (stage, metric).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class StageSchedule:
     epochs_per_stage: epochs of a stage, by count. first_stage_epochs: of stage 0 (None: as the others).
     first_epoch: epochs of the plan that are skipped (the official code's `resume`, for a model trained before).
     num_epochs: the end of the plan, skipped epochs included. final_epochs: end earlier, after so many epochs in the
-    last stage. advance_at: leave a stage when the metric of an epoch is at least this.
+    last stage. advance_at: leave a stage when the metric of an epoch is at least this; a list holds one number per
+    stage, and the stages past its end are left by count.
     reset_optimizer: "stage" (the paper: when stages switch), "epoch" (the official code's `True`) or "never".
     """
 
@@ -41,7 +43,7 @@ class StageSchedule:
     first_stage_epochs: int | None = None
     first_epoch: int = 0
     final_epochs: int | None = None
-    advance_at: float | None = None
+    advance_at: float | Sequence[float] | None = None
     reset_optimizer: str = "stage"
 
     def __post_init__(self) -> None:
@@ -57,6 +59,10 @@ class StageSchedule:
                 f"resume: found {self.first_epoch}, expected fewer than num_epochs = {self.num_epochs}: "
                 "nothing would be left to train"
             )
+        for stage in range(self.last_stage):
+            asked = self.threshold(stage)
+            if asked is not None and not isinstance(asked, (int, float)):
+                raise ValueError(f"advance_at: found {asked!r}, expected numbers")
         if self.reset_optimizer not in RESETS:
             raise ValueError(f"reset_optimizer: found {self.reset_optimizer!r}, expected one of {', '.join(RESETS)}")
 
@@ -71,6 +77,12 @@ class StageSchedule:
             return 0
         return min(1 + (epoch - first) // self.epochs_per_stage, self.last_stage)
 
+    def threshold(self, stage: int) -> float | None:
+        """The metric that ends a stage; None where only the count does."""
+        if not isinstance(self.advance_at, Sequence):
+            return self.advance_at
+        return self.advance_at[stage] if stage < len(self.advance_at) else None
+
     def next_stage(self, history: Sequence[EpochRecord]) -> int | None:
         """The stage of the epoch after those in `history`; None where the run is over."""
         if self.first_epoch + len(history) >= self.num_epochs:
@@ -83,8 +95,8 @@ class StageSchedule:
             return None if self.final_epochs is not None and spent >= self.final_epochs else now
         if self.advance_at is None:
             return self.planned_stage(self.first_epoch + len(history))
-        metric = history[-1].metric
-        passed = metric is not None and metric >= self.advance_at
+        metric, asked = history[-1].metric, self.threshold(now)
+        passed = metric is not None and asked is not None and metric >= asked
         return now + 1 if passed or spent >= self.epochs_of(now) else now
 
     def resets(self, history: Sequence[EpochRecord], stage: int) -> bool:
