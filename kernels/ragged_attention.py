@@ -9,7 +9,7 @@ Shapes: query (T, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32
 row_offsets int32 (B+1,). A tile holds BLOCK_M pairs (query, head of the group), so grouped heads share their loads and
 short rows still fill tensor-core tiles; keys come through the page table in 128-bit loads.
 4 T H L K flops (half under the causal mask): bound by the tensor cores for prompts, by latency for a few queries.
-A call with one query in every row and no dropout is decode_attention's. Registers at most 240.
+A call with one query in every row and no dropout is decode_attention's. Registers at most 242 (240 with Triton 3.7.1).
 The derivative is in ragged_attention_backward.py.
 """
 
