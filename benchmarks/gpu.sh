@@ -40,7 +40,7 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures in FOLDER/
 # The limits add up to 530 s; what a step leaves over nobody needs.
 step build 110 python3 setup.py build_ext --inplace
 step doctor 15 python3 -m coconut_fast doctor
-step tests 115 python3 -m pytest -q -m gpu -n 6 tests
+step tests 115 python3 -m pytest -q -m gpu -n 12 tests
 if command -v compute-sanitizer >/dev/null; then
     # memory errors and races of the kernels that write to the cache, and of the persistent one
     step memcheck 45 compute-sanitizer --error-exitcode 9 python3 -m pytest -q -m gpu tests -k \

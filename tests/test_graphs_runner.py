@@ -283,9 +283,15 @@ def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tenso
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 2}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "options"),
+    [
+        *((family, torch.bfloat16, {}) for family in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2")),
+        ("gpt2", torch.float32, {}),
+        ("gpt2", torch.bfloat16, {"temperature": 0.8, "seed": 2}),
+        ("llama", torch.float32, {"temperature": 0.8, "seed": 2, "top_k": 30, "top_p": 0.9}),
+    ],
+)
 def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     """Bit for bit: tokens and states, of a chain that replays its graph twice, and of batches of several sizes."""
     prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
@@ -306,7 +312,7 @@ def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("count", [1, 5, 25])
+@pytest.mark.parametrize("count", [1, 25])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2"])
 def test_greedy_tokens_of_the_graphs_are_the_eager_runners(family: str, count: int, monkeypatch) -> None:
     model = make_pair(family)[0].cuda()

@@ -122,6 +122,7 @@ class GraphRunner(EagerRunner):
     @torch.inference_mode()
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """As EagerRunner.write; one look at the device behind `steps` replays."""
+        assert steps <= STEPS, f"{steps} tokens between two looks, the static batch holds {STEPS}"
         eos = self.model.tokens.eos
         writing = [d for d in drafts if not d.done(eos)]
         for start in range(0, len(writing), BUCKETS[-1]):
