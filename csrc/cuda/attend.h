@@ -192,20 +192,23 @@ struct Attend {
   }
 };
 
-// Element d of the attention of one head, its splits added up in order.
-static __device__ __forceinline__ float combined(const Arguments& a, int m, int k, const Splits& seen) {
+// Elements k to k + 3 of a row's attention (of one head: its width is a multiple of 4), the splits added up in order.
+static __device__ __forceinline__ float4 combined(const Arguments& a, int m, int k, const Splits& seen) {
   const size_t head = (size_t(m) * a.heads + k / a.head_dim) * a.splits;
   const float *stats = a.stats + 2 * head, *partial = a.partial + head * a.head_dim + k % a.head_dim;
-  float top = -INFINITY, total = 0, sum = 0;
+  float top = -INFINITY, total = 0;
+  float4 sum{};
 #pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) top = fmaxf(top, stats[2 * s]);
 #pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) {
     const float weight = expf(stats[2 * s] - top);
+    const float4 part = load4(partial + size_t(s) * a.head_dim);
     total = fmaf(weight, stats[2 * s + 1], total);
-    sum = fmaf(weight, partial[size_t(s) * a.head_dim], sum);
+    sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
+    sum.z = fmaf(weight, part.z, sum.z), sum.w = fmaf(weight, part.w, sum.w);
   }
-  return sum / total;
+  return {sum.x / total, sum.y / total, sum.z / total, sum.w / total};
 }
 
 }  // namespace coconut_fast

@@ -69,6 +69,8 @@ static __device__ __forceinline__ void unpack(const uint4& v, int from, float (&
   }
 }
 
+static __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
 // Weights: read once a pass and by one block, so they leave L1 to what is read again.
 static __device__ __forceinline__ uint4 load_weights(const void* p) {
 #ifdef __CUDA_ARCH__

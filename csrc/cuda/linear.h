@@ -121,7 +121,7 @@ struct Linear {
           for (int r = 0; r < R; ++r) unpack<T>(held[q][r], v, w[r]);
 #pragma unroll
           for (int m = 0; m < B; ++m) {
-            const float4 four = *reinterpret_cast<const float4*>(x + m * kLoad + v * kWarp);
+            const float4 four = load4(x + m * kLoad + v * kWarp);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
               float& sum = total[r * B + m];
@@ -175,7 +175,7 @@ struct Linear {
   }
 };
 
-// Norm statistics of B rows of x that lie `stride` apart, into mean and scale (shared memory), known to all threads of the
+// Norm statistics of B rows of x, (B, dim), into mean and scale (shared memory), known to all threads of the
 // block afterwards: y = (x - mean) * scale * weight + bias. Rows without their bit in `active` are not read.
 // Two passes over a row: GPT-2's x has components hundreds of times the others, and one pass would cancel.
 template <int B>
@@ -183,21 +183,26 @@ static __device__ void statistics(const float* x, int dim, bool centred, float e
                                   float* scale, float* scratch) {
   float sums[B] = {};
   if (centred) {
-    for (int k = threadIdx.x; k < dim; k += blockDim.x)
+    for (int k = threadIdx.x * 4; k < dim; k += blockDim.x * 4)
 #pragma unroll
       for (int m = 0; m < B; ++m)
-        if (active >> m & 1) sums[m] += x[size_t(m) * dim + k];
+        if (active >> m & 1) {
+          const float4 four = load4(x + size_t(m) * dim + k);
+          sums[m] += (four.x + four.y) + (four.z + four.w);
+        }
     block_sums<B>(sums, scratch);
 #pragma unroll
     for (int m = 0; m < B; ++m) sums[m] /= dim;
   }
   float squares[B] = {};
-  for (int k = threadIdx.x; k < dim; k += blockDim.x)
+  for (int k = threadIdx.x * 4; k < dim; k += blockDim.x * 4)
 #pragma unroll
     for (int m = 0; m < B; ++m)
       if (active >> m & 1) {
-        const float off = x[size_t(m) * dim + k] - sums[m];
-        squares[m] = fmaf(off, off, squares[m]);
+        const float4 four = load4(x + size_t(m) * dim + k);
+        const float off[4] = {four.x - sums[m], four.y - sums[m], four.z - sums[m], four.w - sums[m]};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) squares[m] = fmaf(off[i], off[i], squares[m]);
       }
   block_sums<B>(squares, scratch);
   if (threadIdx.x == 0)

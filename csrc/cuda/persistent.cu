@@ -187,12 +187,19 @@ struct Block {
     }
   }
 
-  // Element k of row m of a linear phase's input.
-  __device__ __forceinline__ float input(const Instruction& now, int m, int k, const Splits& seen, bool biased) const {
+  // Elements k to k + 3 of row m of a linear phase's input.
+  __device__ __forceinline__ float4 input(const Instruction& now, int m, int k, const Splits& seen, bool biased) const {
     if (now.opcode == kOut) return combined(a, m, k, seen);
-    if (now.opcode == kDown) return a.mid[size_t(m) * a.inner + k];
-    const float y = (a.x[size_t(m) * a.dim + k] - board.mean[m]) * board.scale[m] * to_float(board.norm[k]);
-    return biased ? y + to_float(board.norm_bias[k]) : y;
+    if (now.opcode == kDown) return load4(a.mid + size_t(m) * a.inner + k);
+    const float4 x = load4(a.x + size_t(m) * a.dim + k);
+    const float mean = board.mean[m], scale = board.scale[m];
+    float y[4] = {x.x - mean, x.y - mean, x.z - mean, x.w - mean};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      y[i] *= scale * to_float(board.norm[k + i]);
+      if (biased) y[i] += to_float(board.norm_bias[k + i]);
+    }
+    return {y[0], y[1], y[2], y[3]};
   }
 
   // y = linear(input): what `ask` asked for is there, or comes.
@@ -219,11 +226,11 @@ struct Block {
       for (int m = 0; m < B; ++m) {
         const bool live = active(m);
         const Splits seen(board.lengths[m] + pass, board.layers[now.layer].window);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < staged; i += blockDim.x) {  // zero for rows that rest, and behind the row's end
+#pragma unroll 2
+        for (int i = threadIdx.x * 4; i < staged; i += blockDim.x * 4) {  // zero for rows that rest, and behind the end
           const bool there = live && first + i < lin.width;
-          const float value = there ? input(now, m, first + i, seen, bias) : 0.0f;
-          board.data[coconut_fast::place<kVector<T>, B>(m, i)] = value;
+          const float4 four = there ? input(now, m, first + i, seen, bias) : float4{};
+          *reinterpret_cast<float4*>(board.data + place<kVector<T>, B>(m, i)) = four;
         }
       }
       __syncthreads();
