@@ -197,13 +197,14 @@ static __device__ __forceinline__ float4 combined(const Arguments& a, int m, int
   const size_t head = (size_t(m) * a.heads + k / a.head_dim) * a.splits;
   const float *stats = a.stats + 2 * head, *partial = a.partial + head * a.head_dim + k % a.head_dim;
   float top = -INFINITY, total = 0;
-  float4 sum{};
+  float4 sum{}, next = load4(partial + size_t(seen.first) * a.head_dim);  // beside the stats, not behind them
 #pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) top = fmaxf(top, stats[2 * s]);
 #pragma unroll 1
   for (int s = seen.first; s <= seen.last; ++s) {
     const float weight = expf(stats[2 * s] - top);
-    const float4 part = load4(partial + size_t(s) * a.head_dim);
+    const float4 part = next;
+    if (s < seen.last) next = load4(partial + size_t(s + 1) * a.head_dim);
     total = fmaf(weight, stats[2 * s + 1], total);
     sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
     sum.z = fmaf(weight, part.z, sum.z), sum.w = fmaf(weight, part.w, sum.w);
