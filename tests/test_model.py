@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import platform
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +217,22 @@ def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, mo
         ours(batch=collate(rows, TOKENS.thought, labels)).loss.backward()
     gc.collect()
     assert [c() for c in caches] == [None, None]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is returned at once with glibc only")
+def test_freed_tensors_are_returned_at_once() -> None:
+    """Of blocks that lie side by side every second one is freed: a heap would keep them."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    ours, _ = make_pair("gpt2")
+    rows, labels = _batch()
+    assert ours(batch=collate(rows, TOKENS.thought, labels)).loss is not None
+    blocks = [torch.ones(1 << 20) for _ in range(32)]  # 4 MiB each
+    before = resident()
+    del blocks[::2]
+    assert before - resident() > 56 << 20
 
 
 def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:
