@@ -146,7 +146,8 @@ class _Uses:
         small = [(x() if callable(x) else x, g) for x, g in noted if len(g) <= SMALL]
         if len(small) > 1:
             small = [(torch.cat([x for x, _ in small]), torch.cat([g for _, g in small]))]
-        total, bias = None, None
+        total: Any = None
+        bias: Any = None
         for x, grad in large + small:
             if self.bias is not None:
                 part = grad.sum(0)
@@ -154,7 +155,7 @@ class _Uses:
             x = x() if callable(x) else x
             left, right = (grad, x) if self.transposed else (x, grad)
             total = ops.matmul(left.T, right, into=total)
-        return total.to(self.weight.dtype), None if bias is None else bias.to(self.bias.dtype)
+        return total.to(self.weight.dtype), bias if self.bias is None else bias.to(self.bias.dtype)
 
 
 class _Use(torch.autograd.Function):

@@ -3,9 +3,11 @@
 // KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros such as __AVX512F__ in
 // C++, where the whole file is preprocessed before the pragma is seen.
 
-#if KERNEL_LEVEL >= 2 || (!defined(KERNEL_LEVEL) && defined(__AVX512F__))
+#ifndef KERNEL_LEVEL
+#error "define KERNEL_LEVEL: without it every instruction set would compute on four lanes"
+#elif KERNEL_LEVEL >= 2
 constexpr int W = 16;
-#elif KERNEL_LEVEL >= 1 || (!defined(KERNEL_LEVEL) && defined(__AVX2__))
+#elif KERNEL_LEVEL >= 1
 constexpr int W = 8;
 #else
 constexpr int W = 4;
