@@ -20,7 +20,7 @@ THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
 CXX = [*OPTIMISE, *THREADS, "-fvisibility=hidden"]
 NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is at hand to ask
-# Python's own flags ask for debug information: 20 MB of it, and twice the time to compile. CFLAGS may ask for it again.
+# Python's own flags ask for debug information, 20 MB of it. CFLAGS may ask for it again.
 os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
 
 TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
