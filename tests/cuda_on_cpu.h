@@ -41,7 +41,7 @@ struct dim3 {
 namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 
 // Threads that wait for each other: `size` of them must come before any goes on.
 struct Meeting {
@@ -102,7 +102,7 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
 
 __attribute__((noinline)) inline void prepare(Fiber& fiber, int thread, int block, Block& home) {
   fiber.thread = dim3(thread), fiber.block = dim3(block), fiber.home = &home;
-  fiber.stack = std::make_unique<char[]>(kStack);
+  fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;

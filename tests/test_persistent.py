@@ -84,6 +84,17 @@ def test_chains_are_as_good_as_torch(name: str, dtype: torch.dtype, launch: Laun
     assert set(written) == {sum(lengths)}, "slots beside the thoughts' own were written"
 
 
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_layer_of_gpt2_with_as_many_threads_as_on_a_gpu(batch: int, launch: Launch) -> None:
+    hf = gpt2(n_embd=768, n_head=12, n_layer=1, n_positions=512).eval().bfloat16()
+    model = wrap(hf)
+    prompts = [[(3 * i + j) % 90 + 3 for j in range(n)] for i, n in enumerate((330, 5, 40, 12, 300, 7, 9, 100))][:batch]
+    counts = [2, 1, 2, 1, 1, 2, 0, 1][:batch]
+    ours = think(model, start(model, prompts, counts, batch, room=400), launch, 2, blocks=7, threads=persistent.THREADS)
+    truth = last_states(copy.deepcopy(hf).double(), prompts, counts)
+    assert_as_good_as_torch(ours, last_states(hf, prompts, counts), truth, working=torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_every_phase_by_itself(name: str, launch: Launch) -> None:
     """Launched one by one, the phases leave what the Python machine leaves, and together what one launch leaves."""
