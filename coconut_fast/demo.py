@@ -24,16 +24,18 @@ from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.recipe import read_recipe
+from coconut_fast.train.reports import METRICS, read_metrics
 from coconut_fast.train.run import run as train
 
 PROBLEMS = {"train": 16000, "valid": 200, "test": 1000}
 GRAPHS = {"depth": 3, "width": 2, "extra_edges": 0}
-# Name in the table -> what differs from the recipe. All take the same number of steps; the baselines have one stage
-# only, so their learning rate falls over the whole run.
+# Name in the table -> what differs from the recipe. Coconut comes first, and the others take as many steps as it took.
+# They have one stage only, so their learning rate falls over the whole run.
+ONE_STAGE = ["advance_at=null", "lr_schedule=cosine", "final_epochs=null"]
 RUNS = {
     "Coconut": ["method=coconut", "name=coconut"],
-    "CoT": ["method=cot", "name=cot", "lr_schedule=cosine", "final_epochs=null"],
-    "No-CoT": ["method=no_cot", "name=no_cot", "lr_schedule=cosine", "final_epochs=null"],
+    "CoT": ["method=cot", "name=cot", *ONE_STAGE],
+    "No-CoT": ["method=no_cot", "name=no_cot", *ONE_STAGE],
 }
 CURVES, THOUGHTS = "learning_curves.png", "thoughts.png"
 
@@ -74,10 +76,12 @@ def run_demo(
     files = make_graphs(folder / "data", sizes, seed)
     shared = [f"save_path={folder}", f"train_path={files['train']}", f"val_path={files['valid']}", f"seed={seed}"]
     models: dict[str, Coconut] = {}
+    length: list[str] = []
     for number, (name, changes) in enumerate(RUNS.items(), 2):
         print(f"{number}. {name}: training from scratch")
-        settings = read_recipe(find_recipe(), [*shared, *changes, *overrides])
-        models[name] = load(train(settings))
+        run = train(read_recipe(find_recipe(), [*shared, *changes, *overrides, *length]))
+        models[name] = load(run)
+        length = length or [f"num_epochs={finished_epochs(run)}"]
 
     test = read_examples(files["test"])
     results = {name: evaluate(model, test, max_new_tokens=8) for name, model in models.items()}
@@ -93,6 +97,11 @@ def run_demo(
     print(f"\nwrote {draw_learning_curves(curves, folder / CURVES, title=title, chance=0.5)}")
     print(f"wrote {draw_search(models['Coconut'], test, results['Coconut'], folder / THOUGHTS)}")
     return results
+
+
+def finished_epochs(run: Path) -> int:
+    """How many epochs a run took: each ends with an evaluation."""
+    return len({record["step"] for record in read_metrics(run / METRICS) if "eval_accuracy" in record})
 
 
 def settings_name(changes: Sequence[str]) -> str:

@@ -48,7 +48,8 @@ def test_splits_share_no_problem(tmp_path: Path):
 def test_baselines_differ_in_the_method_alone():
     settings = [read_recipe(demo.find_recipe(), changes).to_dict() for changes in demo.RUNS.values()]
     for other in settings[1:]:
-        assert {k for k in other if other[k] != settings[0][k]} == {"name", "method", "lr_schedule", "final_epochs"}
+        changed = {k for k in other if other[k] != settings[0][k]}
+        assert changed == {"name", "method", "lr_schedule", "final_epochs", "advance_at"}
 
 
 @pytest.mark.slow
