@@ -74,12 +74,12 @@ struct Attend {
   }
 
   // Split `split` of head `head` of batch row m, whose token stands at `position`.
+  // What the next call overwrites first, the last one has read before its last __syncthreads.
   __device__ void run(int m, int head, int split, const Splits& seen, int position) {
     const int n = a.head_dim, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
     const int group = a.heads / a.kv_heads, kv_head = head / group;
     const int from = max(seen.low, split * kSplit), to = min(position + 1, (split + 1) * kSplit);
     const float* fused = a.qkv + size_t(m) * (a.heads + 2 * a.kv_heads) * n;
-    __syncthreads();  // shared memory is free
     for (int j = from + threadIdx.x; j < to; j += blockDim.x) slots[j - from] = slot_of(m, j);
     if (warp == 0) rotate(fused + head * n, layer.q_norm, position, layer.scaling, query);
     if (warp == warps - 1 && split == seen.last) {
