@@ -1,9 +1,10 @@
 // Enough of CUDA for csrc/cuda/persistent.cu to run on a CPU: g++ -include tests/cuda_on_cpu.h -x c++ persistent.cu.
 //
 // Every CUDA thread of the grid is a fiber with a stack of its own; one OS thread runs them in turn. A fiber gives way
-// where CUDA threads wait for each other (__syncthreads, a shuffle, the grid barrier), and only there: so what one block
-// writes before a barrier is seen behind it, and a barrier that not all threads reach hangs here as it does on a device.
-// Blocks run in the order of their numbers up to their next wait; COCONUT_FAST_REVERSED in the environment turns it round.
+// where CUDA threads wait for each other (__syncthreads, a shuffle, the grid barrier), and only there: so what one
+// block writes before a barrier is seen behind it, and a barrier that not all threads reach hangs here as it does on a
+// device. Blocks run in the order of their numbers up to their next wait; COCONUT_FAST_REVERSED in the environment
+// turns it round.
 #pragma once
 
 #include <setjmp.h>
@@ -52,7 +53,7 @@ struct Meeting {
 struct Block {
   Meeting all;
   std::vector<Meeting> warps;
-  std::vector<float> exchanged;  // (2, threads): what lanes hand each other; two, so that one meeting a shuffle is enough
+  std::vector<float> exchanged;  // (2, threads): what lanes hand each other; with two, one meeting a shuffle is enough
   std::unique_ptr<float4[]> shared;
 };
 
@@ -162,7 +163,8 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 // Small on purpose where a test asks for it: long rows are then staged slice by slice.
 inline int shared_limit() {

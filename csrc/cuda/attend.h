@@ -2,12 +2,14 @@
 //
 //     s_j = scaling q.k_j,  top = max s_j,  partial = sum exp(s_j - top) v_j,  stats = (top, sum exp(s_j - top))
 //
-// for the split's positions j that the query sees. q and the token's own key are normed and rotated here; the block that
-// has the last split of a kv head's first query appends key and value to the cache, and the others take them from the
-// projection as well, rounded as the cache holds them: nobody waits for the append. The next phase adds the splits up.
+// for the split's positions j that the query sees. q and the token's own key are normed and rotated here; the block
+// that has the last split of a kv head's first query appends key and value to the cache, and the others take them from
+// the projection as well, rounded as the cache holds them: nobody waits for the append. The next phase adds the splits
+// up.
 //
 // Grouped heads read the same keys and values each for itself, from L2: at batch 1 that makes 32 blocks busy where 8
-// would be; at batch 8 it costs about 5 us a layer on a Llama-1B shape with 400 tokens, beside 30 us of weights (predicted).
+// would be; at batch 8 it costs about 5 us a layer on a Llama-1B shape with 400 tokens, beside 30 us of weights
+// (predicted).
 #pragma once
 
 #include "cuda/device.h"

@@ -1,6 +1,6 @@
 // The few device words the persistent kernel uses, each in one place: loads, prefetch, warp sums, the grid barrier.
-// Inline PTX stands behind __CUDA_ARCH__; elsewhere plain C++ with the same meaning, which is how the kernel's own source
-// runs on a CPU in the tests (tests/cuda_on_cpu.h gives the rest: __syncthreads, threadIdx, shuffles).
+// Inline PTX stands behind __CUDA_ARCH__; elsewhere plain C++ with the same meaning, which is how the kernel's own
+// source runs on a CPU in the tests (tests/cuda_on_cpu.h gives the rest: __syncthreads, threadIdx, shuffles).
 #pragma once
 
 #ifdef __CUDACC__
@@ -132,8 +132,8 @@ static __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves how many sums a
-// lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
+// N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves how many sums
+// a lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
 template <int N, int Mask = kWarp / 2>
 static __device__ __forceinline__ void warp_sums(float* v) {
   if constexpr (N > 1) {

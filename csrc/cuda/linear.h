@@ -1,15 +1,15 @@
 // The linear phases of the persistent kernel: y = act(weight f(input) + bias), a block's share of the outputs.
 //
-// The inputs of all B rows are staged in shared memory as fp32, normed on the way where the phase starts with a norm.
-// A warp takes units: R weight rows by `chunk` loads of 32 x 16 bytes, so that even GPT-2's 6 to 24 outputs of a block
-// keep 16 warps busy. A unit's sums over k are added up by the warp and put down; the chunks of an output are then added
-// in order. R is 2 from 4 rows on (each x read from shared memory serves R weights: with 8 rows that is 8 bytes of shared
-// memory per byte of weights, 86% of 4.3 TB/s at best, but R = 4 spills); chunk depends on k alone. So the order in
-// which an output's terms are added depends neither on B nor on the number of blocks.
+// The inputs of all B rows are staged in shared memory as fp32, normed on the way where the phase starts with a norm. A
+// warp takes units: R weight rows by `chunk` loads of 32 x 16 bytes, so that even GPT-2's 6 to 24 outputs of a block
+// keep 16 warps busy. A unit's sums over k are added up by the warp and put down; the chunks of an output are then
+// added in order. R is 2 from 4 rows on (each x read from shared memory serves R weights: with 8 rows that is 8 bytes
+// of shared memory per byte of weights, 86% of 4.3 TB/s at best, but R = 4 spills); chunk depends on k alone. So the
+// order in which an output's terms are added depends neither on B nor on the number of blocks.
 //
-// Weights come to L2 96 KB ahead of their use (a block's share is one straight run of memory, 12 MB on 132 SMs together),
-// and from there one turn ahead into registers: 64 bytes a thread, the first turn's before the barrier. With 8 rows a
-// turn computes for so long that other warps hide its loads, and a second set of registers would spill.
+// Weights come to L2 96 KB ahead of their use (a block's share is one straight run of memory, 12 MB on 132 SMs
+// together), and from there one turn ahead into registers: 64 bytes a thread, the first turn's before the barrier. With
+// 8 rows a turn computes for so long that other warps hide its loads, and a second set of registers would spill.
 #pragma once
 
 #include "cuda/device.h"
@@ -22,9 +22,9 @@ static inline __host__ __device__ int chunk_of(int loads) { return loads < 8 ? 1
 
 static inline __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// Where element k of row m of the inputs is staged: load by load of 32 x V elements, the B rows of a load side by side (so
-// that a lane finds them at constant distances), and of a row the first four of every lane's V, then the second: lanes
-// read float4 that touch, free of bank conflicts.
+// Where element k of row m of the inputs is staged: load by load of 32 x V elements, the B rows of a load side by side
+// (so that a lane finds them at constant distances), and of a row the first four of every lane's V, then the second:
+// lanes read float4 that touch, free of bank conflicts.
 template <int V, int B>
 static __device__ __forceinline__ int place(int m, int k) {
   const int load = k / (kWarp * V), in = k % (kWarp * V);
