@@ -131,10 +131,11 @@ static void attend_row(const Attend& a, int token, int first_head, int last_head
     if (more) walk.next(count(p + W), ahead);
     for (int head = first_head; head < last_head; ++head) {
       const size_t offset = size_t(head) * n * Cache::kBytes;
+      // To L2: two blocks of all heads are larger than L1.
       for (int i = 0; more && i < W; ++i)
         for (int byte = 0; byte < n * Cache::kBytes; byte += 64) {
-          __builtin_prefetch(keys + ahead[i] + offset + byte);
-          __builtin_prefetch(values + ahead[i] + offset + byte);
+          __builtin_prefetch(keys + ahead[i] + offset + byte, 0, 2);
+          __builtin_prefetch(values + ahead[i] + offset + byte, 0, 2);
         }
       for (int g = 0; g < shared; ++g)
         attend_block<Cache>(states[(head - first_head) * shared + g], keys + offset, values + offset, at, count(p), n);
