@@ -310,7 +310,7 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 def read_bandwidth(threads: int | None = None) -> float:
     """Bytes per second this machine reads from memory with so many threads: what a pass is bound by. About 0.3 s."""
     module = ops.extension()
-    return module.read_bandwidth(threads or module.default_threads(), 256 << 20, 8)
+    return module.read_bandwidth(threads or module.default_threads(), 256 << 20, 40)
 
 
 @contextmanager
