@@ -112,6 +112,8 @@ def _persistent(device: torch.device) -> str:
         return "off: the C++ module does not load"
     if not built["cuda"]:
         return f"off: the C++ module is built without CUDA: {built['cuda_reason']}"
+    if device.type != "cuda":
+        return f"off: it runs on cuda, not on {device.type}"
     on, why = persistent.enabled(torch.cuda.get_device_name(device) if torch.cuda.is_available() else "")
     return f"{'on' if on else 'off'}: {why}"
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from torch.cuda._utils import _get_device_index
 
-from coconut_fast import load
+from coconut_fast import doctor, load, ops
 from coconut_fast.cli import COMMANDS, main
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
 from coconut_fast.data.curriculum import METHODS
@@ -154,6 +156,16 @@ def test_only_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     shown = call(capsys, "doctor", "--device", "cpu")
     assert "ragged_attention" in shown and "torch " in shown and "ops on cpu" in shown
+
+
+def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA build on a GPU machine, of which this has only the answers."""
+    monkeypatch.setattr(ops, "extension", lambda: SimpleNamespace(build_info=lambda: {"cuda": True}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", _get_device_index)
+    with pytest.raises(ValueError, match="Expected a cuda device"):
+        torch.cuda.get_device_name(torch.device("cpu"))
+    assert doctor._persistent(torch.device("cpu")) == "off: it runs on cuda, not on cpu"
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(
