@@ -34,7 +34,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("chunked", "torch"),
     "matmul": ("onednn", "torch"),
 }
-DEVICE_OF = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "onednn": "cpu", "chunked": None, "torch": None}
+DEVICE_OF = {"triton": "cuda", "cpu": "cpu", "onednn": "cpu", "chunked": None, "torch": None}
 
 _forced: str | None = None
 
@@ -53,7 +53,7 @@ def extension() -> Any:
 
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Within the block every op runs on `backend` ("triton", "cuda", "cpu", "torch"), or raises where it cannot."""
+    """Within the block every op runs on `backend` ("triton", "cpu", "torch"), or raises where it cannot."""
     global _forced
     before, _forced = _forced, backend
     try:
@@ -104,7 +104,7 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
         return getattr(importlib.import_module("coconut_fast.kernels.reference"), f"{op}_ref")
     if backend in ("triton", "chunked", "onednn"):
         return getattr(importlib.import_module(f"coconut_fast.kernels.{op}"), op)
-    return getattr(extension(), op if backend == "cpu" else f"{op}_cuda")
+    return getattr(extension(), op)
 
 
 def call(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
