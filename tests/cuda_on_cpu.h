@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -162,7 +163,7 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 // ---- the host's half ----------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
@@ -172,14 +173,17 @@ inline int shared_limit() {
   return asked ? std::atoi(asked) : 227 << 10;
 }
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+// An error stays until somebody asks for it, and a launch finds it.
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid value" : "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   return *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : shared_limit(), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int) {
-  return cudaSuccess;
+  return std::getenv("COCONUT_FAST_ATTRIBUTE_FAILS") ? last_error = cudaErrorInvalidValue : cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
@@ -192,6 +196,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 template <class First, class Second>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(First, Second), dim3 blocks, dim3 threads, void** arguments,
                                         size_t shared_bytes, cudaStream_t) {
+  if (last_error) return last_error;
   struct Call {
     void (*kernel)(First, Second);
     void** arguments;

@@ -60,24 +60,33 @@ static int choose_capacity(const Arguments& a, int blocks, int threads, size_t l
   return 0;
 }
 
+// The error in words; the runtime forgets it, or it would show it to whoever asks for one next.
+static const char* explain(cudaError_t error) {
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class T, int B>
 static const char* launch(const Arguments& a, int blocks, int threads, cudaStream_t stream) {
   int device = 0, limit = 0, processors = 0, resident = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return "no CUDA device";
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return explain(error);
   size_t bytes = 0;
   int capacity = choose_capacity<T, B>(a, blocks, threads, limit, bytes);
   if (!capacity) return "the model's layers are too wide for a block's shared memory";
   const auto kernel = think<T, B>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  if (error != cudaSuccess) return explain(error);
   if (blocks > resident * processors) return "the device cannot keep so many blocks resident at once";
   Arguments copy = a;
   void* arguments[] = {&copy, &capacity};
-  cudaMemsetAsync(a.counter, 0, sizeof(uint32_t), stream);
-  const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, bytes, stream);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  error = cudaMemsetAsync(a.counter, 0, sizeof(uint32_t), stream);
+  if (error == cudaSuccess)
+    error = cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments, bytes, stream);
+  return error == cudaSuccess ? nullptr : explain(error);
 }
 
 template <class T>
