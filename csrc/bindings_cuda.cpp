@@ -11,10 +11,28 @@ void bind_cuda(py::module_&) {}
 #include <c10/cuda/CUDAStream.h>
 
 #include <map>
+#include <type_traits>
 
 #include "cuda/program.h"
 
 using namespace coconut_fast;
+
+template <class T>
+static at::ScalarType element(at::ScalarType storage) {
+  if (std::is_void_v<T>) return storage;
+  if (std::is_same_v<T, float>) return at::kFloat;
+  if (std::is_same_v<T, int64_t>) return at::kLong;
+  return std::is_same_v<T, Layer> ? at::kByte : at::kInt;
+}
+
+// Of the tensor that an argument's pointer reads or writes; undefined where there is no such argument.
+static at::ScalarType dtype_of(const std::string& name, at::ScalarType storage) {
+#define COCONUT_FAST_POINTER(type, field) \
+  if (name == #field) return element<std::remove_const_t<type>>(storage);
+  COCONUT_FAST_POINTERS(COCONUT_FAST_POINTER)
+#undef COCONUT_FAST_POINTER
+  return at::ScalarType::Undefined;
+}
 
 static void persistent_launch(const std::map<std::string, at::Tensor>& tensors,
                               const std::map<std::string, double>& numbers, int blocks, int threads) {
@@ -22,12 +40,16 @@ static void persistent_launch(const std::map<std::string, at::Tensor>& tensors,
   const auto hidden = tensors.find("hidden");
   if (hidden == tensors.end()) refuse(op, ": tensors has no \"hidden\"");
   const at::Device device = hidden->second.device();
+  const auto bf16 = numbers.find("bf16");
+  const at::ScalarType storage = bf16 != numbers.end() && bf16->second ? at::kBFloat16 : at::kFloat;
   Arguments arguments{};
   for (const auto& [name, tensor] : tensors) {
     if (!tensor.is_cuda() || tensor.device() != device || !tensor.is_contiguous())
       refuse(op, ": ", name, " is ", describe(tensor), tensor.is_contiguous() ? "" : ", not contiguous",
              "; expected a contiguous tensor on ", device, ", a CUDA device");
     if (!set_pointer(arguments, name.c_str(), tensor.data_ptr())) refuse(op, ": there is no tensor ", name);
+    const at::ScalarType expected = dtype_of(name, storage);
+    if (tensor.scalar_type() != expected) refuse(op, ": ", name, " is ", describe(tensor), "; expected ", expected);
   }
   for (const auto& [name, value] : numbers)
     if (!set_number(arguments, name.c_str(), value)) refuse(op, ": there is no number ", name);

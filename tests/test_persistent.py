@@ -189,6 +189,16 @@ def test_rows_too_wide_for_shared_memory_are_staged_in_slices(launch: Launch, mo
         think(model, start(model, size=8), launch, blocks=16)
 
 
+def test_an_error_of_the_runtime_is_told_and_not_left_behind(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(random_model("llama"))
+    expected = think(model, start(model), launch)
+    with monkeypatch.context() as patch:
+        patch.setenv("COCONUT_FAST_ATTRIBUTE_FAILS", "1")
+        with pytest.raises(RuntimeError, match="invalid value"):
+            think(model, start(model), launch)
+    assert torch.equal(think(model, start(model), launch), expected)
+
+
 def test_forked_rows_share_their_prompt(launch: Launch) -> None:
     model = wrap(random_model("llama"))
     at = start(model, PROMPTS[:1], [2])
@@ -237,6 +247,14 @@ def test_what_the_kernel_does_not_know_is_refused_with_its_reason(launch: Launch
     refused(wrap(hf, feedback=make_feedback("projection", hf.get_input_embeddings())), "Projection")
     refused(wrap(gpt2(activation_function="relu")), "relu")
     refused(wrap(gpt2(n_embd=64, activation_function="gelu")), "'gelu'")
+    model = wrap(gpt2())
+    model.hf.transformer.h[1].ln_2.bias = torch.nn.Parameter(torch.zeros(49)[1:])
+    refused(model, "1.ln_2.bias does not begin at a multiple of 16 bytes")
+    for name in ("transformer.ln_f", "transformer.wpe", "transformer.h.0.ln_1"):
+        hf = gpt2()
+        hf.get_submodule(name).double()
+        assert "float64 and the model torch.float32" in str(persistent._unfit(wrap(hf))), name
+    hf = random_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         refused(wrap(hf), "autocast")
     assert "cpu" in str(persistent.reason_not(wrap(hf)))
@@ -247,8 +265,11 @@ def test_it_is_off_until_a_measurement_is_committed() -> None:
         False,
         "no committed measurement shows it faster than the graph on this device",
     )
-    for file in persistent.FASTER_ON.values():
-        assert (ROOT / "benchmarks" / "results" / file).is_file()
+
+
+def test_a_committed_measurement_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(persistent.FASTER_ON, "a device", "a-device/bench_persistent.json")
+    assert persistent.enabled("a device") == (True, "faster than the graph: a-device/bench_persistent.json")
 
 
 def test_python_and_cuda_agree_on_instructions_and_layers() -> None:

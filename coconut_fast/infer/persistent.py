@@ -154,6 +154,14 @@ def _unfit(model: Coconut) -> str | None:
             return f"{name} is {getattr(plan, name)}, not a multiple of {vector} ({model.dtype} in 16-byte loads)"
     if plan.head_dim > 256:
         return f"head_dim is {plan.head_dim}, the persistent kernel takes up to 256"
+    # The kernel reads these where they lie, by copies of 16 bytes, and takes their numbers for the model's dtype.
+    tensors: dict[str, torch.Tensor | None] = dict(plan.blocks.named_parameters())
+    tensors |= {"positions": plan.positions, "final_norm": plan.final_norm, "final_norm_bias": plan.final_norm_bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != model.dtype:
+            return f"{name} is {tensor.dtype} and the model {model.dtype}, the persistent kernel takes one for all"
+        if tensor is not None and tensor.data_ptr() % 16:
+            return f"{name} does not begin at a multiple of 16 bytes"
     return None
 
 
@@ -258,9 +266,6 @@ class PersistentChain(FusedPasses):
         for index, weights in enumerate(self.layers):
             keys, values = self.cache.storage(index, example, example)
             tensors = {**weights.named(), "keys": keys, "values": values}
-            for name, tensor in tensors.items():
-                if tensor.data_ptr() % 16 and not name.endswith("bias"):
-                    raise ValueError(f"model: {name} of layer {index} does not begin at a multiple of 16 bytes")
             pointers = [tensors[n].data_ptr() if n in tensors else 0 for n in LAYER_POINTERS]
             entries += LAYER.pack(*pointers, plan.scaling[index], plan.window[index])
         return torch.frombuffer(bytearray(entries), dtype=torch.uint8).to(self.cache.device)
