@@ -58,6 +58,20 @@ def test_passes_that_backward_never_reaches_lose_nothing(detach_after: int) -> N
             torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-14, msg=name)
 
 
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_backward_that_ends_at_a_thought_leaves_nothing_to_the_next(defer: bool) -> None:
+    """It makes gradients of later passes' weights, keys and values, and never comes to where those are collected."""
+    model, _ = make_pair("gpt2", torch.float64)
+    expected = _gradients(model, defer)
+    model.zero_grad()
+    output = model(batch=collate(ROWS, TOKENS.thought, LABELS))
+    first = [torch.autograd.grad(output.loss, output.hidden_TD[0], retain_graph=True)[0] for _ in range(2)]
+    assert first[0].abs().max() > 0 and torch.equal(*first)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-11, atol=1e-14, msg=name)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_token_gradients_join_the_heads(tied: bool) -> None:
     """One weight under the embedding and the head, or two; and a frozen embedding, which gets no gradient."""

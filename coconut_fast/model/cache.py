@@ -67,6 +67,7 @@ class KVCache:
         # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
+        self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
     def alloc(self, count: int) -> list[int]:
@@ -121,9 +122,14 @@ class KVCache:
         return keys, values
 
     def gradients(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's accumulation buffers for dK and dV, fp32 (fp64 for an fp64 cache), zero when first asked for."""
+        """The layer's accumulation buffers for dK and dV, fp32 (fp64 for an fp64 cache), zero when first asked for.
+
+        First in this call of backward: one that ends at a thought leaves sums behind that no pass has taken.
+        """
         grad_keys, grad_values = self.grad_keys[layer], self.grad_values[layer]
-        if grad_keys is None or grad_values is None:
+        task = torch._C._current_graph_task_id()
+        if grad_keys is None or grad_values is None or task != self.tasks[layer]:
+            self.tasks[layer] = task
             keys, values = self.keys[layer], self.values[layer]
             assert keys is not None and values is not None, "backward before any forward"
             dtype = torch.promote_types(keys.dtype, torch.float32)

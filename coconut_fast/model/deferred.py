@@ -120,6 +120,13 @@ class _Uses:
         self.transposed = False  # whether the weight is (out, in)
         self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
         self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
+        self.task = -1  # the call of backward that noted them
+
+    def enter_task(self) -> None:
+        """Forgets what an earlier backward noted and never collected: it ended at an activation."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.noted, self.looked_up, self.task = [], [], task
 
     def prepare(self, compute: torch.dtype, transposed: bool) -> None:
         if self.matrix is None:
@@ -129,6 +136,7 @@ class _Uses:
 
     def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Of weight and bias: `total`, which others have made, and the sum over all noted uses; forgets them."""
+        self.enter_task()
         bias = None
         if self.noted:
             product, bias = self._products()
@@ -174,6 +182,7 @@ class _Use(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         saved, cheap, uses = ctx.saved_tensors, ctx.cheap, ctx.uses
         grad_NO = grad.reshape(-1, grad.shape[-1])
+        uses.enter_task()
         if cheap is None:
             uses.noted.append((saved[0], grad_NO))
         else:
@@ -193,6 +202,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        ctx.uses.enter_task()
         ctx.uses.looked_up.append((ctx.ids.flatten(), grad.reshape(-1, grad.shape[-1])))
         return None, None, None
 
