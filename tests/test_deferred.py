@@ -114,6 +114,7 @@ def test_neither_normed_inputs_nor_gelus_outputs_are_kept(monkeypatch) -> None:
 def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
     """What can be computed again is known by its memory: a later write into it must be noticed."""
     weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     x = torch.randn(deferred.SMALL + 1, 4, dtype=torch.float64, requires_grad=True)
     gradients = []
     for defer in (False, True):
@@ -121,7 +122,28 @@ def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
             y = torch.nn.functional.gelu(x)
             with torch.no_grad():
                 y.mul_(2.0)
-            torch.addmm(torch.zeros(3, dtype=torch.float64), y, weight).square().sum().backward()
+            torch.addmm(bias, y, weight).square().sum().backward()
         gradients.append(weight.grad)
         weight.grad = None
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_other_than_a_parameters_products_are_left_to_autograd() -> None:
+    """Biases that live for one product and share an address, or have a value for each row; and keyword arguments."""
+    weight, table = (torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
+    bias = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+    wide = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    leaves, ids = (weight, table, bias, wide, x), torch.tensor([0, 3, 3])
+    gradients = []
+    for defer in (False, True):
+        with deferred.DeferredWeightGradients() if defer else nullcontext():
+            y = x
+            for factor in (1.0, 2.0, 3.0):
+                y = torch.addmm(bias * factor, torch.tanh(y), weight)
+                y = torch.nn.functional.linear(y, weight, bias=bias + factor)
+            y = torch.addmm(wide, y, weight) + torch.addmm(x + bias, y, weight)
+            looked_up = torch.nn.functional.embedding(ids, weight=table)
+        gradients.append(torch.autograd.grad(y.square().sum() + looked_up.square().sum(), leaves))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)

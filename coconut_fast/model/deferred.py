@@ -42,10 +42,13 @@ class DeferredWeightGradients(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear and len(args) >= 2 and _is_trained(args[1]):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return self._product(args[0], args[1], bias, transposed=True)
-        if func is torch.addmm and len(args) == 3 and not kwargs and _is_trained(args[2]):
-            return self._product(args[1], args[2], args[0], transposed=False)
-        if func is functional.embedding and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
+            if _is_bias(bias, width=args[1].shape[0]):
+                return self._product(args[0], args[1], bias, transposed=True)
+        if func is torch.addmm and len(args) == 3 and not kwargs:
+            bias, x, weight = args
+            if _is_trained(weight) and _is_bias(bias, width=weight.shape[1]):
+                return self._product(x, weight, bias, transposed=False)
+        if func is functional.embedding and len(args) >= 2 and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
             return _Lookup.apply(args[0], *self._uses(args[1], None))
         result = func(*args, **kwargs)
         if func is functional.gelu or func is functional.layer_norm:
@@ -74,6 +77,11 @@ class DeferredWeightGradients(TorchFunctionMode):
 
 def _is_trained(weight: Any) -> bool:
     return isinstance(weight, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _is_bias(bias: Any, width: int) -> bool:
+    """Whether it is known again by its id, which a temporary tensor's successor may have too, and is not broadcast."""
+    return bias is None or (isinstance(bias, nn.Parameter) and bias.shape == (width,))
 
 
 def _is_plain(
