@@ -161,6 +161,7 @@ int Chain::gather(int t, const RowsView& rows, Position position) {
 
 void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts,
                     float* hidden) {
+  const std::lock_guard<std::mutex> turn(turn_);
   team_.run([&](int t) {
     int row = 0, done = 0;  // next token: the done-th of this row
     const int32_t* next = ids;
@@ -209,6 +210,7 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
 
 void Chain::think(const CacheView& cache, const RowsView& rows, const int32_t* counts, float* hidden, float* thoughts) {
   check_rows(rows, max_tokens_);
+  const std::lock_guard<std::mutex> turn(turn_);
   team_.run([&](int t) {
     for (int step = 0;; ++step) {
       const int count = gather(t, rows, [&](int i) { return step < counts[i] ? rows.starts[i] + step : -1; });
@@ -231,6 +233,7 @@ void Chain::think(const CacheView& cache, const RowsView& rows, const int32_t* c
 
 void Chain::decode(const CacheView& cache, const RowsView& rows, const DecodeRequest& request, float* hidden) {
   check_rows(rows, max_tokens_);
+  const std::lock_guard<std::mutex> turn(turn_);
   for (int i = 0; i < rows.count; ++i) {
     states_[i] = {request.pending[i], rows.starts[i], request.limits[i] > 0 && request.steps > 0};
     request.produced[i] = 0;

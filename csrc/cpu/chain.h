@@ -1,12 +1,14 @@
 // The native chain: a known model family from packed weights, k thoughts or n tokens for a batch of rows in one call.
 //
-// No allocation, no lock and no Python inside a call: one team of threads walks through the phases of every layer
-// together, a barrier after each. Keys and values go to the paged cache its caller owns; rows may differ in length and
-// in what is asked of them. The residual stream, norms, attention and all sums are fp32.
+// No allocation and no Python inside a call: one team of threads walks through the phases of every layer together, a
+// barrier after each. Calls from several threads take turns, since they share the team and its buffers. Keys and values
+// go to the paged cache its caller owns; rows may differ in length and in what is asked of them. The residual stream,
+// norms, attention and all sums are fp32.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -173,6 +175,7 @@ class Chain {
   const Format format_;
   const int group_, max_tokens_;
   const Kernels& kernels_;
+  std::mutex turn_;  // held for a whole call, by callers that do not hold the GIL
   Team team_;
   Arena arena_;
   std::vector<Layer> layers_;
