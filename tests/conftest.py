@@ -54,3 +54,11 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
         monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
     return request.param
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call leases the model's graph runner, as on a GPU."""
+    from coconut_fast.infer import engine, graphs
+
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (graphs.lease, "asked for"))

@@ -99,6 +99,10 @@ def generate(
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
     """Who runs the passes of this model on this device, and why."""
     if model.device.type == "cuda":
+        hook = graphs.hooked(model)
+        if hook is not None:
+            graphs.forget(model)
+            return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
         return graphs.lease, "chains of thoughts and tokens replay as CUDA graphs"
     reason = reason_not(model)
     if reason is None:

@@ -4,10 +4,14 @@ The host fills a `StaticBatch` (infer/passes.py), reserves pages for what the pa
 the results once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until
 then. `choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate`
 calls too: a model keeps its last runner (`lease`, `GraphRunner.release`) for as long as it lives itself.
+
+A graph repeats launches, and none of the Python around them: a model with hooks runs eagerly (`hooked`), and no runner
+is kept where a module's Python may change from one call to the next (`fleeting`).
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +29,7 @@ from coconut_fast.infer.sampling import uniform
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import FEEDBACKS
 
 LONGEST_CHAIN = 16  # passes of one graph; a longer chain replays it
 STEPS = 8  # tokens between two looks of the host: `write` is asked for at most so many
@@ -35,11 +40,36 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
     reason = fused.reason_not(model)
     if reason is not None:
         return HuggingFacePasses(model, cache, sampling, reason)
-    if model.device.type == "cuda":
-        faster, _ = persistent.enabled(torch.cuda.get_device_name(model.device))
-        if faster and persistent.reason_not(model) is None:
-            return persistent.PersistentChain(model, cache, sampling)
-    return fused.FusedPasses(model, cache, sampling)
+    try:
+        if model.device.type == "cuda":
+            faster, _ = persistent.enabled(torch.cuda.get_device_name(model.device))
+            if faster and persistent.reason_not(model) is None:
+                return persistent.PersistentChain(model, cache, sampling)
+        return fused.FusedPasses(model, cache, sampling)
+    except torch.OutOfMemoryError as error:
+        reason = f"no memory to pack the weights: {_first_line(error)}"
+    return HuggingFacePasses(model, cache, sampling, reason)
+
+
+def hooked(model: Coconut) -> str | None:
+    """Which of its modules does more in Python than its class says, what a replay would not repeat; None: none does."""
+    for name, module in (*model.hf.named_modules(), *model.feedback.named_modules(prefix="feedback")):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"module {name or type(module).__name__} has a forward hook"
+        if "forward" in vars(module):
+            return f"module {name or type(module).__name__} has had its forward replaced"
+    return None
+
+
+def fleeting(model: Coconut) -> str | None:
+    """Why graphs of this model end with the call: what they do may change where no address of a weight does."""
+    if type(model.feedback) not in FEEDBACKS.values():
+        return f"feedback {type(model.feedback).__name__} is not one of {', '.join(FEEDBACKS)}"
+    for name, module in model.hf.named_modules():
+        kind = type(module)
+        if not kind.__module__.startswith(("torch.nn.modules.", "transformers.")):
+            return f"module {name or 'hf'} is a {kind.__module__}.{kind.__name__}"
+    return hooked(model)
 
 
 class GraphRunner(EagerRunner):
@@ -62,6 +92,8 @@ class GraphRunner(EagerRunner):
         self.made_for = _made_for(model, sampling)
         self.passes = choose_passes(model, self.cache, sampling)
         self.reason = self.passes.reason
+        if isinstance(self.passes, HuggingFacePasses) and fused.reason_not(model) is None:
+            self.trouble = self.reason  # there was no memory for better ones
         if isinstance(self.passes, fused.FusedPasses):
             self.bytes_per_pass = self.passes.bytes_per_pass
             self.measure_bandwidth = partial(copy_bandwidth, model.device)
@@ -83,10 +115,12 @@ class GraphRunner(EagerRunner):
     def release(self) -> None:
         """The call is over and its rows are free: the model's next call may have this runner.
 
-        Not under autocast, whose copies of the weights, which graphs have captured, end with it.
+        Not under autocast, whose copies of the weights, which graphs have captured, end with it; and not after trouble,
+        which the next call may be spared.
         """
-        if fused.compute_dtype(self.model) == self.model.dtype:
-            _kept[self.model] = self
+        model = self.model
+        if not self.trouble and fused.compute_dtype(model) == model.dtype and fleeting(model) is None:
+            _kept[model] = self
 
     @torch.inference_mode()
     def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
@@ -143,8 +177,9 @@ class GraphRunner(EagerRunner):
         """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
-            self._warm_up(batch, kind, *count)
-            self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
+            with _capturing:
+                self._warm_up(batch, kind, *count)
+                self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
             self.captures += 1
         self.graphs[key]()
 
@@ -170,12 +205,14 @@ class GraphRunner(EagerRunner):
     def _warm_up(self, batch: StaticBatch, kind: str, *count: int) -> None:
         """Runs the passes once without an active row, which compiles kernels and changes nothing that is read.
 
-        Fused kernels that fail here give way to Hugging Face's body; stats say so.
+        Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
         """
         with _no_active_row(batch), _side_stream(self.pool is not None):
             try:
                 getattr(self.passes, kind)(batch, *count)
                 return
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 if isinstance(self.passes, HuggingFacePasses):
                     raise
@@ -192,7 +229,7 @@ class GraphRunner(EagerRunner):
         with _no_active_row(batch):
             try:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     passes()
                 return graph.replay
             except RuntimeError as error:
@@ -226,22 +263,32 @@ def _side_stream(on_gpu: bool) -> Iterator[None]:
 
 
 @lru_cache
-def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of copying `size` bytes ten times over: what memory-bound kernels can reach."""
+def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes a second, read and written, of copying `size` bytes: what memory-bound kernels can reach. Five times the L2
+    of an H100; the best of three rounds of ten copies."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source).copy_(source)
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
-    wait()
-    begun = time.perf_counter()
-    for _ in range(10):
-        target.copy_(source)
-    wait()
-    return 20 * size / (time.perf_counter() - begun)
+    rounds = []
+    for _ in range(3):
+        wait()
+        begun = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        wait()
+        rounds.append(time.perf_counter() - begun)
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 20 * size / min(rounds)
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
+
+# One warm-up or capture at a time, for all threads; what other threads do meanwhile does not end a capture.
+_capturing = threading.Lock()
 
 # One runner a model: its cache, its static batches and its captured graphs. It goes when the model goes.
 _kept: weakref.WeakKeyDictionary[Coconut, GraphRunner] = weakref.WeakKeyDictionary()
@@ -255,7 +302,8 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
     runner = _kept.pop(model, None)
     wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
     large_enough = runner is not None and all(runner.capacity[name] >= n for name, n in wanted.items())
-    if runner is not None and large_enough and runner.made_for == _made_for(model, sampling):
+    same = runner is not None and runner.made_for == _made_for(model, sampling) and fleeting(model) is None
+    if runner is not None and large_enough and same:
         runner.clock = Clock(model.device)
         runner.passes.refresh()
         return runner
@@ -276,7 +324,7 @@ def held_bytes(model: Coconut) -> int:
 
 
 def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
-    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, sampling, and hooks."""
+    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, and sampling."""
     tensors = [*model.parameters(), *model.buffers()]
     addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
     mean_norm = getattr(model.feedback, "mean_norm", None)

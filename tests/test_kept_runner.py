@@ -1,0 +1,222 @@
+"""What lives of the graph runner from one `generate` call to the next, and when nothing may."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from coconut_fast import generate
+from coconut_fast.infer import engine, graphs
+from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.engine import choose_runner
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import make_feedback
+from tests.families import make_pair, make_row
+
+PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
+pytestmark = pytest.mark.usefixtures("kept")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
+    model, _ = make_pair(family)
+    first = generate(model, PROMPTS, max_new_tokens=11)
+    runner = graphs._kept[model]
+    captured = runner.captures
+    assert captured == len(runner.graphs) > 0
+    for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
+        again = generate(model, prompts, max_new_tokens=11)
+        assert graphs._kept[model] is runner and runner.captures == captured
+    assert again.token_ids == first.token_ids
+    assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
+    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket, and a chain of another length
+    assert graphs._kept[model] is runner and runner.captures == captured + 3
+
+
+def test_what_makes_a_new_runner() -> None:
+    model, _ = make_pair("llama")
+    seen = []
+
+    def run(**options) -> None:
+        generate(model, PROMPTS[:2], **{"max_new_tokens": 3, **options})
+        if graphs._kept[model] not in seen:
+            seen.append(graphs._kept[model])
+
+    run()
+    run(max_new_tokens=2)
+    assert len(seen) == 1
+    run(max_new_tokens=200)  # capacity
+    run(max_new_tokens=200)
+    assert len(seen) == 2
+    run(temperature=0.5, seed=1)  # sampling
+    run(temperature=0.5, seed=2)
+    assert len(seen) == 3
+    model.hf.model.norm.weight = torch.nn.Parameter(model.hf.model.norm.weight.detach().clone())  # storage
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 4
+    model.feedback = make_feedback("rescale", model.hf.get_input_embeddings())
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 5
+
+
+class Scaled(torch.nn.Module):
+    """A feedback of the user's own, whose number no address tells."""
+
+    factor = 1.0
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return self.factor * hidden_BD
+
+
+class Adapted(torch.nn.Module):
+    """As an adapter library wraps a layer: Python decides what it does."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+def add_hook(model: Coconut) -> Callable[[], None]:
+    return model.hf.get_input_embeddings().register_forward_hook(lambda *_: None).remove
+
+
+def replace_forward(model: Coconut) -> Callable[[], None]:
+    module = model.hf.get_input_embeddings()
+    module.forward = module.forward
+    return lambda: delattr(module, "forward")
+
+
+def set_feedback(model: Coconut) -> Callable[[], None]:
+    kept, model.feedback = model.feedback, Scaled()
+    return lambda: setattr(model, "feedback", kept)
+
+
+def adapt(model: Coconut) -> Callable[[], None]:
+    attention = model.hf.base_model.layers[0].self_attn
+    base = attention.o_proj
+    attention.o_proj = Adapted(base)
+    return lambda: setattr(attention, "o_proj", base)
+
+
+@pytest.mark.parametrize("change", [add_hook, replace_forward, set_feedback, adapt])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_nothing_is_kept_where_python_may_change_between_calls(family: str, change) -> None:
+    model, _ = make_pair(family)
+    run = partial(generate, model, PROMPTS[:2], max_new_tokens=3)
+    expected = run().token_ids
+    before = graphs._kept[model]
+    undo = change(model)
+    assert run().token_ids == expected and model not in graphs._kept, "the kept runner is not used, and none is kept"
+    undo()
+    assert run().token_ids == expected and graphs._kept[model] is not before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_replaced_hook_and_a_changed_feedback_are_seen(family: str, monkeypatch) -> None:
+    model, _ = make_pair(family)
+    run = partial(generate, model, PROMPTS[:2], max_new_tokens=3)
+    called = []
+    for name in "AB":
+        handle = model.hf.base_model.norm.register_forward_hook(lambda *_, name=name: called.append(name))
+        run()
+        handle.remove()
+        assert set(called) == {name}
+        called.clear()
+    set_feedback(model)
+    for factor in (1.0, -3.0):
+        model.feedback.factor = factor
+        with monkeypatch.context() as patch:
+            found = run(return_thoughts=True).thoughts
+            patch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+            for ours, theirs in zip(found, run(return_thoughts=True).thoughts, strict=True):
+                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("change", [add_hook, replace_forward])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_model_with_hooks_is_not_captured(family: str, change, monkeypatch) -> None:
+    monkeypatch.setattr(Coconut, "device", torch.device("cuda"))
+    model, _ = make_pair(family)
+    assert choose_runner(model)[0] is graphs.lease
+    graphs._kept[model] = "its memory is wanted"
+    change(model)
+    runner, reason = choose_runner(model)
+    assert runner is EagerRunner and "embed_tokens has" in reason and model not in graphs._kept
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_of_the_optimizer_is_seen_by_the_kept_runner(family: str, fused: bool, monkeypatch) -> None:
+    model, _ = make_pair(family)
+    before = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    runner = graphs._kept[model]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
+    optimizer.step()
+    after = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    assert graphs._kept[model] is runner, "weights written in place need no new capture"
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    assert after == generate(model, PROMPTS, max_new_tokens=11).token_ids != before
+
+
+def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
+    """Its copies of the weights die with it; a runner made outside would compute in the weights' dtype."""
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
+    assert graphs._kept[model].passes.layers[0].qkv.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        runner = graphs.lease(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
+        assert runner.passes.layers[0].qkv.dtype == runner.passes.head.dtype == torch.bfloat16
+        assert runner.passes.layers[0].norm1.dtype == torch.float32
+        under = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
+        assert model not in graphs._kept and "fused kernels" in under.stats.reason
+    again = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
+    assert again.token_ids == expected
+    for a, b in zip(under.thoughts, again.thoughts, strict=True):
+        assert 0 < (a - b).abs().max() < 0.1 * b.abs().max(), "as far apart as bf16 is from fp32"
+
+
+def test_a_runner_can_be_forgotten() -> None:
+    model, _ = make_pair("gpt2")
+    generate(model, PROMPTS, max_new_tokens=2)
+    graphs.forget(model)
+    assert model not in graphs._kept and graphs.held_bytes(model) == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_runner_goes_when_the_model_goes(family: str) -> None:
+    model, _ = make_pair(family)
+    generate(model, PROMPTS, max_new_tokens=3)
+    runner = graphs._kept[model]
+    cache, alive = weakref.ref(runner.cache), weakref.ref(model)
+    assert graphs.held_bytes(model) > 0
+    del runner
+    gc.collect()
+    gc.disable()  # no cycle may be needed to be found
+    try:
+        del model
+        assert alive() is None and cache() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
+
+    def interrupted(self, number, draft):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "_finish", interrupted)
+        assert generate(model, PROMPTS, max_new_tokens=5).stats.interrupted
+    assert model not in graphs._kept
+    assert generate(model, PROMPTS, max_new_tokens=5).token_ids == expected
