@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from coconut_fast.infer.graphs import copy_bandwidth
+
 
 def seconds_of(call: Callable[[], Any], device: torch.device | str = "cuda") -> float:
     """The second of two calls; on a GPU between two events, with no gap between the calls: launch latency is hidden."""
@@ -40,9 +42,6 @@ def waited(call: Callable[[], Any], device: torch.device | str = "cuda") -> floa
 @functools.cache
 def gpu_limits() -> tuple[float, float]:
     """Bytes a second of a large copy (read + written) and bf16 operations a second of a large product, measured now."""
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * 4 * source.numel() / min(seconds_of(lambda: target.copy_(source)) for _ in range(5))
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / min(seconds_of(lambda: a @ b) for _ in range(5))
-    return copy, product
+    return copy_bandwidth(torch.device("cuda")), product

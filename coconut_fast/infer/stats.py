@@ -81,7 +81,8 @@ class GenerateStats:
 
     @property
     def bandwidth_share(self) -> float | None:
-        """Share of this machine's measured read bandwidth that the latent passes reached; measured on first use."""
+        """Share of this machine's memory bandwidth that the latent passes reached; it is measured on first use, on a
+        CPU by reading, on a GPU by a copy (read and written bytes)."""
         if self.measure_bandwidth is None or not self.bytes_per_latent_pass or not self.seconds_per_latent_pass:
             return None
         return self.bytes_per_latent_pass / self.seconds_per_latent_pass / self.measure_bandwidth()
