@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import bench_graph
 from coconut_fast import ops
+from coconut_fast.infer import graphs
+from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.model.plan import describe
 from tests.families import make_hf, make_pair
@@ -37,6 +39,15 @@ def test_graph_benchmark_on_its_kernels(device, monkeypatch) -> None:
     with ops.use("triton"):
         assert timed.pass_seconds("think", graphed=True, rounds=1) > 0
         assert timed.answer() == expected
+
+
+def test_the_fused_baseline_is_never_another_default(device, monkeypatch) -> None:
+    class Default(FusedPasses):
+        pass
+
+    monkeypatch.setattr(bench_graph, "PROMPT", 5)
+    monkeypatch.setattr(graphs, "choose_passes", Default)
+    assert type(bench_graph.Timed(make_pair("gpt2")[0].to(device), 1, "fused").runner.passes) is FusedPasses
 
 
 def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
