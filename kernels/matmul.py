@@ -1,8 +1,9 @@
 """Matrix product in fp32 by oneDNN: a @ b + bias, operands in any layout.
 
-PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors: 100 GFLOP/s a core on Zen 5, where
-oneDNN's AVX-512 kernels reach 160 to 230 (2,800 rows through GPT-2's matrices). bf16 and fp16 products go to oneDNN
-anyway, fp64 ones have nowhere else to go. Bound by the rate of multiply-adds; for a few rows by reading b once.
+PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors. Measured on one of them only, an AMD
+EPYC of Zen 5: 200 GFLOP/s on two cores with MKL, 340 to 450 with oneDNN's AVX-512 kernels (2,800 rows through GPT-2's
+matrices). Other CPUs take oneDNN too, unmeasured; MKL may be as fast or faster on Intel's. bf16 and fp16 products go to
+oneDNN anyway, fp64 ones have nowhere else to go. Bound by the rate of multiply-adds; for a few rows by reading b once.
 """
 
 from __future__ import annotations
