@@ -395,6 +395,15 @@ def test_packed_again_when_weights_change() -> None:
     assert native.packed(model) is not first
 
 
+def test_a_write_through_data_is_known_once_the_state_is_loaded() -> None:
+    model = wrap(random_model("gpt2"))
+    before = native_chains(native.packed(model))
+    model.hf.transformer.h[0].mlp.c_fc.weight.data.add_(0.1)
+    model.load_state_dict(model.state_dict())
+    after = native_chains(native.packed(model))
+    assert not torch.equal(after, before) and torch.equal(after, native_chains(native.NativeModel(model)))
+
+
 def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert ops.extension().default_threads() == 1

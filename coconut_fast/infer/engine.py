@@ -61,6 +61,9 @@ def generate(
     own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the order of prompts.
     num_samples: answers per prompt, from one reading of it. batch_size: rows at a time.
 
+    Weights changed between calls are seen, except on the CPU where they were written through `.data`: there
+    `model.load_state_dict(model.state_dict())` afterwards makes the change known.
+
     Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
     id, and for arguments out of range. Ctrl-C returns what is finished.
     """

@@ -280,7 +280,12 @@ _packed: weakref.WeakKeyDictionary[Coconut, NativeModel] = weakref.WeakKeyDictio
 
 
 def packed(model: Coconut) -> NativeModel:
-    """The model's packed weights, made once and again after its weights or feedback changed."""
+    """The model's packed weights, made once and again after its weights or feedback changed.
+
+    A change is known by addresses, version counters and optimizer steps; a write through `.data`, as some averages of
+    weights are swapped in, leaves no trace in them. `copy_` under `torch.no_grad()` and `load_state_dict` do, and
+    `model.load_state_dict(model.state_dict())` makes an earlier write through `.data` known.
+    """
     native = _packed.get(model)
     if native is None or fingerprint(model, native.plan) != native.fingerprint:
         native = _packed[model] = NativeModel(model)
@@ -288,7 +293,7 @@ def packed(model: Coconut) -> NativeModel:
 
 
 def fingerprint(model: Coconut, plan: ModelPlan) -> tuple[object, ...]:
-    """Differs where packed weights would."""
+    """Differs where packed weights would, but for writes through `.data` (see `packed`)."""
     buffers = [*model.feedback.parameters(), *model.feedback.buffers()]
     versions = tuple((t.data_ptr(), t._version) for t in buffers)
     return plan.fingerprint(), type(model.feedback), versions, _optimizer_steps
