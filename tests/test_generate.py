@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -170,3 +173,16 @@ def test_bad_input_is_refused_before_any_work(model, prompts, options, message) 
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **options)
     assert generate(model, [[1, 2]], max_new_tokens=1).token_ids  # usable afterwards
+
+
+def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:
+    """The native chain releases the GIL and has one team of threads and one set of buffers for both."""
+    model, _ = make_pair("llama")
+    halves = [[make_row(1 + 7 * i % 23, i % 4, 0, seed=i) for i in part] for part in (range(8), range(8, 16))]
+    ask = functools.partial(generate, model, max_new_tokens=24, return_thoughts=True)
+    expected = [ask(prompts) for prompts in halves]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(10):
+            for found, alone in zip(threads.map(ask, halves), expected, strict=True):
+                assert found.token_ids == alone.token_ids
+                assert all(map(torch.equal, found.thoughts, alone.thoughts))

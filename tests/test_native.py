@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from coconut_fast import generate, ops
+from coconut_fast import ops
 from coconut_fast.infer import native
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
@@ -329,20 +327,6 @@ def test_runner_does_what_the_eager_runner_does() -> None:
         results.append(([d.tokens for d in drafts], torch.stack([t for kept in thoughts for t in kept])))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
-
-
-def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:
-    model = wrap(random_model("llama"))
-    halves = [
-        [[5 + i + j for j in range(1 + 7 * i % 23)] + [3] * (i % 4) for i in part] for part in (range(8), range(8, 16))
-    ]
-    ask = functools.partial(generate, model, max_new_tokens=24, return_thoughts=True)
-    expected = [ask(prompts) for prompts in halves]
-    with ThreadPoolExecutor(2) as threads:
-        for _ in range(10):
-            for found, alone in zip(threads.map(ask, halves), expected, strict=True):
-                assert found.stats.backend == "native" and found.token_ids == alone.token_ids
-                assert all(map(torch.equal, found.thoughts, alone.thoughts))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
