@@ -38,8 +38,9 @@ def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
     assert graphs._kept[model] is runner and runner.captures == captured + 3
 
 
-def test_what_makes_a_new_runner() -> None:
-    model, _ = make_pair("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_makes_a_new_runner(family: str) -> None:
+    model, _ = make_pair(family)
     seen = []
 
     def run(**options) -> None:
