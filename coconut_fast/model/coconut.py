@@ -26,7 +26,6 @@ from coconut_fast.model import attention
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
-from coconut_fast.model.memory import return_freed_memory
 from coconut_fast.model.parallel import refine
 from coconut_fast.tokens import LatentTokens
 
@@ -179,8 +178,6 @@ class Coconut(nn.Module):
             if input_ids is None:
                 raise ValueError("forward: expected input_ids or batch, found neither")
             batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels).to(self.device)
-        if torch.is_grad_enabled() and self.device.type == "cpu":
-            return_freed_memory()
         # A checkpointed pass runs again without the mode; sharded weights are not at hand when their gradient is due.
         deferred = self.defer_weight_gradients and torch.is_grad_enabled() and not self.checkpoint_passes
         deferred = deferred and not any(isinstance(p, DTensor) for p in self.parameters())
