@@ -27,6 +27,7 @@ from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, Static
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.sampling import uniform
 from coconut_fast.infer.stats import Clock
+from coconut_fast.model import plan
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
@@ -52,13 +53,8 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
 
 
 def hooked(model: Coconut) -> str | None:
-    """Which of its modules does more in Python than its class says, what a replay would not repeat; None: none does."""
-    for name, module in (*model.hf.named_modules(), *model.feedback.named_modules(prefix="feedback")):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"module {name or type(module).__name__} has a forward hook"
-        if "forward" in vars(module):
-            return f"module {name or type(module).__name__} has had its forward replaced"
-    return None
+    """What its modules do in Python that a replay would not repeat; None: nothing."""
+    return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
 
 
 def fleeting(model: Coconut) -> str | None:

@@ -227,10 +227,16 @@ def _unusual_module(model: nn.Module, plain: set[str]) -> str | None:
         activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation")
         if not ours or not (activation or kind.__name__ in plain):
             return f"module {name} is a {kind.__module__}.{kind.__name__}"
+    return hooked(model)
+
+
+def hooked(model: nn.Module, prefix: str = "") -> str | None:
+    """Which module does more in Python than its class says, and what (a hook, a replaced forward); None: none does."""
+    for name, module in model.named_modules(prefix=prefix):
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"module {name or kind.__name__} has a forward hook"
+            return f"module {name or type(module).__name__} has a forward hook"
         if "forward" in vars(module):
-            return f"module {name or kind.__name__} has had its forward replaced"
+            return f"module {name or type(module).__name__} has had its forward replaced"
     return None
 
 
