@@ -45,6 +45,25 @@ def test_autocast_gradients_are_as_good_as_autograds(family: str) -> None:
         assert_as_good_as_torch(gradient, plain[name], truth[name], what=name, working=torch.bfloat16)
 
 
+def test_gradients_repeat_bit_for_bit_on_several_threads() -> None:
+    """Some ways to add up the gradients of a token that comes often are atomic, and add in any order."""
+    model, _ = make_pair("gpt2")
+    rows = [make_row(60, 2, 3, seed) for seed in range(40)]
+    labels = [[IGNORE] * (len(row) - 3) + row[-3:] for row in rows]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(6):
+            model.zero_grad()
+            model(batch=collate(rows, TOKENS.thought, labels)).loss.backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    finally:
+        torch.set_num_threads(threads)
+    for name, gradient in found[0].items():
+        assert all(torch.equal(gradient, again[name]) for again in found[1:]), name
+
+
 @pytest.mark.parametrize("detach_after", [0, 1])
 def test_passes_that_backward_never_reaches_lose_nothing(detach_after: int) -> None:
     """With detached thoughts, or labels in the first pass only, some uses of a weight have no gradient at all."""

@@ -152,7 +152,7 @@ class _Uses:
         if self.looked_up:
             total = torch.zeros_like(self.weight) if total is None else total
             for ids, grad in self.looked_up:
-                total.index_put_((ids,), grad.to(total.dtype), accumulate=True)
+                _add_rows(total, ids, grad.to(total.dtype))
             self.looked_up = []
         return total, bias
 
@@ -172,6 +172,14 @@ class _Uses:
             left, right = (grad, x) if self.transposed else (x, grad)
             total = ops.matmul(left.T, right, into=total)
         return total.to(self.weight.dtype), bias if self.bias is None else bias.to(self.bias.dtype)
+
+
+def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """total[ids] += rows in a fixed order: PyTorch has such a kernel per device, and one that adds atomically."""
+    if total.is_cpu:
+        total.index_add_(0, ids, rows)
+    else:
+        total.index_put_((ids,), rows, accumulate=True)
 
 
 class _Use(torch.autograd.Function):
