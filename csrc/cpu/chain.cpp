@@ -21,10 +21,6 @@ const Kernels& kernels_for(Isa isa) {
 
 namespace {
 
-// Up to here tokens go one by one: tiles unpack all keys of the row first. 16 rows of 330 and a pass of 2 tokens more:
-// 41 ms by tiles.
-constexpr int kFewTokens = 8;
-
 // Bytes of a row, such that rows start on different cache sets: an odd number of lines.
 size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
@@ -49,7 +45,6 @@ Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int
   queries_ = make_memory<float>(size_t(max_tokens) * shape.heads * shape.head_dim);
   lse_ = make_memory<float>(size_t(max_tokens) * shape.heads);
   runs_.rows.resize(max_tokens), runs_.lengths.resize(max_tokens), runs_.offsets.resize(max_tokens + 1);
-  runs_.few.resize(max_tokens);
   candidates_ = make_memory<Candidates>(size_t(max_tokens) * threads);
   row_logits_ = make_memory<float>(shape.vocab);
   order_ = make_memory<int>(shape.vocab);
@@ -184,7 +179,6 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
           }
           runs_.rows[runs_.count] = rows.rows[row];
           runs_.lengths[runs_.count] = rows.starts[row] + done + n;
-          runs_.few[runs_.count] = counts[row] <= kFewTokens;
           runs_.offsets[runs_.count++] = count;
           runs_.offsets[runs_.count] = count + n;
         }

@@ -132,7 +132,6 @@ class Chain {
   struct Runs {
     int count = 0;
     std::vector<int32_t> rows, offsets, lengths;
-    std::vector<char> few;  // whether the row has few tokens in the whole call
   };
 
   // A row of a decode call.

@@ -59,8 +59,8 @@ void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
   team_.barrier();
 }
 
-// Prefill: all tokens of a row in this pass together, by tiles, where the row has many of them in the call. So which way
-// a token goes depends on its row alone, never on what it is batched with or where passes are cut.
+// Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
+// never on what it is batched with.
 void Chain::attend_runs(int t, int tokens, const Attend& a) {
   const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
   const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
@@ -72,17 +72,11 @@ void Chain::attend_runs(int t, int tokens, const Attend& a) {
   const Attention attention{queries_.get(), a.keys, a.values, a.page_table, runs_.rows.data(), runs_.offsets.data(),
                             runs_.lengths.data(), Dtype::f32, a.dtype, runs_.count, a.heads, a.kv_heads, n, n,
                             a.pages_per_row, a.page_size, a.window, a.scaling, 0, 0, 0};
-  const auto [first, last] = share(a.kv_heads, t, size);
-  for (int run = 0, item = 0; run < runs_.count; ++run) {
-    const int from = runs_.offsets[run], to = runs_.offsets[run + 1];
-    for (int m = from; m < to && runs_.few[run] && first < last; ++m)
-      kernels_.attend(a, m, first, last, tokens_[m].row, tokens_[m].position);
-    for (int head = 0; head < a.kv_heads && !runs_.few[run]; ++head) {
-      if (item++ % size != t) continue;
-      attend_prompt(attention, run, head, queries_.get(), lse_.get());
-      for (int m = from; m < to; ++m)
-        std::copy_n(query_of(m, head * shared), shared * n, a.out + m * a.out_stride + size_t(head) * shared * n);
-    }
+  for (int i = t; i < runs_.count * a.kv_heads; i += size) {
+    const int run = i / a.kv_heads, head = i % a.kv_heads;
+    attend_prompt(attention, run, head, queries_.get(), lse_.get());
+    for (int m = runs_.offsets[run]; m < runs_.offsets[run + 1]; ++m)
+      std::copy_n(query_of(m, head * shared), shared * n, a.out + m * a.out_stride + size_t(head) * shared * n);
   }
   team_.barrier();
 }
