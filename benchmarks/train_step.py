@@ -18,7 +18,7 @@ from transformers.activations import NewGELUActivation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
-from coconut_fast import Coconut, ops
+from coconut_fast import Coconut, data, ops
 from coconut_fast.data.batch import collate
 from coconut_fast.kernels import matmul
 from coconut_fast.model import deferred
@@ -39,6 +39,10 @@ def keep_everything(model: Coconut) -> None:
     deferred._Cheap.made = lambda self, x: False  # type: ignore[method-assign]
 
 
+def read_everything(model: Coconut) -> None:
+    data.batch._reads = lambda counts, unread: None
+
+
 def products_by_mkl(model: Coconut) -> None:
     matmul._linear = None
 
@@ -49,6 +53,7 @@ SAVINGS = {
     "the deferring mode": lambda model: setattr(model, "defer_weight_gradients", False),
     "oneDNN's fp32 products": products_by_mkl,
     "norms and GELU computed again": keep_everything,
+    "last layer of read tokens only": read_everything,
     "fused head and loss": lambda model: only_torch("linear_cross_entropy"),
     "attention kernels": lambda model: only_torch("ragged_attention", "ragged_attention_backward", "kv_append"),
     "fused GELU": plain_gelu,
@@ -69,7 +74,7 @@ def main() -> None:
         batch = collate(rows, model.tokens.thought, labels).to(device)
 
         def loss() -> torch.Tensor:
-            return model(batch=batch).loss
+            return model(batch=batch, loss_only=True).loss
 
     else:
         model = make_hf(job["shape"]).to(device).train()

@@ -15,6 +15,7 @@ from coconut_fast import generate, reference
 from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention, coconut
 from coconut_fast.model.cache import KVCache
+from coconut_fast.model.last_layer import decoder_layers
 from coconut_fast.model.memory import return_freed_memory
 from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, TOKENS, make_pair, make_row
@@ -46,18 +47,26 @@ def _oracle(model: torch.nn.Module, rows: list, labels: list) -> tuple[torch.Ten
 EVERY = [(family, torch.float32) for family in FAMILIES] + [("gpt2", torch.float64)]
 
 
+@pytest.mark.parametrize("loss_only", [False, True], ids=["whole", "loss_only"])
 @pytest.mark.parametrize(("family", "dtype"), EVERY)
-def test_forward_and_gradients_agree_with_the_oracle(family: str, dtype: torch.dtype) -> None:
+def test_forward_and_gradients_agree_with_the_oracle(family: str, dtype: torch.dtype, loss_only: bool) -> None:
     ours, plain = make_pair(family, dtype)
     rows, labels = _batch()
-    output = ours(batch=collate(rows, TOKENS.thought, labels))
+    tokens: list[int] = []
+    first_product = next(decoder_layers(ours.hf)[-1].mlp.children())
+    first_product.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
+    output = ours(batch=collate(rows, TOKENS.thought, labels), loss_only=loss_only)
+    assert tokens[0] == (11 if loss_only else 48), "tokens of the first pass in the last MLP"
     output.loss.backward()
     gradients = {k: p.grad for k, p in ours.hf.named_parameters() if p.grad is not None}
     of_plain = _oracle(plain, rows, labels)
     of_truth = _oracle(plain.double(), rows, labels)
     assert_as_good_as_torch(output.loss.detach(), of_plain[0], of_truth[0], what="loss")
+    if loss_only:
+        with pytest.raises(ValueError, match="loss_only"):
+            _ = output.logits
     for b, row in enumerate(rows):
-        for name, i in (("logits", 1), ("inputs_embeds", 2)):
+        for name, i in (("inputs_embeds", 2),) if loss_only else (("logits", 1), ("inputs_embeds", 2)):
             got = getattr(output, name)[b, : len(row)].detach()
             assert_as_good_as_torch(got, of_plain[i][b], of_truth[i][b], what=f"{name} of row {b}")
     assert gradients.keys() == of_plain[3].keys()

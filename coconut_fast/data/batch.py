@@ -9,7 +9,7 @@ The flat token axis is pass-major: pass 0 of all rows, then pass 1, ... so each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,15 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that no loss is taken on, as everywhere in PyTorch
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The tokens of a pass whose last hidden states are read: of every row those from the first such token on."""
+
+    at: torch.Tensor  # (R,) int64: where they stand in the pass
+    row_offsets: torch.Tensor  # (B + 1,) int32: where each row's begin among them
+    max_query: int  # most of any row
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Pass:
     detachable: torch.Tensor  # (len(rows),) int64: how many thoughts of the row come after this one
     loss_index: torch.Tensor  # (N,) int64: positions in this pass that predict a labelled token
     targets: torch.Tensor  # (N,) int64: those tokens
+    reads: Reads | None  # by the loss and the next thoughts; None where that is more than half of the pass
 
 
 @dataclass(frozen=True)
@@ -54,20 +64,22 @@ class RaggedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
 
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-
-        passes = tuple(replace(p, **{k: move(v) for k, v in vars(p).items()}) for p in self.passes)
-        return replace(self, **{k: move(v) for k, v in vars(self).items() if k != "passes"}, passes=passes)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> RaggedBatch:
         """The same batch in page-locked memory, for the data loader."""
-        passes = tuple(
-            replace(p, **{k: v.pin_memory() for k, v in vars(p).items() if isinstance(v, torch.Tensor)})
-            for p in self.passes
-        )
-        own = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **own, passes=passes)
+        return _each_tensor(self, torch.Tensor.pin_memory)
+
+
+def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch, or a part of one, with every tensor in it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (RaggedBatch, Pass, Reads)):
+        return replace(value, **{k: _each_tensor(v, change) for k, v in vars(value).items()})
+    if isinstance(value, tuple):
+        return tuple(_each_tensor(v, change) for v in value)
+    return value
 
 
 def collate(
@@ -106,7 +118,7 @@ def collate(
     for j in range(max(len(s) for s in segments) - 1):
         members = [b for b, s in enumerate(segments) if j < len(s) - 1]
         start, offset = stop, 0
-        thought_at, source, index, targets, counts = [], [], [], [], []
+        thought_at, source, index, targets, counts, unread = [], [], [], [], [], []
         for b in members:
             low, high = segments[b][j], segments[b][j + 1]
             flat.append(rows[b][low:high])
@@ -116,11 +128,14 @@ def collate(
             if j:
                 thought_at.append(offset)
                 source.append(ends[b])
+            goes_on = j + 2 < len(segments[b])
+            unread.append(high - low - goes_on)  # the last one feeds the next thought
             row_targets = target_rows[b]
             if row_targets is not None:
                 labelled = np.flatnonzero(row_targets[low:high] != IGNORE)
                 index.append(labelled + offset)
                 targets.append(row_targets[low:high][labelled])
+                unread[-1] = min([unread[-1], *labelled[:1].tolist()])
             counts.append(high - low)
             offset += high - low
         ends = dict(zip(members, (np.cumsum(counts) - 1).tolist(), strict=True))
@@ -136,6 +151,7 @@ def collate(
                 detachable=_int64([len(segments[b]) - 2 - j for b in members] if j else []),
                 loss_index=_int64(np.concatenate(index) if index else []),
                 targets=_int64(np.concatenate(targets) if targets else []),
+                reads=_reads(counts, unread),
             )
         )
     return RaggedBatch(
@@ -184,6 +200,16 @@ def from_padded(
 def _shifted(labels: Sequence[int]) -> np.ndarray:
     """The target of each position: the label of the next one; the last position predicts nothing."""
     return np.append(np.asarray(labels, dtype=np.int64)[1:], IGNORE)
+
+
+def _reads(counts: list[int], unread: list[int]) -> Reads | None:
+    """Of rows with so many tokens each, of which the first so many are unread."""
+    offsets = np.cumsum([0, *(n - m for n, m in zip(counts, unread, strict=True))])
+    if not 0 < 2 * offsets[-1] <= sum(counts):
+        return None
+    starts = np.cumsum([0, *counts[:-1]])
+    at = np.concatenate([start + np.arange(m, n) for start, n, m in zip(starts, counts, unread, strict=True)])
+    return Reads(_int64(at), torch.from_numpy(offsets.astype(np.int32)), int(np.diff(offsets).max()))
 
 
 def _int64(values: Any) -> torch.Tensor:

@@ -51,6 +51,8 @@ def attend(
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} uses attention sinks, which attn_implementation={NAME!r} lacks")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    reads = ragged.reads if layer == len(ragged.cache.keys) - 1 else None
+    asked = reads or ragged
     keywords = {
         "page_size": ragged.cache.page_size,
         "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
@@ -58,35 +60,45 @@ def attend(
         "softcap": softcap or 0.0,
         "dropout": dropout if module.training else 0.0,
         "seed": (ragged.dropout_seed + 0x9E3779B1 * (layer + 1)) & 0x7FFFFFFF,
-        "max_query": ragged.max_query,
+        "max_query": asked.max_query,
         "max_length": ragged.max_length,
     }
+    if reads:
+        query = query.index_select(2, reads.at)
     query_THK, key_THK, value_THK = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
         orders = ragged.cache.order  # None in a sealed cache: a checkpointed pass that runs again
         before = orders[layer] if orders is not None else None
         order = query_THK.new_zeros((), dtype=torch.float32) if before is None else before
         output_THK, after = _CachedAttention.apply(
-            query_THK, key_THK, value_THK, order, before is None, ragged, layer, keywords
+            query_THK, key_THK, value_THK, order, before is None, ragged, asked.row_offsets, layer, keywords
         )
         if orders is not None:
             orders[layer] = after
     else:
-        output_THK, _ = _forward(query_THK, key_THK, value_THK, ragged, layer, keywords)
+        output_THK, _ = _forward(query_THK, key_THK, value_THK, ragged, asked.row_offsets, layer, keywords)
+    if reads:
+        output_THK = output_THK.new_zeros(len(key_THK), *output_THK.shape[1:]).index_copy(0, reads.at, output_THK)
     return output_THK[None], None
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ragged: Ragged, layer: int, keywords: dict[str, Any]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ragged: Ragged,
+    row_offsets: torch.Tensor,
+    layer: int,
+    keywords: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cache = ragged.cache
     keys, values = cache.storage(layer, key, value)
     ops.kv_append(key, value, ragged.slots, keys, values)
-    if query.is_cuda and ragged.max_query == 1 and len(query) == len(ragged.rows) and not keywords["dropout"]:
+    if query.is_cuda and keywords["max_query"] == 1 and len(query) == len(ragged.rows) and not keywords["dropout"]:
         # One query per row: split over the sequence, where the general kernel has a row's work in one block.
         options = {k: v for k, v in keywords.items() if k not in ("dropout", "seed", "max_query")}
         return ops.decode_attention(query, keys, values, cache.page_table, ragged.rows, ragged.lengths, **options)
-    where = (cache.page_table, ragged.rows, ragged.row_offsets, ragged.lengths)
+    where = (cache.page_table, ragged.rows, row_offsets, ragged.lengths)
     return ops.ragged_attention(query, keys, values, *where, **keywords)
 
 
@@ -102,13 +114,14 @@ class _CachedAttention(torch.autograd.Function):
         order: torch.Tensor,
         is_first: bool,
         ragged: Ragged,
+        row_offsets: torch.Tensor,
         layer: int,
         keywords: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output, lse = _forward(query, key, value, ragged, layer, keywords)
+        output, lse = _forward(query, key, value, ragged, row_offsets, layer, keywords)
         # Slots that a later pass writes again must be put back before this pass can look at them in backward.
         ctx.save_for_backward(query, output, lse, *((key, value) if ragged.rewritten else ()))
-        ctx.ragged, ctx.layer, ctx.keywords = ragged, layer, keywords
+        ctx.ragged, ctx.row_offsets, ctx.layer, ctx.keywords = ragged, row_offsets, layer, keywords
         ctx.is_first = is_first
         ctx.set_materialize_grads(False)
         return output, torch.zeros_like(order)
@@ -133,7 +146,7 @@ class _CachedAttention(torch.autograd.Function):
                 lse,
                 cache.page_table,
                 ragged.rows,
-                ragged.row_offsets,
+                ctx.row_offsets,
                 ragged.lengths,
                 grad_keys,
                 grad_values,
@@ -146,7 +159,7 @@ class _CachedAttention(torch.autograd.Function):
             grad_values[ragged.slots] = 0
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
-        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), None, None, None, None
+        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), *[None] * 5
 
 
 AttentionInterface.register(NAME, attend)

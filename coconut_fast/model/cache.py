@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from coconut_fast import ops
+from coconut_fast.data.batch import Reads
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Ragged:
     max_length: int
     dropout_seed: int = 0
     rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
+    reads: Reads | None = None  # what the last layer has to compute besides keys and values; None: everything
 
 
 class KVCache:
@@ -74,7 +76,9 @@ class KVCache:
         """`count` new, empty rows."""
         return self.layout.alloc(count)
 
-    def append(self, rows: Sequence[int], counts: Sequence[int], dropout_seed: int = 0) -> Ragged:
+    def append(
+        self, rows: Sequence[int], counts: Sequence[int], dropout_seed: int = 0, reads: Reads | None = None
+    ) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
         slots = self.reserve(rows, counts)
         index = torch.tensor(list(rows), dtype=torch.int32)
@@ -90,6 +94,7 @@ class KVCache:
             max_query=max(counts),
             max_length=int(lengths.max()),
             dropout_seed=dropout_seed,
+            reads=reads,
         )
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:

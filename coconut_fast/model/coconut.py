@@ -26,6 +26,7 @@ from coconut_fast.model import attention
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
+from coconut_fast.model.last_layer import only_reads
 from coconut_fast.model.parallel import refine
 from coconut_fast.tokens import LatentTokens
 
@@ -46,17 +47,23 @@ class Settings:
 
 @dataclass
 class CoconutOutput:
-    """loss: () mean cross-entropy of the labelled tokens, or None without labels. The rest is computed on demand."""
+    """loss: () mean cross-entropy of the labelled tokens, or None without labels. The rest is computed on demand.
+
+    Raises ValueError where logits are asked of a forward with `loss_only`.
+    """
 
     loss: torch.Tensor | None
     model: Coconut = field(repr=False)
     batch: RaggedBatch = field(repr=False)
     hidden_TD: tuple[torch.Tensor, ...] = field(repr=False)  # one per pass
     embeds_TD: tuple[torch.Tensor, ...] = field(repr=False)
+    loss_only: bool = False
 
     @functools.cached_property
     def logits(self) -> torch.Tensor:
         """(B, T, V) in the padded layout of the input; zero on pads."""
+        if self.loss_only:
+            raise ValueError("logits: this forward had loss_only=True, so most of its last hidden states do not exist")
         return self._padded(self.model.head(torch.cat(self.hidden_TD)))
 
     @functools.cached_property
@@ -128,12 +135,13 @@ class Coconut(nn.Module):
         return self._body(embeds_TD, position_ids_T, ragged)
 
     def _body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
-        output = self.hf.base_model(
-            inputs_embeds=embeds_TD[None],
-            position_ids=position_ids_T[None],
-            use_cache=False,
-            ragged=ragged,
-        )
+        with only_reads(self.hf, ragged.reads):
+            output = self.hf.base_model(
+                inputs_embeds=embeds_TD[None],
+                position_ids=position_ids_T[None],
+                use_cache=False,
+                ragged=ragged,
+            )
         return output.last_hidden_state[0]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
@@ -168,11 +176,13 @@ class Coconut(nn.Module):
         *,
         batch: RaggedBatch | None = None,
         num_items: torch.Tensor | int | None = None,
+        loss_only: bool = False,
     ) -> CoconutOutput:
         """Padded (B, T) tensors, pads left or right, or a ragged `batch`; rows may have any number of thoughts.
 
         The loss is the cross-entropy of the labelled tokens (-100: none), summed and divided by `num_items` (default:
-        their number). A row's result does not depend on the rows beside it.
+        their number). A row's result does not depend on the rows beside it. loss_only: the last layer computes what
+        the loss and the thoughts are made of and nothing else, as in training; the output then has no logits.
         """
         if batch is None:
             if input_ids is None:
@@ -182,13 +192,13 @@ class Coconut(nn.Module):
         deferred = self.defer_weight_gradients and torch.is_grad_enabled() and not self.checkpoint_passes
         deferred = deferred and not any(isinstance(p, DTensor) for p in self.parameters())
         with DeferredWeightGradients() if deferred else nullcontext() as mode:
-            hidden, embeds = self._passes(batch)
+            hidden, embeds = self._passes(batch, loss_only)
         head = self.hf.get_output_embeddings()
         weight = head.weight if mode is None else mode.alias(head.weight)
         loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items) if batch.num_targets else None
-        return CoconutOutput(loss, self, batch, hidden, embeds)
+        return CoconutOutput(loss, self, batch, hidden, embeds, loss_only)
 
-    def _passes(self, batch: RaggedBatch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def _passes(self, batch: RaggedBatch, loss_only: bool) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Hidden states and input embeddings of every pass, (T of the pass, D) each."""
         cache = KVCache(
             self.num_layers,
@@ -201,7 +211,7 @@ class Coconut(nn.Module):
         # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
         dropout_seed = int(torch.randint(2**31, ())) if self.training else 0
         if self.parallel_rounds is not None:
-            refined = refine(self, batch, cache, self.parallel_rounds, dropout_seed)
+            refined = refine(self, batch, cache, self.parallel_rounds, dropout_seed, loss_only)
             cache.seal()
             return refined
         rows = cache.alloc(len(batch.lengths))
@@ -213,7 +223,7 @@ class Coconut(nn.Module):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
-            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed)
+            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed, p.reads if loss_only else None)
             embeds.append(x_TD)
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
         cache.seal()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refine(
-    model: Coconut, batch: RaggedBatch, cache: KVCache, rounds: int, dropout_seed: int
+    model: Coconut, batch: RaggedBatch, cache: KVCache, rounds: int, dropout_seed: int, loss_only: bool
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Hidden states and input embeddings of every pass of `batch`, as sequential thinking returns them.
 
@@ -31,7 +31,7 @@ def refine(
     rows = cache.alloc(len(batch.lengths))
     embeds_TD = model.embed(batch.input_ids)
     first = batch.passes[0]
-    ragged = cache.append([rows[b] for b in first.rows], first.counts, dropout_seed)
+    ragged = cache.append([rows[b] for b in first.rows], first.counts, dropout_seed, first.reads if loss_only else None)
     start_hidden = model.body(embeds_TD[: first.stop], batch.position_ids[: first.stop], ragged)
     if len(batch.passes) == 1:
         return (start_hidden,), (embeds_TD,)

@@ -20,15 +20,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.last_layer import decoder_layers
 from coconut_fast.train.rows import Collate
 
 
 def layer_class(model: Coconut) -> str:
-    """The name of the model's decoder layer: of what its longest list of modules holds, in any architecture."""
-    lists = [m for m in model.hf.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
+    """The name of the model's decoder layer, in any architecture."""
+    layers = decoder_layers(model.hf)
+    if not layers:
         raise ValueError(f"fsdp: {type(model.hf).__name__} has no list of layers that could be sharded one by one")
-    return type(max(lists, key=len)[0]).__name__
+    return type(layers[0]).__name__
 
 
 def enable(accelerator: Accelerator, plugin_arguments: dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ class CoconutTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        output = model(batch=inputs["batch"], num_items=num_items_in_batch)
+        output = model(batch=inputs["batch"], num_items=num_items_in_batch, loss_only=True)
         # Data parallelism averages the gradients of processes; the sum is what is wanted. An idle row has no loss, but
         # its passes need a backward as well.
         loss = output.hidden_TD[-1].sum() * 0.0
@@ -284,7 +284,7 @@ class CoconutTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for start in range(0, len(mine), size):
             batch = self.collate([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
-            loss = model(batch=batch.to(self.args.device), num_items=1).loss
+            loss = model(batch=batch.to(self.args.device), num_items=1, loss_only=True).loss
             totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
         if self.args.world_size > 1:
             dist.all_reduce(totals)
