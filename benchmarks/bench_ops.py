@@ -145,9 +145,8 @@ def feedback(batch: int, dim: int) -> Work:
 
     given = {
         "source": _random(batch, dim), "last": torch.arange(batch, device=DEVICE), "next_input": _random(batch, dim),
-        "positions": ints(torch.int64), "lengths": ints(torch.int32), "slots": ints(torch.int64),
-        "page_table": torch.zeros(batch, 256, dtype=torch.int32, device=DEVICE), "rows": ints(torch.int32),
-        "page_size": 16, "position_embedding": _random(1 << 12, dim),
+        "positions": ints(torch.int64), "lengths": ints(torch.int32),
+        "position_embedding": _random(1 << 12, dim),
     }  # fmt: skip
     return Work("latent_feedback", given, 6 * batch * dim)
 

@@ -3,19 +3,18 @@ and move the row's place in the cache on by one.
 
     h = source[last[b]];  h = norm(h) (LayerNorm or RMSNorm, optional);  thought[b] = h (optional)
     next_input[b] = h * target / |h| (optional) + position_embedding[positions[b] + 1] (optional)
-    positions[b] += 1;  lengths[b] += 1;  slots[b] = the slot of position lengths[b] - 1;  remaining[b] -= 1
-    attended[b] = lengths[b]
+    positions[b] += 1;  lengths[b] += 1;  remaining[b] -= 1;  attended[b] = lengths[b]
 
-A row whose `remaining` is 0 stays as it is, with slot -1 and `attended` 0, which kv_append and decode_attention skip:
-rows of one batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry
-which rows were in the pass that made `source`, and `thought` is written for those: the launch between two passes ends
-the one and starts the other, and a row's last hidden state stays in `thought` however long the others go on.
+A row whose `remaining` is 0 stays as it is, with `attended` 0, on which decode_attention writes nothing: rows of one
+batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry which rows were
+in the pass that made `source`, and `thought` is written for those: the launch between two passes ends the one and
+starts the other, and a row's last hidden state stays in `thought` however long the others go on.
 The feedbacks: identity as it is; rescale by `target`, the mean norm of the token embeddings; a projection's two
 products are skinny_linear's, and its LayerNorm is this launch's `norm`. With the embedding table as source and token
 ids as `last` it is a decode step's input.
 
 Shapes: source (T, D), last int (B,), next_input and thought (B, D), position_embedding (P, D), positions int64 (B,),
-lengths, remaining and attended int32 (B,), slots int64 (B,), page_table int32 (R, pages), rows int32 (B,).
+lengths, remaining and attended int32 (B,).
 Bytes: about 4 B D elements in 128-bit accesses. Bound: launch latency. One program a row. Registers at most 128.
 """
 
@@ -31,10 +30,9 @@ from .common import check_dtypes, check_shape, on_device, register
 @triton.jit
 def _feed(
     source, last, next_input, thought, weight, bias, position_embedding, positions, lengths, remaining, attended,
-    slots, page_table, rows, source_row, table_row, eps, target,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_THOUGHT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_REMAINING: tl.constexpr,
-    HAS_ATTENDED: tl.constexpr,
+    source_row, eps, target,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_THOUGHT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_REMAINING: tl.constexpr, HAS_ATTENDED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     active = b >= 0
@@ -66,23 +64,18 @@ def _feed(
             at = position.to(tl.int64) * D
             h += tl.load(position_embedding + at + d, mask=mask & active, other=0.0).to(tl.float32)
         tl.store(next_input + b * D + d, h.to(next_input.dtype.element_ty), mask=mask & active)
-    slot = tl.full([], -1, tl.int64)
     if active:
-        page = tl.load(page_table + tl.load(rows + b).to(tl.int64) * table_row + place // PAGE).to(tl.int64)
-        slot = page * PAGE + place % PAGE
         tl.store(positions + b, position)
         tl.store(lengths + b, place + 1)
         if HAS_REMAINING:
             tl.store(remaining + b, left - 1)
-    tl.store(slots + b, slot)
     if HAS_ATTENDED:
         tl.store(attended + b, tl.where(active, place + 1, 0))
 
 
 def _launch(
     source: torch.Tensor, last: torch.Tensor, next_input: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor,
-    slots: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, *, page_size: int,
-    norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
+    *, norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
     target: float = 0.0, position_embedding: torch.Tensor | None = None, remaining: torch.Tensor | None = None,
     thought: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -95,7 +88,7 @@ def _launch(
     if (weight is None) != (norm == "none"):
         raise ValueError(f"{op}: weight is {'absent' if weight is None else 'given'} with norm {norm!r}")
     check_shape(op, "source", source, (source.shape[0], dim))
-    vectors = {"last": last, "positions": positions, "lengths": lengths, "slots": slots}
+    vectors = {"last": last, "positions": positions, "lengths": lengths}
     for name, vector in {**vectors, "remaining": remaining, "attended": attended}.items():
         if vector is not None:
             check_shape(op, name, vector, (batch,))
@@ -118,16 +111,11 @@ def _launch(
             lengths=lengths,
             remaining=remaining,
             attended=attended,
-            slots=slots,
-            page_table=page_table,
-            rows=rows,
             source_row=source.stride(0),
-            table_row=page_table.stride(0),
             eps=eps,
             target=target,
             D=dim,
             BLOCK_D=block_d,
-            PAGE=page_size,
             NORM=norm,
             RESCALE=target > 0,
             HAS_BIAS=bias is not None,
@@ -141,9 +129,9 @@ def _launch(
 
 _OP = register(
     "latent_feedback(Tensor source, Tensor last, Tensor(a!) next_input, Tensor(b!) positions, Tensor(c!) lengths, "
-    "Tensor(d!) slots, Tensor page_table, Tensor rows, *, int page_size, str norm='none', Tensor? weight=None, "
-    "Tensor? bias=None, float eps=1e-5, float target=0.0, Tensor? position_embedding=None, "
-    "Tensor(e!)? remaining=None, Tensor(f!)? thought=None, Tensor(g!)? attended=None) -> ()",
+    "*, str norm='none', Tensor? weight=None, Tensor? bias=None, float eps=1e-5, float target=0.0, "
+    "Tensor? position_embedding=None, Tensor(d!)? remaining=None, Tensor(e!)? thought=None, "
+    "Tensor(f!)? attended=None) -> ()",
     _launch,
     lambda *args, **kwargs: None,
 )
@@ -151,18 +139,16 @@ _OP = register(
 
 def latent_feedback(
     source: torch.Tensor, last: torch.Tensor, next_input: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor,
-    slots: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, *, page_size: int,
-    norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
+    *, norm: str = "none", weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5,
     target: float = 0.0, position_embedding: torch.Tensor | None = None, remaining: torch.Tensor | None = None,
     thought: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write next_input (and thought), advance positions, lengths, remaining, slots and attended, as the module says.
+    """Write next_input (and thought), advance positions, lengths, remaining and attended, as the module says.
 
-    positions are those of the tokens in the cache now; the pages of the next ones must be reserved already. target 0
-    means no rescaling. ValueError for shapes or dtypes that do not fit.
+    positions are those of the tokens in the cache now. target 0 means no rescaling. ValueError for shapes or dtypes
+    that do not fit.
     """
     _OP(
-        source, last, next_input, positions, lengths, slots, page_table, rows, page_size=page_size, norm=norm,
-        weight=weight, bias=bias, eps=eps, target=target, position_embedding=position_embedding, remaining=remaining,
-        thought=thought, attended=attended,
+        source, last, next_input, positions, lengths, norm=norm, weight=weight, bias=bias, eps=eps, target=target,
+        position_embedding=position_embedding, remaining=remaining, thought=thought, attended=attended,
     )  # fmt: skip

@@ -66,11 +66,7 @@ def latent_feedback_ref(
     next_input: Tensor,
     positions: Tensor,
     lengths: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    rows: Tensor,
     *,
-    page_size: int,
     norm: str = "none",
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -83,13 +79,13 @@ def latent_feedback_ref(
 ) -> None:
     """Each active row's hidden state source[last[b]], normed and rescaled to norm `target`, becomes its next input.
 
-    source (T, D), last (B,), next_input and thought (B, D), positions, slots int64 (B,), lengths, remaining and
-    attended int32 (B,). In place: next_input (with position_embedding[positions + 1] added), thought (the normed state
-    itself), positions + 1, lengths + 1, slots of the new last positions, remaining - 1, attended = lengths. Rows with
-    remaining 0 keep all that and get slot -1 and attended 0. Where attended is given, thought is written for the rows
+    source (T, D), last (B,), next_input and thought (B, D), positions int64 (B,), lengths, remaining and attended
+    int32 (B,). In place: next_input (with position_embedding[positions + 1] added), thought (the normed state
+    itself), positions + 1, lengths + 1, remaining - 1, attended = lengths. Rows with remaining 0 keep all that and get
+    attended 0. Where attended is given, thought is written for the rows
     that it named before (those in the pass that made source) instead of the active ones.
     """
-    active = torch.ones_like(rows, dtype=torch.bool) if remaining is None else remaining > 0
+    active = torch.ones_like(lengths, dtype=torch.bool) if remaining is None else remaining > 0
     h = _normed(_work(source[last.long()]), norm, weight, bias, eps)
     if thought is not None:
         ended = active if attended is None else attended > 0
@@ -99,8 +95,6 @@ def latent_feedback_ref(
     if position_embedding is not None:
         h = h + position_embedding[torch.where(active, positions + 1, 0)].to(h.dtype)
     next_input.copy_(torch.where(active[:, None], h.to(next_input.dtype), next_input))
-    pages = page_table[rows.long(), (lengths // page_size).long().clamp_max(page_table.shape[1] - 1)].long()
-    slots.copy_(torch.where(active, pages * page_size + lengths % page_size, -1))
     for counter, step in ((positions, 1), (lengths, 1), (remaining, -1)):
         if counter is not None:
             counter += step * active.to(counter.dtype)

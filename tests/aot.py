@@ -215,25 +215,19 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             one, many = empty(1, dim, dtype=torch.float32), empty(8, dim, dtype=dtype)
             norm = {"weight": weight, "bias": bias, "norm": kind}
             numbers = empty(8, dtype=torch.float64)
-            place = (
-                indices(8, dtype=torch.int64),
-                indices(8),
-                indices(8, dtype=torch.int64),
-                indices(64, 64),
-                indices(8),
-            )
+            positions, counts = indices(8, dtype=torch.int64), indices(8)
             yield (
                 f"latent_feedback/{label}",
-                lambda x=many, p=place, n=norm: latent_feedback._launch(
+                lambda x=many, p=positions, c=counts, n=norm: latent_feedback._launch(
                     x,
-                    p[4],
+                    c,
                     x,
-                    *p,
-                    page_size=16,
+                    p,
+                    c,
                     **n,
                     position_embedding=x if n["bias"] is not None else None,
-                    remaining=p[4],
-                    attended=p[4],
+                    remaining=c,
+                    attended=c,
                     thought=x,
                 ),
             )

@@ -127,15 +127,13 @@ def _feedback(dtype: torch.dtype, device: torch.device) -> Case:
         "source": torch.randn(9, 768).to(device, dtype), "last": torch.tensor([8, 0, 3, 5], device=device),
         "next_input": torch.zeros(4, 768, device=device), "positions": torch.tensor([15, 0, 30, 2], device=device),
         "lengths": torch.tensor([16, 1, 31, 3], dtype=torch.int32, device=device),
-        "slots": torch.zeros(4, dtype=torch.int64, device=device),
-        "page_table": torch.randperm(20).int().view(5, 4).to(device),
-        "rows": torch.tensor([4, 0, 2, 1], dtype=torch.int32, device=device), "page_size": 16, "norm": "layer",
+        "norm": "layer",
         "weight": torch.rand(768).to(device, dtype), "bias": torch.randn(768).to(device, dtype), "target": 3.0,
         "position_embedding": torch.randn(64, 768).to(device, dtype), "thought": torch.zeros(4, 768, device=device),
         "remaining": torch.tensor([2, 0, 1, 5], dtype=torch.int32, device=device),
         "attended": torch.tensor([16, 1, 31, 0], dtype=torch.int32, device=device),
     }  # fmt: skip
-    written = ("next_input", "positions", "lengths", "slots", "thought", "remaining", "attended")
+    written = ("next_input", "positions", "lengths", "thought", "remaining", "attended")
     return Case("latent_feedback", given, written)
 
 

@@ -18,9 +18,6 @@ def arrange(dtype: torch.dtype, device: torch.device, dim: int = 100):
         "next_input": torch.full((batch, dim), 7.0, device=device),
         "positions": torch.tensor([15, 0, 30, 2], device=device),
         "lengths": torch.tensor([16, 1, 31, 3], dtype=torch.int32, device=device),
-        "slots": torch.zeros(batch, dtype=torch.int64, device=device),
-        "page_table": torch.randperm(20, dtype=torch.int32).view(5, 4).to(device),
-        "rows": torch.tensor([4, 0, 2, 1], dtype=torch.int32, device=device),
     }
 
 
@@ -54,11 +51,11 @@ def test_against_the_reference(case, dtype, device) -> None:
         given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in (inputs | options).items()}
         if double:
             given = {k: truth_of(v)[0] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-        ops.latent_feedback(**given, page_size=16, backend=backend)
+        ops.latent_feedback(**given, backend=backend)
         runs.append(given)
     for name in {"next_input", "thought"} & runs[0].keys():
         assert_as_good_as_torch(runs[0][name].cpu(), runs[1][name].cpu(), runs[2][name], what=name)
-    for name in {"positions", "lengths", "slots", "remaining", "attended"} & runs[0].keys():
+    for name in {"positions", "lengths", "remaining", "attended"} & runs[0].keys():
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
@@ -66,12 +63,10 @@ def test_a_row_that_is_done_stays_as_it_is(device) -> None:
     inputs = arrange(torch.float32, device)
     before = {name: t.clone() for name, t in inputs.items()}
     remaining = torch.tensor([1, 0, 0, 3], dtype=torch.int32, device=device)
-    ops.latent_feedback(**inputs, page_size=16, remaining=remaining, backend="triton")
-    assert inputs["slots"][1:3].tolist() == [-1, -1] and remaining.tolist() == [0, 0, 0, 2]
+    ops.latent_feedback(**inputs, remaining=remaining, backend="triton")
+    assert remaining.tolist() == [0, 0, 0, 2]
     assert torch.equal(inputs["next_input"][1:3], before["next_input"][1:3])
     assert inputs["lengths"].tolist() == [17, 1, 31, 4] and inputs["positions"].tolist() == [16, 0, 30, 3]
-    table = inputs["page_table"]
-    assert inputs["slots"][[0, 3]].tolist() == [int(table[4, 1]) * 16, int(table[1, 0]) * 16 + 3]
 
 
 def test_the_launch_between_two_passes_ends_one_and_starts_the_next(device) -> None:
@@ -80,7 +75,7 @@ def test_the_launch_between_two_passes_ends_one_and_starts_the_next(device) -> N
     attended = torch.tensor([16, 0, 31, 0], dtype=torch.int32, device=device)
     thought = torch.full((4, 100), 3.0, device=device)
     marks = {"remaining": remaining, "attended": attended, "thought": thought}
-    ops.latent_feedback(**inputs, **marks, page_size=16, target=2.0, backend="triton")
+    ops.latent_feedback(**inputs, **marks, target=2.0, backend="triton")
     kept = inputs["source"][inputs["last"]]
     assert torch.equal(thought[[0, 2]], kept[[0, 2]]) and torch.equal(thought[[1, 3]], torch.full_like(kept[:2], 3.0))
     assert attended.tolist() == [17, 2, 0, 0] and (inputs["next_input"][2:] == 7).all()
@@ -89,19 +84,19 @@ def test_the_launch_between_two_passes_ends_one_and_starts_the_next(device) -> N
 
 def test_a_token_is_fed_from_the_embedding_table(device) -> None:
     inputs = arrange(torch.float32, device)
-    ops.latent_feedback(**inputs, page_size=16, backend="triton")
+    ops.latent_feedback(**inputs, backend="triton")
     assert torch.equal(inputs["next_input"], inputs["source"][inputs["last"]])
 
 
 def test_wrong_inputs_are_named(device) -> None:
     inputs = arrange(torch.float32, device)
     with pytest.raises(ValueError, match="weight is absent with norm 'rms'"):
-        ops.latent_feedback(**inputs, page_size=16, norm="rms", backend="triton")
+        ops.latent_feedback(**inputs, norm="rms", backend="triton")
     with pytest.raises(ValueError, match="norm is 'batch'"):
-        ops.latent_feedback(**inputs, page_size=16, norm="batch", backend="triton")
+        ops.latent_feedback(**inputs, norm="batch", backend="triton")
 
 
 def test_opcheck(device) -> None:
     from coconut_fast.kernels import latent_feedback
 
-    torch.library.opcheck(latent_feedback._OP, tuple(arrange(torch.float32, device, 8).values()), {"page_size": 16})
+    torch.library.opcheck(latent_feedback._OP, tuple(arrange(torch.float32, device, 8).values()))

@@ -1,6 +1,6 @@
 """Passes of GPT-2 and the Llama family from fused kernels, five launches a layer, for graphs to replay.
 
-    latent_feedback     ends the pass before and starts this one: final norm, feedback, position, places in the cache
+    latent_feedback     ends the pass before and starts this one: final norm, feedback, position, lengths
     a layer, five times:
       skinny_linear     norm, q, k and v
       decode_attention  QK-norm, rotation, append to the cache, attention
@@ -161,10 +161,6 @@ class FusedPasses:
             batch.stream,
             batch.positions,
             batch.lengths,
-            batch.slots,
-            self.cache.page_table,
-            batch.rows,
-            page_size=self.cache.page_size,
             target=target,
             position_embedding=plan.positions,
             remaining=batch.remaining if remaining is None else remaining,

@@ -36,7 +36,6 @@ class StaticBatch:
         self.rows, self.lengths, self.remaining = ints(size), ints(size), ints(size)
         self.positions = ints(size, dtype=torch.int64)  # of the last token in the cache
         self.attended = ints(size)  # positions that each row attends to in the pass that runs; 0 for one that stands
-        self.slots = ints(size, dtype=torch.int64)  # where each row's new token goes
         self.none = ints(size)  # passes that remain where none follows
         self.index = torch.arange(size, device=device)
         self.stream = torch.zeros(size, dim, dtype=torch.float32, device=device)  # the input of the pass that runs
