@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import coconut_fast
 from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
+from coconut_fast.commands.common import set_progress_bars
 
 COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
@@ -22,7 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coconut-fast",
         description="Latent reasoning at speed: train, evaluate and run Coconut models (arXiv 2412.06769).",
-        epilog="example: coconut-fast generate runs/prosqa 'Tom is a terpus. ... Is Tom a lempus or scrompus?'",
+        epilog="example:\n  coconut-fast generate runs/prosqa 'Tom is a terpus. ... Is Tom a lempus or scrompus?'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"coconut-fast {coconut_fast.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -34,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command -> its exit code."""
     arguments = make_parser().parse_args(argv)
+    set_progress_bars()
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:

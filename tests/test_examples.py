@@ -135,6 +135,13 @@ def test_tokenize_as_the_official_code():
     assert tokenize_example(examples[2], LetterTokenizer(), idx=2) == rows[2]
 
 
+def test_problems_tokenized_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    problems = [Example(f"q{i}", [f"s{i}"] * (i % 3), f"a{i}") for i in range(8)]
+    at_once = tokenize_examples(problems, LetterTokenizer())
+    monkeypatch.setattr("coconut_fast.data.examples.AT_ONCE", 3)
+    assert tokenize_examples(problems, LetterTokenizer()) == at_once
+
+
 def test_a_tokenizer_without_end_of_text_is_refused():
     tokenizer = LetterTokenizer()
     tokenizer.eos_token_id = None

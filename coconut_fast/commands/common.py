@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +63,20 @@ def find_model(path: str) -> str | Path:
     return path
 
 
+def set_progress_bars() -> None:
+    """Bars, ours and those of libraries (downloads): after two seconds, of one process; few lines in a log file.
+
+    tqdm reads this when it is first imported. Whoever has set the same variables knows better.
+    """
+    os.environ.setdefault("TQDM_DELAY", "2")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "2")  # ten lines a second fill a log
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def quiet() -> None:
-    """No progress bars and chatter of libraries between our own lines."""
+    """No chatter of libraries between our own lines."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()

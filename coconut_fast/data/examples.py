@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from coconut_fast.files import write_atomically
+
+AT_ONCE = 4096  # problems tokenized in one call: enough for a tokenizer's threads, and a progress bar moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
         records = _json_lines(path, text)
     else:
         records = _json_list(path, text)
-    return [parse_record(record, where) for where, record in records]
+    bar = tqdm(records, desc=f"read {path.name}", unit="problem", delay=2)
+    return [parse_record(record, where) for where, record in bar]
 
 
 def parse_record(record: Any, where: str) -> Example:
@@ -104,13 +109,19 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any) -> list[Token
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("the tokenizer has no eos_token; an answer must end with one")
-    questions = _encode(tokenizer, [example.question + "\n" for example in examples], special=True)
-    steps = iter(_encode(tokenizer, [step + "\n" for example in examples for step in example.steps], special=False))
-    answers = _encode(tokenizer, ["### " + example.answer for example in examples], special=False)
-    return [
-        TokenizedExample(question, [next(steps) for _ in example.steps], [*answer, eos], idx)
-        for idx, (example, question, answer) in enumerate(zip(examples, questions, answers, strict=True))
-    ]
+    tokenized: list[TokenizedExample] = []
+    with tqdm(total=len(examples), desc="tokenize", unit="problem", delay=2) as bar:
+        for start in range(0, len(examples), AT_ONCE):
+            some = examples[start : start + AT_ONCE]
+            questions = _encode(tokenizer, [example.question + "\n" for example in some], special=True)
+            steps = iter(_encode(tokenizer, [step + "\n" for example in some for step in example.steps], special=False))
+            answers = _encode(tokenizer, ["### " + example.answer for example in some], special=False)
+            tokenized += [
+                TokenizedExample(question, [next(steps) for _ in example.steps], [*answer, eos], idx)
+                for idx, (example, question, answer) in enumerate(zip(some, questions, answers, strict=True), start)
+            ]
+            bar.update(len(some))
+    return tokenized
 
 
 def tokenize_example(example: Example, tokenizer: Any, idx: int = 0) -> TokenizedExample:

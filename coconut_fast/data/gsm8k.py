@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tqdm import tqdm
+
 from coconut_fast.data.examples import Example, read_text
 
 
@@ -16,7 +18,8 @@ def read_gsm8k(path: str | os.PathLike[str]) -> list[Example]:
     """Read one of the text files; blank lines are skipped. ValueError names the file, the line and what is wrong."""
     path = Path(path)
     examples = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    lines = tqdm(read_text(path).split("\n"), desc=f"read {path.name}", unit="line", delay=2)
+    for number, line in enumerate(lines, 1):
         if line.strip():
             examples.append(_problem(line, f"{path}: line {number}"))
     if not examples:

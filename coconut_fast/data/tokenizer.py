@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from coconut_fast.data.examples import Example
@@ -27,11 +28,11 @@ _WORDS = rf"{_SPACE}?(?:\p{{L}}+|\p{{N}}|#+|<<|>>|[^\p{{L}}\p{{N}}{_SPACE}])|{_S
 
 def word_tokenizer(examples: Iterable[Example]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the words in `examples`, frequent ones first; other words become <|unknown|>."""
-    texts = (text for e in examples for text in (f"{e.question}\n", *(f"{s}\n" for s in e.steps), f"### {e.answer}"))
     splitter = _splitter()
     words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in splitter.pre_tokenize_str(text))
+    for e in tqdm(examples, desc="words", unit="problem", delay=2):
+        for text in (f"{e.question}\n", *(f"{step}\n" for step in e.steps), f"### {e.answer}"):
+            words.update(word for word, _ in splitter.pre_tokenize_str(text))
     if not words:
         raise ValueError("examples: found no text, expected at least one problem")
     special = [END_OF_TEXT, PAD, UNKNOWN, START_LATENT, END_LATENT, LATENT, PAUSE]

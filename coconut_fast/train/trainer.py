@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from coconut_fast.files import write_json
@@ -282,7 +283,7 @@ class CoconutTrainer(Trainer):
         mine = range(self.args.process_index, len(rows), self.args.world_size)
         size = self.settings.batch_size_training
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for start in range(0, len(mine), size):
+        for start in tqdm(range(0, len(mine), size), desc="loss", unit="batch", delay=2, leave=False):
             batch = self.collate([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
             loss = model(batch=batch.to(self.args.device), num_items=1, loss_only=True).loss
             totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
