@@ -119,4 +119,4 @@ def _persistent(device: torch.device) -> str:
 
 
 def _line(name: str, value: str) -> str:
-    return f"{name:26} {value}"
+    return f"{name:34} {value}"

@@ -35,6 +35,13 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
     sync_folder(target.parent)
 
 
+def check_folder(path: str | os.PathLike[str], name: str) -> None:
+    """ValueError, opened by the setting's `name`, where a file stands in the way of a folder at `path`."""
+    for place in (Path(path), *Path(path).parents):
+        if place.is_file():
+            raise ValueError(f"{name}: {place} is a file, expected a directory or nothing")
+
+
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. TypeError where JSON cannot hold it (and nothing is written)."""
     with write_atomically(path) as file:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from coconut_fast.train.arguments import CoconutArguments
@@ -112,6 +113,8 @@ def test_overrides_win(official: Path) -> None:
         ("precision=fp8", "precision: found 'fp8', expected one of fp32, bf16, fp16, bf16_weights"),
         ("method=magic", "method: found 'magic', expected one of coconut"),
         ("model.n_layer=2", "override: model.n_layer: model is not a mapping here"),
+        ("device=warp", "device: found 'warp', expected cpu or cuda"),
+        ("seed=-1", "seed: found -1, expected 0 or more"),
         ("lr=-1", "lr: found -1.0, expected a finite number of at least 0"),
         ("advance_at=0.9", "val_path: found none"),
     ],
@@ -121,6 +124,12 @@ def test_refuses(tmp_path: Path, override: str, message: str) -> None:
     file.write_text("model: gpt2\n")
     with pytest.raises(ValueError, match=re.escape(message)):
         read_recipe(file, [override])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="device: found 'cuda', but torch sees no GPU here"):
+        CoconutArguments(device="cuda")
 
 
 def test_refuses_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def test_help_is_instant_and_has_examples() -> None:
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "coconut_fast", "--help"], capture_output=True, text=True, cwd=ROOT
     )
-    assert shown.returncode == 0 and "example: coconut-fast" in shown.stdout
+    assert shown.returncode == 0 and "example:\n  coconut-fast" in shown.stdout
     assert "torch" not in {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
     assert time.perf_counter() - start < 5
 
@@ -177,13 +178,50 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "unknown key 'epoch'" in fails(capsys, 2, "train", recipe, "epoch=3")
     assert "no such file or directory" in fails(capsys, 2, "eval", tmp_path / "absent", data)
     assert "absent.json: cannot be read" in fails(capsys, 2, "eval", run, tmp_path / "absent.json")
+    assert "absent.txt: cannot be read (No such file" in fails(capsys, 2, "generate", run, "--file", "absent.txt")
+    assert "prompt 0 is empty" in fails(capsys, 2, "generate", run, "")
+    assert "--max-new-tokens: found -5" in fails(capsys, 2, "eval", run, data, "--max-new-tokens", "-5")
     assert "--limit: found 0" in fails(capsys, 2, "eval", run, data, "--limit", "0")
     assert "--count: found 0" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "0")
     assert "--file: found a prompt as well" in fails(capsys, 2, "generate", run, "a", "--file", "b")
     assert "--device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
     assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
+    in_the_way = f"{data} is a file, expected a directory or nothing"
+    assert f"save_path: {in_the_way}" in fails(capsys, 2, "train", recipe, f"save_path={data / 'runs'}")
+    assert f"--out: {in_the_way}" in fails(capsys, 2, "eval", run, data, "--out", data)
+    assert f"--out: {in_the_way}" in fails(capsys, 2, "demo", "--out", data)
+    assert f"target: {in_the_way}" in fails(capsys, 2, "convert", "model", run, data)
     (tmp_path / "bad.json").write_text('[{"question": "q", "steps": [], "answer": 5}]')
     assert "record 1, field 'answer': found a number (5)" in fails(capsys, 2, "eval", run, tmp_path / "bad.json")
+
+
+def test_a_finished_run_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = ("train", str(trained / "recipe.yaml"), "name=run")
+    assert main([*again, "lr=1e-3"]) == 0
+    assert "finished    nothing is left to train" in capsys.readouterr().err
+    assert "belongs to another run: lr was 0.001 there and is 0.002 now" in fails(capsys, 2, *again, "lr=2e-3")
+
+
+def show_bar(steps: int, **environment: str) -> str:
+    """What a progress bar writes to a log file, 50 steps a second."""
+    code = (
+        "from coconut_fast.commands.common import set_progress_bars; set_progress_bars()\n"
+        "import time; from tqdm import tqdm\n"
+        f"for _ in tqdm(range({steps})): time.sleep(0.02)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**kept, **environment}, check=True
+    )
+    return done.stderr
+
+
+def test_progress_bars_come_late_from_one_process_and_write_little_to_log_files() -> None:
+    assert show_bar(5) == "", "less than two seconds"
+    assert show_bar(5, TQDM_DELAY="0") != "", "what the user has set stands"
+    assert show_bar(5, TQDM_DELAY="0", RANK="1") == ""
+    few, many = show_bar(50, TQDM_DELAY="0"), show_bar(50, TQDM_DELAY="0", TQDM_MININTERVAL="0.01")
+    assert 1 <= few.count("/50 [") < many.count("/50 [") / 2
 
 
 def test_failures_while_running_exit_1(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,7 @@ def test_no_prompts() -> None:
         ([[1, 2]], {"num_thoughts": -1}, "num_thoughts: expected an int of at least 0 for prompt 0"),
         ([[1, 2]], {"num_thoughts": [1, 2]}, r"num_thoughts: expected one per prompt \(1\), found 2"),
         ([[1], []], {}, "prompt 1 is empty"),
+        ("", {}, "prompt 0 is empty"),
         ([1, 2], {}, "one flat list of ints"),
         ([[1, VOCAB]], {}, f"prompt 0 holds token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         ([[94, 1]], {}, "prompt 0 starts with a thought"),

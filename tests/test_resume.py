@@ -139,6 +139,13 @@ def test_a_finished_run_is_left_alone(undisturbed: Path, tmp_path: Path) -> None
     assert_same(digest(tmp_path / "runs" / "tiny"), digest(undisturbed))
 
 
+def test_settings_of_another_run_are_named_when_it_is_finished(undisturbed: Path) -> None:
+    before = digest(undisturbed)
+    error = start(undisturbed.parents[1], lr=3e-3)
+    assert error is not None and error[0] == "CheckpointError" and "lr was 0.01 there and is 0.003 now" in error[1]
+    assert_same(digest(undisturbed), before)
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(stopped: Path, undisturbed: Path) -> None:
     older = saving.checkpoints(stopped)[-1]
     error = start(stopped.parents[1], file_limit=30_000)

@@ -52,9 +52,11 @@ def add(commands: Any) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> int:
+    from coconut_fast.files import check_folder
     from coconut_fast.model.checkpoints import load
 
     quiet()
+    check_folder(arguments.target, "target")
     if arguments.num_thoughts is not None and arguments.num_thoughts < 0:
         raise ValueError(f"--num-thoughts: found {arguments.num_thoughts}, expected 0 or more")
     model = load(arguments.source, base=arguments.base)

@@ -24,9 +24,11 @@ def add(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from coconut_fast import cli, demo
+    from coconut_fast.files import check_folder
 
     quiet()
     folder = Path(arguments.out)
+    check_folder(folder, "--out")
     demo.run_demo(folder, seed=arguments.seed, overrides=arguments.override)
     command, expected = demo.question_command(folder)
     print(f"\nAsk it yourself (right is: {expected}):\n\n    {demo.shown_command(command)}\n", flush=True)

@@ -46,9 +46,14 @@ def add(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from coconut_fast.data.examples import read_examples
     from coconut_fast.evaluate.accuracy import evaluate
+    from coconut_fast.files import check_folder
 
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit: found {arguments.limit}, expected 1 or more")
+    for name in ("limit", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
+    if arguments.out is not None:
+        check_folder(arguments.out, "--out")
     examples = read_examples(arguments.data)[: arguments.limit]
     results: dict[str, Evaluation] = {}
     for path in arguments.model:

@@ -58,15 +58,11 @@ def read_prompts_file(path: str) -> list[str]:
     """Prompts of a file: the questions of JSON lines (or of a JSON list), else its lines that are not blank."""
     from pathlib import Path
 
-    from coconut_fast.data.examples import read_examples
+    from coconut_fast.data.examples import read_examples, read_text
 
     if path.endswith((".json", ".jsonl")):
         return [example.question for example in read_examples(path)]
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--file: {path} cannot be read ({error})") from error
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line for line in read_text(Path(path)).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--file: {path} is empty, expected one prompt per line")
     return prompts

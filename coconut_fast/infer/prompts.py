@@ -53,6 +53,8 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ValueError(f"num_thoughts: expected an int of at least 0 for prompt {i}, found {count!r}")
     tokens = model.tokens
+    if not len(prompt):
+        raise ValueError(f"prompts: prompt {i} is empty")
     if isinstance(prompt, str):
         ids = _tokenize(model, prompt)
         if count is None and tokens.thought not in ids:

@@ -39,7 +39,7 @@ class CoconutArguments:
     feedback: str = "identity"  # how a hidden state becomes the next input (model/feedback.py)
     load_model_path: str | None = None  # weights to start from: a directory, or a torch file (official checkpoints)
     precision: str = "fp32"  # bf16, fp16: compute over fp32 weights; bf16_weights: everything in bf16, as official
-    device: str | None = None  # None: a GPU where there is one
+    device: str | None = None  # cpu, cuda; None: a GPU where there is one
     fsdp: bool = False  # shard weights and optimizer over the processes of torchrun (FSDP2); False: DDP
 
     # The data: JSON or JSON lines of {question, steps, answer}.
@@ -125,6 +125,8 @@ class CoconutArguments:
             ("num_thoughts", 0),
             ("detach_after", 0),
             ("parallel_rounds", 1),
+            ("num_workers", 0),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -132,6 +134,7 @@ class CoconutArguments:
         for name in ("lr", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number of at least 0")
+        self._check_device()
         if isinstance(self.model, dict) and "from_config" not in self.model:
             raise ValueError(
                 f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
@@ -142,6 +145,15 @@ class CoconutArguments:
             )
         if self.advance_at is not None and self.val_path is None:
             raise ValueError("val_path: found none, expected a file, because advance_at looks at validation accuracy")
+
+    def _check_device(self) -> None:
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device: found {self.device!r}, expected cpu or cuda")
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ValueError("device: found 'cuda', but torch sees no GPU here")
 
     @property
     def output_dir(self) -> str:

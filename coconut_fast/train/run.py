@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coconut_fast.files import write_json
+from coconut_fast.data.curriculum import METHODS
+from coconut_fast.files import check_folder, write_json
 from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
@@ -16,6 +17,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import Problems, read_file
 from coconut_fast.train.reports import draw_curve
 from coconut_fast.train.schedule import EpochRecord
+from coconut_fast.train.state import remember, same_run
 from coconut_fast.train.trainer import CoconutTrainer
 
 DEBUG_TRAIN, DEBUG_VAL = 5000, 32  # problems, as the official code
@@ -29,8 +31,7 @@ def run(settings: CoconutArguments) -> Path:
     checkpoint; OSError where the disk does not take a checkpoint; NonFiniteError where training diverges.
     """
     folder = Path(settings.output_dir)
-    if folder.is_file():
-        raise ValueError(f"save_path: {folder} is a file, expected a directory or nothing")
+    check_folder(folder, "save_path")
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         saving.sweep(folder)
@@ -56,6 +57,10 @@ def run(settings: CoconutArguments) -> Path:
     history = [EpochRecord(**record) for record in manifest.get("history", [])]
     if trainer.schedule.next_stage(history) is not None:
         trainer.train(resume_from_checkpoint=last)
+    elif last:
+        same_run(manifest["run"], remember(trainer), last)
+        if main:
+            print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
     if main:
         finish(folder, model, trainer.run.best or manifest.get("best"), settings.debug)
     return folder
@@ -74,6 +79,9 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     settings, schedule = trainer.settings, trainer.schedule
     model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
     parameters = sum(p.numel() for p in model.parameters())
+    size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
+    slot = METHODS[settings.method].slot
+    slots = f", {settings.c_thought} {slot}{'s' if settings.c_thought != 1 else ''} per step" if slot else ""
     epochs = [schedule.planned_stage(e) for e in range(schedule.first_epoch, schedule.num_epochs)]
     planned = ", ".join(f"{s} x {epochs.count(s)}" for s in sorted(set(epochs)))
     if schedule.advance_at is not None:
@@ -83,9 +91,9 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     return "\n".join(
         [
             f"run         {settings.output_dir}" + (f", from {last.name}" if last else ""),
-            f"model       {type(model.hf).__name__}, {parameters / 1e6:.1f}M parameters, {settings.precision}",
+            f"model       {type(model.hf).__name__}, {size} parameters, {settings.precision}",
             f"problems    {len(trainer.rows)}{held_out}",
-            f"method      {settings.method}, {settings.c_thought} thoughts per step; stages (stage x epochs) {planned}",
+            f"method      {settings.method}{slots}; stages (stage x epochs) {planned}",
             f"batch       {trainer.sampler.rows_per_update} = {settings.batch_size_training} per process x "
             f"{settings.gradient_accumulation_steps} accumulated x {trainer.args.world_size} processes",
             f"device      {trainer.args.device}",
