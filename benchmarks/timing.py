@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from coconut_fast.infer.graphs import copy_bandwidth
+from coconut_fast.infer.stats import copy_bandwidth
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device | str = "cuda") -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import engine, fused, graphs
+from coconut_fast.infer import capture, engine, fused, graphs
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.graphs import GraphRunner
@@ -23,7 +23,8 @@ from coconut_fast.infer.passes import StaticBatch
 from tests.families import FAMILIES, make_pair, make_row
 
 PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
-OTHERS = [[4, 5, 6], [7, 94, 8, 9], make_row(6, 0, 0, 9)]  # not `thoughts, one token` at the end: prefilled
+# no thoughts, tokens behind them that are prefilled, thoughts in two places, thoughts at the end
+OTHERS = [[4, 5, 6], [7, 94, 8, 9], make_row(6, 0, 0, 9), [5, 94, 94, 6, 94, 8, 4], [3, 94, 8, 94, 94]]
 
 
 @pytest.fixture(params=[{}, {"temperature": 0.8, "seed": 2, "top_k": 30, "num_samples": 2}], ids=["greedy", "sampled"])
@@ -37,22 +38,44 @@ def test_replayed_passes_write_what_eager_ones_write(family: str, options: dict,
     prompts = PROMPTS + OTHERS
     expected = [generate(model, [p], **options).token_ids for p in prompts]
     monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
-    together = [generate(model, p, **options) for p in (PROMPTS, OTHERS)]
-    assert together[0].stats.backend == "graph"
-    assert [ids for output in together for ids in output.token_ids] == [ids for answers in expected for ids in answers]
+    together = generate(model, prompts, **options)
+    assert together.stats.backend == "graph"
+    assert together.token_ids == [ids for answers in expected for ids in answers]
+
+
+def test_a_batch_of_any_prompts_thinks_by_replay(monkeypatch) -> None:
+    """Rows without thoughts stand still, and more rows than the largest static batch holds go in parts."""
+    model, _ = make_pair("llama")
+    prompts = PROMPTS + OTHERS
+    expected = generate(model, prompts, max_new_tokens=3).token_ids
+    prefilled, kinds = [], []
+    prefill, replay = graphs.prefill, GraphRunner.replay
+    monkeypatch.setattr(graphs, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(graphs, "prefill", lambda *a: (prefilled.append(a[3]), prefill(*a))[1])
+    monkeypatch.setattr(
+        GraphRunner, "replay", lambda self, b, kind, *n: (kinds.append(kind), replay(self, b, kind, *n))
+    )
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
+    assert generate(model, prompts, max_new_tokens=3).token_ids == expected
+    assert [len(tokens) for tokens in prefilled] == [4, 4, 2, 2, 1], (
+        "parts of 4, 4 and 2 rows; tails where one is longer"
+    )
+    assert kinds.count("think") > 0 and kinds.count("feed") > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_thoughts_are_handed_out(family: str, monkeypatch) -> None:
     model, _ = make_pair(family)
+    prompts = PROMPTS + OTHERS
     monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
-    expected = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
+    expected = generate(model, prompts, max_new_tokens=2, return_thoughts=True)
     monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
-    found = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
-    assert found.token_ids == expected.token_ids and found.stats.latent_passes == 19
+    found = generate(model, prompts, max_new_tokens=2, return_thoughts=True)
+    assert found.token_ids == expected.token_ids and found.stats.latent_passes == 19 + 2
     for ours, theirs, count in zip(found.thoughts, expected.thoughts, found.num_thoughts, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == (count, 32)
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        if count:
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def test_rows_that_end_early_stop_where_they_ended(monkeypatch) -> None:
@@ -154,34 +177,91 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
     assert "fused kernels" in generate(model, PROMPTS, max_new_tokens=11).stats.reason
 
 
-def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch) -> None:
-    """With stand-ins for what only a GPU has: the warm-up's stream, and a capture that refuses."""
+class Stream:
+    """A stand-in for torch.cuda.Stream: which streams have waited for which, and which is current."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.waited = device, []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def streams(monkeypatch) -> SimpleNamespace:
+    """What only a GPU has, as far as warm-ups and captures use it; `capture` may be replaced."""
+    device = torch.device("cuda", 1)
+    state = SimpleNamespace(device=device, now=Stream(device), made=[], capture=lambda graph, pool, stream: None)
+
+    @contextmanager
+    def use(stream: Stream):
+        before, state.now = state.now, stream
+        try:
+            yield
+        finally:
+            state.now = before
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local", "other threads may allocate meanwhile"
+        state.now = stream
+        yield
+        state.capture(graph, pool, stream)  # an error here leaves the stream current, as torch.cuda.graph does
+
+    def make(device: torch.device) -> Stream:
+        state.made.append(Stream(device))
+        return state.made[-1]
+
+    def current(device: torch.device) -> Stream:
+        assert device == state.device
+        return state.now
+
+    stand_ins = {"Stream": make, "current_stream": current, "stream": use, "graph": graph}
+    for name, stand_in in (stand_ins | {"CUDAGraph": lambda: SimpleNamespace(replay="replay")}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture._stream.cache_clear()
+    yield state
+    capture._stream.cache_clear()
+
+
+def test_captures_run_on_a_stream_of_the_models_device(streams) -> None:
+    first = streams.now
+    for _ in range(2):
+        with capture.aside(streams.device) as stream:
+            assert streams.now is stream is streams.made[0] and stream.device == streams.device
+            assert capture.captured(lambda: None, stream, "the pool") == "replay"
+        assert streams.now is first
+    assert len(streams.made) == 1, "cuBLAS keeps a workspace for every stream it sees"
+    assert stream.waited == [first, first] and first.waited == [stream, stream]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(streams) -> None:
+    def refuses(graph, pool, stream):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    first, streams.capture = streams.now, refuses
+    with pytest.raises(RuntimeError, match="previous error"), capture.aside(streams.device) as stream:
+        capture.captured(lambda: None, stream, "the pool")
+    assert streams.now is first and first.waited == [stream]
+
+
+def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, streams) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
     begun = []
 
-    @contextmanager
-    def refuses(graph, pool, capture_error_mode):
-        assert capture_error_mode == "thread_local", "other threads may allocate meanwhile"
+    def refuses(graph, pool, stream):
         begun.append(pool)
-        yield
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, stand_in in {
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda s: nullcontext(),
-        "CUDAGraph": lambda: SimpleNamespace(replay=None),
-        "graph": refuses,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    streams.capture = refuses
 
     def runner(model, **options) -> GraphRunner:
         made = GraphRunner(model, **options)
         made.pool = "the pool"
         return made
 
+    monkeypatch.setattr(graphs, "aside", lambda device: capture.aside(streams.device))
     monkeypatch.setattr(engine, "choose_runner", lambda model: (runner, "asked for"))
     output = generate(model, PROMPTS, max_new_tokens=11)
     assert output.token_ids == expected and set(begun) == {"the pool"}
@@ -213,7 +293,7 @@ def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options
     runs = []
     for pool in (True, False):
         if not pool:
-            monkeypatch.setattr(GraphRunner, "_capture", lambda self, batch, passes: passes)
+            monkeypatch.setattr(GraphRunner, "_capture", lambda self, passes, stream: passes)
         model = make_pair(family, dtype)[0].cuda()
         seen: list[torch.Tensor] = []
         first = partial(_first, seen)

@@ -209,6 +209,14 @@ def test_the_runner_goes_when_the_model_goes(family: str) -> None:
         gc.enable()
 
 
+def test_a_model_that_left_the_gpu_keeps_nothing_there() -> None:
+    model, _ = make_pair("gpt2")
+    generate(model, PROMPTS, max_new_tokens=2)
+    cache = weakref.ref(graphs._kept[model].cache)
+    choose_runner(model)  # the engine's own: the fixture replaces what `generate` calls
+    assert model not in graphs._kept and cache() is None
+
+
 def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=5).token_ids

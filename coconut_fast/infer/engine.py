@@ -103,10 +103,11 @@ def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRun
     """Who runs the passes of this model on this device, and why."""
     if model.device.type == "cuda":
         hook = graphs.hooked(model)
-        if hook is not None:
-            graphs.forget(model)
-            return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
-        return graphs.lease, "chains of thoughts and tokens replay as CUDA graphs"
+        if hook is None:
+            return graphs.lease, "chains of thoughts and tokens replay as CUDA graphs"
+        graphs.forget(model)
+        return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
+    graphs.forget(model)  # it has left the GPU
     reason = reason_not(model)
     if reason is None:
         return NativeRunner, "this family has a native chain on the CPU"

@@ -11,22 +11,21 @@ is kept where a module's Python may change from one call to the next (`fleeting`
 
 from __future__ import annotations
 
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from coconut_fast.infer import fused, persistent
+from coconut_fast.infer.capture import aside, captured
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
 from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.sampling import uniform
-from coconut_fast.infer.stats import Clock
+from coconut_fast.infer.stats import Clock, copy_bandwidth
 from coconut_fast.model import plan
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
@@ -119,35 +118,58 @@ class GraphRunner(EagerRunner):
             _kept[model] = self
 
     @torch.inference_mode()
-    def read(self, rows, prompts, thoughts):  # type: ignore[no-untyped-def]
-        """As EagerRunner.read. Prompts that end `thoughts, one token`, the usual ones, are replayed from there on."""
-        usual = all([len(p.tokens) for p in prompt.pieces[1:]] == [1] for prompt in prompts)
-        if not usual or len(rows) > BUCKETS[-1]:
-            return super().read(rows, prompts, thoughts)
+    def read(
+        self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
+    ) -> torch.Tensor:
+        """As EagerRunner.read, but thoughts replay; so does a single token behind them, as prompts usually end."""
+        if len(rows) > BUCKETS[-1]:
+            parts = [slice(start, start + BUCKETS[-1]) for start in range(0, len(rows), BUCKETS[-1])]
+            return torch.cat([self.read(rows[p], prompts[p], None if thoughts is None else thoughts[p]) for p in parts])
         with self.clock("prefill"):
             hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
-        counts = [p.num_thoughts for p in prompts]
-        batch = self.batch_for(len(rows))
+        for r in range(max(len(p.pieces) for p in prompts) - 1):
+            counts = [p.pieces[r].thoughts if r < len(p.pieces) else 0 for p in prompts]
+            tails = [p.pieces[r + 1].tokens if r + 1 < len(p.pieces) else () for p in prompts]
+            if max(map(len, tails)) <= 1:
+                hidden_BD = self._think(rows, hidden_BD, counts, tails, thoughts)
+                continue
+            hidden_BD = self._think(rows, hidden_BD, counts, [()] * len(rows), thoughts)
+            members = [i for i, tail in enumerate(tails) if tail]
+            with self.clock("prefill"):
+                ends_BD = prefill(self.model, self.cache, [rows[i] for i in members], [tails[i] for i in members])
+                hidden_BD[torch.tensor(members, device=self.cache.device)] = ends_BD
+        return hidden_BD
+
+    def _think(
+        self,
+        rows: Sequence[int],
+        hidden_BD: torch.Tensor,
+        counts: Sequence[int],
+        tails: Sequence[tuple[int, ...]],
+        thoughts: list[list[torch.Tensor]] | None,
+    ) -> torch.Tensor:
+        """Each row's `counts` thoughts, then its token in `tails`, if it has one -> its last hidden state, (B, D)."""
+        batch, here = self.batch_for(len(rows)), slice(len(rows))
         batch.fill(rows, self._lengths(rows), counts)
-        batch.hidden[: len(rows)] = hidden_BD
-        self.cache.reserve(rows, [c + 1 for c in counts])
+        batch.hidden[here] = hidden_BD
+        self.cache.reserve(rows, [count + len(tail) for count, tail in zip(counts, tails, strict=True)])
         longest = LONGEST_CHAIN if thoughts is None else 1  # whoever wants the thoughts has them one by one
         done = 0
         with self.clock("think", passes=max(counts)):
             while done < max(counts):
                 if thoughts is not None:
-                    fed_BD = batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
+                    fed_BD = batch.hidden[here].to(hidden_BD.dtype, copy=True)
                     for sink, count, thought_D in zip(thoughts, counts, fed_BD, strict=True):
                         sink.extend([thought_D] if done < count else [])
                 chain = min(max(counts) - done, longest)
                 self.replay(batch, "think", chain)
                 done += chain
-        batch.remaining[: len(rows)] = 1
-        tails = [p.pieces[1].tokens[0] for p in prompts]
-        batch.tokens[: len(rows)] = torch.tensor(tails, device=self.cache.device)
-        with self.clock("prefill", passes=0):
-            self.replay(batch, "feed")
-        return batch.hidden[: len(rows)].to(hidden_BD.dtype, copy=True)
+        if any(tails):
+            given = [[len(tail) for tail in tails], [tail[0] if tail else 0 for tail in tails]]
+            batch.remaining[here], batch.tokens[here] = torch.tensor(given, device=self.cache.device)
+            with self.clock("prefill"):
+                self.replay(batch, "feed")
+        return batch.hidden[here].to(hidden_BD.dtype, copy=True)
 
     @torch.inference_mode()
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
@@ -173,9 +195,9 @@ class GraphRunner(EagerRunner):
         """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
-            with _capturing:
+            with batch.at_rest(), aside(self.cache.device) as stream:
                 self._warm_up(batch, kind, *count)
-                self.graphs[key] = self._capture(batch, partial(getattr(self.passes, kind), batch, *count))
+                self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
             self.captures += 1
         self.graphs[key]()
 
@@ -203,88 +225,34 @@ class GraphRunner(EagerRunner):
 
         Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
         """
-        with _no_active_row(batch), _side_stream(self.pool is not None):
-            try:
-                getattr(self.passes, kind)(batch, *count)
-                return
-            except torch.OutOfMemoryError:
+        try:
+            getattr(self.passes, kind)(batch, *count)
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if isinstance(self.passes, HuggingFacePasses):
                 raise
-            except Exception as error:
-                if isinstance(self.passes, HuggingFacePasses):
-                    raise
-                why = f"fused kernels failed: {_first_line(error)}"
+            why = f"fused kernels failed: {_first_line(error)}"
         self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
         self.trouble = self.passes.reason
         self.graphs.clear()
         self._warm_up(batch, kind, *count)
 
-    def _capture(self, batch: StaticBatch, passes: Callable[[], None]) -> Callable[[], None]:
+    def _capture(self, passes: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
         """What replays the passes; they themselves, run launch by launch, where they cannot be captured."""
-        if self.pool is None:
+        if stream is None:
             return passes
-        with _no_active_row(batch):
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                    passes()
-                return graph.replay
-            except RuntimeError as error:
-                self.trouble = f"capture failed, passes run launch by launch: {_first_line(error)}"
-                return passes
-
-
-@contextmanager
-def _no_active_row(batch: StaticBatch) -> Iterator[None]:
-    saved = batch.remaining.clone(), batch.step.clone()
-    batch.remaining.zero_()
-    batch.step.zero_()
-    try:
-        yield
-    finally:
-        batch.remaining.copy_(saved[0])
-        batch.step.copy_(saved[1])
-
-
-@contextmanager
-def _side_stream(on_gpu: bool) -> Iterator[None]:
-    """Work that comes before a capture has to run on another stream than the current one."""
-    if not on_gpu:
-        yield
-        return
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-@lru_cache
-def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of copying `size` bytes: what memory-bound kernels can reach. Five times the L2
-    of an H100; the best of three rounds of ten copies."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source).copy_(source)
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
-    rounds = []
-    for _ in range(3):
-        wait()
-        begun = time.perf_counter()
-        for _ in range(10):
-            target.copy_(source)
-        wait()
-        rounds.append(time.perf_counter() - begun)
-    del source, target
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return 20 * size / min(rounds)
+        try:
+            return captured(passes, stream, self.pool)
+        except RuntimeError as error:
+            self.trouble = f"capture failed, passes run launch by launch: {_first_line(error)}"
+            return passes
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
-
-# One warm-up or capture at a time, for all threads; what other threads do meanwhile does not end a capture.
-_capturing = threading.Lock()
 
 # One runner a model: its cache, its static batches and its captured graphs. It goes when the model goes.
 _kept: weakref.WeakKeyDictionary[Coconut, GraphRunner] = weakref.WeakKeyDictionary()

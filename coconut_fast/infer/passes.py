@@ -11,7 +11,8 @@ The passes are plain functions on tensors: on a CPU they run as they stand, whic
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -54,6 +55,18 @@ class StaticBatch:
             static.copy_(value, non_blocking=True)
         self.positions.copy_(values[1] - 1, non_blocking=True)
         self.step.zero_()
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Within the block no row is active: passes may run and change nothing that is read."""
+        saved = self.remaining.clone(), self.step.clone()
+        self.remaining.zero_()
+        self.step.zero_()
+        try:
+            yield
+        finally:
+            self.remaining.copy_(saved[0])
+            self.step.copy_(saved[1])
 
 
 class Passes(Protocol):

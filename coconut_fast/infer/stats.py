@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import torch
 
@@ -98,3 +99,24 @@ class GenerateStats:
         if self.seconds_per_token_pass:
             parts.append(f"{self.seconds_per_token_pass * 1e3:.2f} ms a token pass")
         return ", ".join(parts)
+
+
+@lru_cache
+def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes a second, read and written, of copying `size` bytes: what memory-bound kernels can reach. Five times the L2
+    of an H100; the best of three rounds of ten copies."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).copy_(source)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    rounds = []
+    for _ in range(3):
+        wait()
+        begun = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        wait()
+        rounds.append(time.perf_counter() - begun)
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 20 * size / min(rounds)
