@@ -50,7 +50,7 @@ def sample_at(
     if top_k or top_p < 1:
         ranked_BV, ids_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
         if top_k:
-            ranked_BV[:, top_k:] = float("-inf")
+            ranked_BV[:, top_k:].fill_(float("-inf"))  # a number assigned would be sent to the device
         weights_BV = ranked_BV.softmax(-1)
         before_BV = weights_BV.cumsum(-1) - weights_BV
         ranked_BV = ranked_BV.masked_fill(before_BV >= top_p, float("-inf"))

@@ -1,0 +1,73 @@
+"""Passes can be captured: while they run nothing is read from the device, and nothing is sent to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coconut_fast.infer.decode import Sampling
+from coconut_fast.infer.passes import HuggingFacePasses, StaticBatch
+from coconut_fast.infer.prefill import prefill
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.feedback import FEEDBACKS, make_feedback
+from tests.families import FAMILIES, make_pair
+
+# What reads a value, what makes a tensor of the host's numbers, and what has a shape that depends on values.
+WORDS = {
+    "_local_scalar_dense", "is_nonzero", "equal", "lift_fresh", "nonzero", "masked_select", "_unique2",
+    "unique_consecutive", "repeat_interleave", "bincount",
+}  # fmt: skip
+
+
+class Listener(TorchDispatchMode):
+    """Which operations within the block are words between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put_") else []
+        if name in WORDS or any(i.dtype == torch.bool for i in indices):
+            self.heard.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_listener_hears() -> None:
+    x = torch.arange(3)
+    with Listener() as listener:
+        int(x[0]), x[x > 1], torch.tensor([1, 2]), bool((x == 1).all())
+    assert listener.heard == ["_local_scalar_dense", "index", "lift_fresh", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 30, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_faces_body_keeps_to_the_device(family: str, sampling: Sampling) -> None:
+    silent(family, "identity", sampling)
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_feedbacks_keep_to_the_device(feedback: str) -> None:
+    silent("gpt2", feedback, Sampling())
+
+
+@torch.inference_mode()
+def silent(family: str, feedback: str, sampling: Sampling) -> None:
+    model, _ = make_pair(family)
+    model.feedback = make_feedback(feedback, model.hf.get_input_embeddings())
+    cache = KVCache(model.num_layers, num_slots=128, max_rows=4, max_length=64)
+    rows = cache.alloc(2)
+    hidden_BD = prefill(model, cache, rows, [[3, 4, 5], [6, 7]])
+    passes = HuggingFacePasses(model, cache, sampling, "asked for")
+    batch = StaticBatch(2, hidden_BD.shape[1], 2, torch.float32, model.device)
+    batch.fill(rows, [3, 2], [4, 1])
+    batch.hidden.copy_(hidden_BD)
+    cache.reserve(rows, [4, 4])
+    with Listener() as listener:
+        passes.think(batch, 2)
+        passes.feed(batch)
+        passes.write(batch)
+    assert listener.heard == []
+    assert batch.lengths.tolist() == [7, 3]
