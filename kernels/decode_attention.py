@@ -212,7 +212,8 @@ def _launch(
     dot = group > 1  # one query a kv head: plain multiplies, since a tensor-core tile would be 15/16 padding
     block_k, block_kv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     block_n, blocks = _table(max(block_k, block_kv), keys.element_size(), max_length)
-    splits = max(1, triton.cdiv(max_length, block_n * blocks))
+    # Powers of two: a kernel is compiled for each number of splits, and calls without a graph name the longest row.
+    splits = triton.next_power_of_2(max(1, triton.cdiv(max_length, block_n * blocks)))
     block_g = max(16, triton.next_power_of_2(group)) if dot else 1
     out = query.new_empty(batch, heads, value_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32)

@@ -59,13 +59,14 @@ def _head(
 
 
 @triton.jit
-def _largest(tops, extras, ids, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     mask = t < TILES
     top = tl.load(tops + b * TILES + t, mask=mask, other=float("-inf"))
     _, tile = tl.max(top, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(ids + b, tl.load(extras + b * TILES + tile).to(tl.int64))
+    # among NaN none is the largest: any id will do that the embedding table has
+    tl.store(ids + b, tl.minimum(tl.load(extras + b * TILES + tile).to(tl.int64), V - 1))
 
 
 @triton.jit
@@ -264,6 +265,7 @@ def _launch(
                 tops=tops,
                 extras=extras,
                 ids=ids,
+                V=vocabulary,
                 TILES=num_tiles,
                 BLOCK_T=block_t,
                 num_warps=4 if block_t < 8192 else 16,

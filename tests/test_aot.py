@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [p for p in (ROOT / "kernels").glob("*.py") if "@triton.jit" in p.read_text()]
 OPS = sorted(p.stem for p in KERNELS if p.stem != "common")
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of shared memory that a block of an A100, of an H100 may have
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def test_resources(compiled, op) -> None:
     for found in mine:
         assert found["spilled"] == 0, found
         assert found["registers"] <= int(bound[1]), found
+        assert found["shared"] <= SHARED[found["capability"]], found
     if "128-bit" in doc:  # of the launches of a case, the one that streams; a reduction of partial results may not
         for case in {found["case"] for found in mine}:
             assert any(found["vector_loads"] for found in mine if found["case"] == case), case
@@ -72,5 +74,6 @@ def test_fused_passes(compiled, shape, rows) -> None:
     assert {found["capability"] for found in built} == {80, 90}
     for found in built:
         assert found["spilled"] == 0 and found["registers"] <= 255, found
+        assert found["shared"] <= SHARED[found["capability"]], found
     streams = [found for found in built if found["kernel"] in ("_linear", "_head", "_decode", "_norm", "_feed")]
     assert streams and all(found["vector_loads"] for found in streams), "weights, cache and states move in 128 bits"

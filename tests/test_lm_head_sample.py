@@ -27,6 +27,14 @@ def test_greedy_takes_the_lowest_of_the_largest(batch, dim, vocabulary, dtype, d
         assert torch.equal(ours.cpu(), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_ids_of_a_model_that_has_diverged_are_still_ids(batch, device) -> None:
+    """The next pass reads the embedding table at them."""
+    hidden, weight = head(batch, 16, 37)
+    ids = ops.lm_head_sample((hidden * float("nan")).to(device), weight.to(device), backend="triton")
+    assert ((ids >= 0) & (ids < 37)).all()
+
+
 SAMPLED = [(0, 1.0), (1, 1.0), (7, 1.0), (0, 0.4), (0, 0.9), (20, 0.7), (3, 0.99), (500, 0.95)]
 
 
