@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import TrainingArguments
 
 from coconut_fast import generate, load
 from coconut_fast.data.batch import collate
@@ -69,6 +71,19 @@ def test_a_run_is_adamw_on_the_mean_over_labelled_tokens(tmp_path: Path) -> None
             optimizer.step()
             optimizer.zero_grad()
     assert_equal(weights(trainer), dict(model.named_parameters()), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_activation_checkpointing_changes_nothing(tmp_path: Path, name: str) -> None:
+    if name not in TrainingArguments.__dataclass_fields__:
+        pytest.skip(f"transformers {transformers.__version__} does not call it {name}")
+    results = []
+    for asked in ({}, {"training_arguments": {name: True}}):
+        trainer = make_trainer(tmp_path, torch.float64, **{**EXACT, **asked})
+        trainer.train()
+        assert trainer.model.checkpoint_passes == bool(asked)
+        results.append(weights(trainer))
+    assert_equal(*results, 1e-11)
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
@@ -135,9 +150,11 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
     assert all(r["eval_loss"] > 0 for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r)
 
 
+@pytest.mark.parametrize("device", ["cpu", None])
 @pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
-def test_precisions(tmp_path: Path, precision: str) -> None:
-    folder = run(tiny(tmp_path, precision=precision, num_epochs=3, feedback="projection", eval_examples=2))
+def test_precisions(tmp_path: Path, precision: str, device: str | None) -> None:
+    settings = {"precision": precision, "device": device, "feedback": "projection"}
+    folder = run(tiny(tmp_path, **settings, num_epochs=3, eval_examples=2))
     model = load(folder)
     assert model.dtype == (torch.float32 if precision == "bf16" else torch.bfloat16)
     losses = [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
@@ -199,8 +216,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
 
 
 def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> None:
+    trainer = spoiled(tmp_path, (0, 2, 3, 4), max_nonfinite=3)
     with pytest.raises(NonFiniteError, match="not finite in 3 steps in a row, up to step 5; the last batch is in"):
-        spoiled(tmp_path, (0, 2, 3, 4), max_nonfinite=3).train()
+        trainer.train()
+    assert trainer.report.bar is None, "the error stands on a line of its own"
     batch = json.loads((tmp_path / "runs" / "tiny" / "nonfinite-step-5.json").read_text())
     assert len(batch) == 16 and batch[0].keys() == {"problem", "epoch", "stage", "input_ids", "labels"}
 
@@ -208,6 +227,12 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> N
 def test_refuses_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_path: problem \d+ has \d+ tokens at stage 0, expected at most the 12"):
         run(tiny(tmp_path, model={**MODEL, "n_positions": 12}))
+    with pytest.raises(
+        ValueError, match=r"train.json: record 1: the field 'edges' is missing; expected a problem with"
+    ):
+        run(tiny(tmp_path, tokenizer="symbols"))
+    with pytest.raises(ValueError, match=r"model: .*divisible by num_heads"):
+        run(tiny(tmp_path, model={**MODEL, "n_head": 5}))
     with pytest.raises(ValueError, match="train_path: found none, expected a file of problems"):
         run(tiny(tmp_path, train_path=None))
     with pytest.raises(ValueError, match="model: gpt2 has no setting 'n_layers'; the nearest it has is 'n_layer'"):

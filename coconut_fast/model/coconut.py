@@ -144,9 +144,11 @@ class Coconut(nn.Module):
             )
         return output.last_hidden_state[0]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Activation checkpointing per pass; the name is the one the trainer of transformers calls."""
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Activation checkpointing per pass. What the trainer of transformers calls; its options are about layers."""
         self.checkpoint_passes = True
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # what earlier releases of transformers call
 
     def head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, D) hidden states after the final norm -> (N, V) logits, scaled and capped as the model does it."""

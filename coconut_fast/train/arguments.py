@@ -184,6 +184,7 @@ class CoconutArguments:
 
     def to_training_arguments(self, layer_class: str | None = None) -> TrainingArguments:
         """The arguments of transformers.Trainer that make these settings true. layer_class: what fsdp shards by."""
+        import torch
         from transformers import TrainingArguments
 
         os.environ.setdefault("WANDB_PROJECT", self.project)
@@ -193,7 +194,7 @@ class CoconutArguments:
             "run_name": self.name,
             "project": self.project,
             "seed": self.seed,
-            "use_cpu": self.device == "cpu",
+            "use_cpu": self.device == "cpu" or not torch.cuda.is_available(),
             "per_device_train_batch_size": self.batch_size_training,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "num_train_epochs": self.num_epochs - self.resume,

@@ -60,7 +60,10 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     tokenizer = make_tokenizer(settings.tokenizer, examples)
     assert isinstance(settings.model, dict)
     config = make_config(settings.model, tokenizer)
-    hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
     tokens = add_latent_tokens(hf, tokenizer, trained=True)  # random rows, like all others
     if PAUSE in tokenizer.get_vocab():
         tokens = dataclasses.replace(tokens, pause=tokenizer.convert_tokens_to_ids(PAUSE))

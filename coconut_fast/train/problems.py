@@ -7,23 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coconut_fast.data.examples import Example, TokenizedExample, read_examples, tokenize_examples
-from coconut_fast.data.graphs import graph_of, symbolic_example, symbolic_examples
+from coconut_fast.data.graphs import Graph, graph_of, symbolic_example, symbolic_examples
 
 
 class Problems:
     """A data set. `fixed` holds every problem tokenized, as of epoch 0; `at` gives one as an epoch sees it.
 
     symbols: None for text; for graph problems how they are written (keywords of data.graphs.symbolic_examples).
+    where: the file the problems are from, for errors.
     """
 
     def __init__(
-        self, examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        symbols: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        where: str = "the data",
     ) -> None:
         self.examples = examples
         self.symbols = symbols
         self.seed = seed
+        self.graphs = graphs_of(examples, where) if symbols is not None else []
         self.fixed = tokenize(examples, tokenizer, symbols, seed)
-        self.graphs = [graph_of(example) for example in examples] if symbols is not None else []
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -35,12 +41,17 @@ class Problems:
         return symbolic_example(self.graphs[idx], idx, seed=self.seed, epoch=epoch, **self.symbols)
 
 
+def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Graph]:
+    """The graphs of problems; ValueError, naming `where` and the record, for a problem without one."""
+    return [graph_of(example, f"{where}: record {number}") for number, example in enumerate(examples, 1)]
+
+
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
 ) -> list[TokenizedExample]:
     """Token ids of problems; see Problems. ValueError where there is no tokenizer for text, or no graph for symbols."""
     if symbols is not None:
-        return symbolic_examples([graph_of(example) for example in examples], seed=seed, **symbols)
+        return symbolic_examples(graphs_of(examples), seed=seed, **symbols)
     if tokenizer is None:
         raise ValueError("tokenizer: the model has none, expected one to read questions with")
     return tokenize_examples(examples, tokenizer)

@@ -87,9 +87,8 @@ class Report(TrainerCallback):
             line += "".join(f"  {name[5:]} {metrics[name]:.4g}" for name in names if name in metrics)
             (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def close(self) -> None:
+        """The end of the progress bar, however training ends."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

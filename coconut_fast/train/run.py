@@ -47,8 +47,9 @@ def run(settings: CoconutArguments) -> Path:
     if settings.tokenizer == "symbols":
         symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
     model.settings.symbols = symbols
-    problems = Problems(examples, model.tokenizer, symbols, settings.seed)
-    validation = Problems(held_out, model.tokenizer, symbols, settings.seed) if held_out else None
+    how = {"tokenizer": model.tokenizer, "symbols": symbols, "seed": settings.seed}
+    problems = Problems(examples, **how, where=str(settings.train_path))
+    validation = Problems(held_out, **how, where=str(settings.val_path)) if held_out else None
 
     trainer = CoconutTrainer(model, settings, problems, validation)
     if main:

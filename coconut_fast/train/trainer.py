@@ -74,12 +74,13 @@ class CoconutTrainer(Trainer):
         self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
         model.detach_after = settings.detach_after
         model.parallel_rounds = settings.parallel_rounds
+        self.report = Report(settings.output_dir)
         super().__init__(
             model=model,
             args=settings.to_training_arguments(sharding.layer_class(model) if settings.fsdp else None),
             train_dataset=self.rows,
             eval_dataset=validation,
-            callbacks=[StageCallback(self), Report(settings.output_dir), *callbacks],
+            callbacks=[StageCallback(self), self.report, *callbacks],
         )
         self.model_accepts_loss_kwargs = True  # ask for num_items_in_batch
         self.callback_handler.callbacks = [
@@ -304,9 +305,11 @@ class CoconutTrainer(Trainer):
         if self.args.device.type == "cpu":
             return_freed_memory()
         self.counted["since"] = time.perf_counter()
-        return super().train(
-            resume_from_checkpoint=str(resume_from_checkpoint) if resume_from_checkpoint is not None else None, **kwargs
-        )
+        resume = str(resume_from_checkpoint) if resume_from_checkpoint is not None else None
+        try:
+            return super().train(resume_from_checkpoint=resume, **kwargs)
+        finally:
+            self.report.close()  # an error gets a line of its own
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         target = Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}"
