@@ -7,8 +7,10 @@ are. `--results FOLDER` keeps the JSON line, with device and versions, under tha
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +59,11 @@ class Figures:
 
     def as_json(self) -> str:
         """One line: when, where, with what, and every row."""
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return json.dumps(
             {
                 "date": datetime.date.today().isoformat(),
-                "commit": commit,
+                "commit": _commit(),
                 "device": gpu or _processor(),
                 "threads": torch.get_num_threads(),
                 "python": platform.python_version(),
@@ -77,6 +78,14 @@ def _unit(seconds: float, unit: str) -> tuple[float, str]:
     if unit != "s":
         return 1.0, unit
     return (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+
+
+@functools.cache
+def _commit() -> str:
+    """Empty where there is no git, or no history: a checkout may have been copied without."""
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def _processor() -> str:
@@ -100,8 +109,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("figures of this run")
     for line in [*_figures.cards, "", *_figures.table(), "", _figures.as_json()]:
         write(line)
-    folder = config.getoption("--results")
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "-".join(sorted({Path(a.split("::")[0]).stem for a in config.args}))
-        (folder / f"{name}.json").write_text(_figures.as_json() + "\n")
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Behind every benchmark, not at the end: a run that is killed keeps what it has measured."""
+    from coconut_fast.files import write_atomically
+
+    folder = item.config.getoption("--results")
+    if folder and _figures.rows:
+        name = "-".join(sorted({Path(a.split("::")[0]).stem for a in item.config.args}))
+        with write_atomically(folder / f"{name}.json") as file:
+            file.write(_figures.as_json() + "\n")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +72,19 @@ def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
 def test_the_peers_static_cache(device) -> None:
     hf = make_hf("gpt2").to(device)
     assert bench_graph.static_seconds(hf, 2, rounds=1) > 0
+
+
+def test_a_run_that_is_killed_keeps_what_it_has_measured(tmp_path: Path) -> None:
+    suite = tmp_path / "bench_killed.py"
+    suite.write_text(
+        "import os\n\n"
+        "def test_measured(figures):\n    figures.add('a row', 0.5)\n\n"
+        "def test_killed(figures):\n    figures.add('half a row', 1.0)\n    os._exit(9)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.conftest", "-p", "no:xdist", str(suite)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([*command, "--results", str(tmp_path / "kept")], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 9, done.stdout
+    assert [row["what"] for row in json.loads((tmp_path / "kept" / "bench_killed.json").read_text())["rows"]] == [
+        "a row"
+    ]

@@ -20,6 +20,8 @@ if arguments[:1] == ["-c"]:
     print("9.0" if "capability" in arguments[1] else "nvidia-h200")
 elif arguments[:2] == ["-m", "benchmarks.summary"]:
     sys.exit(subprocess.run([{python!r}, *arguments]).returncode)
+elif arguments[0] == "setup.py" and os.environ.get("FAILS") == "build" and os.environ.get("CUDA_HOME") != "/nowhere":
+    sys.exit("nvcc fatal")
 elif "--results" in arguments:
     suite = pathlib.Path(arguments[3]).stem
     if suite == os.environ.get("FAILS"):
@@ -73,6 +75,20 @@ def test_a_suite_that_fails_is_named_and_the_rest_goes_on(tmp_path) -> None:
     assert done.returncode == 1
     assert re.search(r"bench_graph +FAILED \(1\) in \d+ s: no such kernel", done.stdout)
     assert "row of bench_train" in done.stdout and "row of bench_graph" not in done.stdout
+
+
+def test_cuda_sources_that_do_not_compile_cost_the_persistent_kernel_alone(tmp_path) -> None:
+    done, calls = run(tmp_path, FAILS="build")
+    assert done.returncode == 1 and re.search(r"build +FAILED \(1\) in \d+ s: nvcc fatal", done.stdout)
+    assert re.search(r"build_without_cuda +ok", done.stdout) and "row of bench_graph" in done.stdout
+    assert [c[:2] for c in calls].count(["setup.py", "build_ext"]) == 2
+
+
+def test_every_test_that_wants_a_gpu_is_run_once(tmp_path) -> None:
+    _, calls = run(tmp_path)
+    named = [a for c in calls if c[:3] == ["-m", "pytest", "-q"] and "--results" not in c for a in c if "tests/" in a]
+    marked = {f"tests/{p.name}" for p in (SCRIPT.parents[1] / "tests").glob("test_*.py") if "mark.gpu" in p.read_text()}
+    assert sorted(named) == sorted(marked) and "tests/test_persistent.py" in marked
 
 
 def test_no_gpu_is_said_at_once(tmp_path) -> None:
