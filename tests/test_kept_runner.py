@@ -195,7 +195,7 @@ def test_a_runner_can_be_forgotten() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     model, _ = make_pair(family)
-    generate(model, PROMPTS, max_new_tokens=3)
+    output = generate(model, PROMPTS, max_new_tokens=3, return_thoughts=True)
     runner = graphs._kept[model]
     cache, alive = weakref.ref(runner.cache), weakref.ref(model)
     assert graphs.held_bytes(model) > 0
@@ -205,6 +205,7 @@ def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     try:
         del model
         assert alive() is None and cache() is None
+        assert len(output.thoughts) == len(PROMPTS), "what it said stays"
     finally:
         gc.enable()
 
