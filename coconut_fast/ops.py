@@ -33,6 +33,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
     "matmul": ("onednn", "torch"),
+    "gelu": ("cpu", "torch"),
+    "gelu_backward": ("cpu", "torch"),
 }
 DEVICE_OF = {"triton": "cuda", "cpu": "cpu", "onednn": "cpu", "chunked": None, "torch": None}
 

@@ -143,5 +143,6 @@ PYBIND11_MODULE(_C, m) {
   bind_cache_layout(m);
   bind_attention(m);
   bind_native(m);
+  bind_gelu(m);
   bind_cuda(m);
 }

@@ -16,6 +16,8 @@ from torch import Tensor
 from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
     accept_tokens_ref,
     gated_mlp_ref,
+    gelu_backward_ref,
+    gelu_ref,
     latent_feedback_ref,
     lm_head_sample_ref,
     matmul_ref,

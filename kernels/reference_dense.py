@@ -187,3 +187,16 @@ def accept_tokens_ref(
     written.index_copy_(1, step, torch.where(active, ids, -1)[:, None])
     remaining.copy_(torch.where(active & (ids == eos), 0, remaining))
     step += 1
+
+
+# ---- gelu ------------------------------------------------------------------------------------------------------------
+
+
+def gelu_ref(x: Tensor) -> Tensor:
+    """x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh, in x's dtype."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def gelu_backward_ref(grad: Tensor, x: Tensor) -> Tensor:
+    """grad times the derivative of gelu at x, all of one shape and dtype."""
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")

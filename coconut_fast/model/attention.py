@@ -152,8 +152,8 @@ class _CachedAttention(torch.autograd.Function):
                 grad_values,
                 **ctx.keywords,
             )
-        grad_key = grad_keys[ragged.slots].to(query.dtype)
-        grad_value = grad_values[ragged.slots].to(query.dtype)
+        grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
+        grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
         if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
             grad_keys[ragged.slots] = 0
             grad_values[ragged.slots] = 0

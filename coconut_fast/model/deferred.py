@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coconut_fast import ops
+from coconut_fast.model.gelu import gelu
 
 SMALL = 512  # rows of uses that are multiplied together; above, the copy costs more than it saves
 functional = nn.functional
@@ -50,8 +51,10 @@ class DeferredWeightGradients(TorchFunctionMode):
                 return self._product(x, weight, bias, transposed=False)
         if func is functional.embedding and len(args) >= 2 and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
             return _Lookup.apply(args[0], *self._uses(args[1], None))
+        if func is functional.gelu:
+            func = gelu
         result = func(*args, **kwargs)
-        if func is functional.gelu or func is functional.layer_norm:
+        if func is gelu or func is functional.layer_norm:
             self.cheap = _Cheap(result, func, args, kwargs)
         return result
 
