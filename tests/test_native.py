@@ -33,6 +33,7 @@ MODELS = {
     "mistral": lambda: llama_like("Mistral", sliding_window=7),
     "qwen2": lambda: llama_like("Qwen2"),
     "qwen3": lambda: llama_like("Qwen3", head_dim=24),
+    "qwen3-wide": lambda: llama_like("Qwen3", head_dim=56),  # a pair of vectors, one vector and a rest, at any width
 }
 
 
@@ -122,7 +123,7 @@ def test_every_instruction_set(isa: str, weights: str, monkeypatch: pytest.Monke
     if not available(isa):
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("COCONUT_FAST_ISA", isa)
-    for name in ("gpt2", "qwen3"):
+    for name in ("gpt2", "qwen3", "qwen3-wide"):
         hf = random_model(name, torch.bfloat16 if weights != "fp32" else torch.float32)
         model = native.NativeModel(wrap(hf), weights=weights, threads=1)
         assert model.chain.isa == isa
@@ -166,9 +167,10 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(
     if not available(isa):
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("COCONUT_FAST_ISA", isa)
-    hf = random_model("qwen2", torch.bfloat16 if weights != "fp32" else torch.float32)
-    prompts = [[7 * i + j for j in range(1 + 3 * i % 11)] for i in range(13)]
-    counts = [i % 4 for i in range(13)]
+    hf = random_model("qwen3-wide", torch.bfloat16 if weights != "fp32" else torch.float32)
+    # So many rows that products fetch keys and values ahead, from several pages a row.
+    prompts = [[(7 * i + j) % 99 for j in range(1 + 7 * i % 37)] for i in range(21)]
+    counts = [i % 4 for i in range(21)]
     together = native_chains(native.NativeModel(wrap(hf), weights=weights, threads=3), prompts, counts)
     model = native.NativeModel(wrap(hf), weights=weights, threads=1)
     alone = [native_chains(model, [p], [c]) for p, c in zip(prompts, counts, strict=True)]

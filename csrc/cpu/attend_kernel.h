@@ -25,19 +25,49 @@ static INLINE Vec sums_of(Vec* v) {
   return v[0];
 }
 
+template <int... l>
+static INLINE IntVec lanes(std::integer_sequence<int, l...>) {
+  return IntVec{l...};
+}
+
+struct Pair {
+  Vec first, second;
+};
+
+// both(): 2 W values, by one load where they are 16 bits: those at even places come first. Queries are arranged to
+// match, in whole pairs of vectors (`zeros`: 2 W values to work in, 0 before and after), and sums restored at the end.
 struct Fp32Cache {
   static constexpr int kBytes = 4;
+  static INLINE Pair both(const char* p) { return {load(p), load(p + sizeof(Vec))}; }
   static INLINE Vec get(const char* p) { return load(p); }
   static INLINE float one(const char* p) { return load<float>(p); }
+  static INLINE void arrange(float*, float*, int) {}
+  static INLINE void restore(float* out, const float* sums, int n) { __builtin_memcpy(out, sums, n * sizeof(float)); }
 };
 
 struct Bf16Cache {
   static constexpr int kBytes = 2;
+  static INLINE Pair both(const char* p) {
+    const IntVec pairs = load<IntVec>(p);
+    return {bits<Vec>(pairs << 16), bits<Vec>(pairs & (int32_t)0xffff0000)};
+  }
   static INLINE Vec get(const char* p) {
-    typedef uint16_t Half __attribute__((vector_size(W * 2)));
-    return bits<Vec>(__builtin_convertvector(load<Half>(p), WordVec) << 16);
+    return bits<Vec>(__builtin_convertvector(load<HalfVec>(p), WordVec) << 16);
   }
   static INLINE float one(const char* p) { return bf16_to_f32(load<uint16_t>(p)); }
+  static INLINE void arrange(float* query, float* zeros, int n) {
+    for (int c = 0; c + 2 * W <= n; c += 2 * W) {
+      __builtin_memcpy(zeros, query + c, 2 * W * sizeof(float));
+      for (int i = 0; i < W; ++i) query[c + i] = zeros[2 * i], query[c + W + i] = zeros[2 * i + 1];
+    }
+    for (int i = 0; i < 2 * W && n >= 2 * W; i += W) store(zeros + i, Vec{});
+  }
+  static INLINE void restore(float* out, const float* sums, int n) {
+    int c = 0;
+    for (; c + 2 * W <= n; c += 2 * W)
+      for (int i = 0; i < W; ++i) out[c + 2 * i] = sums[c + i], out[c + 2 * i + 1] = sums[c + W + i];
+    for (; c < n; ++c) out[c] = sums[c];
+  }
 };
 
 // Byte offsets of consecutive positions of a row in the storage.
@@ -67,46 +97,88 @@ struct Walk {
 // Online softmax of one query head.
 struct Softmax {
   const float* query;
-  float* sums;      // (padded,): of exp(score - highest) * value
+  float* sums;     // (padded,): of exp(score - highest) * value
+  float* weights;  // (W,): scores of the positions at hand, then exp(score - highest)
   float highest, total;
 };
 
-// One query head and W positions (`here` of them real), whose keys and values start at keys + at[i], values + at[i].
+// W positions, `here` of them real, whose keys or values start at side + at[i], and those after them, to be fetched.
+struct Positions {
+  size_t at[W], next[W];
+  int here;
+};
+
+// weights = query . keys
 template <class Cache>
-static INLINE void attend_block(Softmax& s, const char* keys, const char* values, const size_t* at, int here, int n) {
-  const int whole = n / W * W, padded = (n + W - 1) / W * W;
+static INLINE void score(const Softmax& s, const char* keys, const Positions& p, int n) {
+  constexpr int kPair = 2 * W * Cache::kBytes;
+  const int paired = n / (2 * W) * (2 * W), whole = n / W * W;
   Vec dots[W] = {};
-  for (int c = 0; c < whole; c += W) {
-    const Vec q = load(s.query + c);
+  for (int c = 0; c < paired; c += 2 * W) {
+    const Vec q = load(s.query + c), r = load(s.query + c + W);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) dots[i] += q * Cache::get(keys + at[i] + c * Cache::kBytes);
+    for (int i = 0; i < W; ++i) {
+      const size_t place = c * Cache::kBytes;
+      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(keys + p.next[i] + place + byte, 0, 3);
+      const auto [k, l] = Cache::both(keys + p.at[i] + place);
+      dots[i] += q * k;
+      dots[i] += r * l;
+    }
   }
-  Vec score = sums_of(dots);
+  for (int c = paired; c < whole; c += W)
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) dots[i] += load(s.query + c) * Cache::get(keys + p.at[i] + c * Cache::kBytes);
+  Vec scores = sums_of(dots);
   for (int c = whole; c < n; ++c)
-    for (int i = 0; i < W; ++i) score[i] += s.query[c] * Cache::one(keys + at[i] + c * Cache::kBytes);
-  for (int i = here; i < W; ++i) score[i] = -INFINITY;
-  const float top = largest(score);
+    for (int i = 0; i < W; ++i) scores[i] += s.query[c] * Cache::one(keys + p.at[i] + c * Cache::kBytes);
+  store(s.weights, scores);
+}
+
+// weights = exp(weights - highest), for the real ones; 0 else
+static INLINE void soften(Softmax& s, int here, int padded) {
+  const Vec real = load(s.weights);
+  const Vec scores = lanes(std::make_integer_sequence<int, W>{}) < here ? real : splat(-INFINITY);
+  const float top = largest(scores);
   if (top > s.highest) {
     const float shrink = exp(splat(s.highest - top))[0];
     s.highest = top, s.total *= shrink;
     for (int c = 0; c < padded; c += W) store(s.sums + c, load(s.sums + c) * shrink);
   }
-  float weight[W];
-  const Vec weights = exp(score - s.highest);
-  store(weight, weights);
+  const Vec weights = exp(scores - s.highest);
+  store(s.weights, weights);
   s.total += total(weights);
-  for (int c = 0; c < whole; c += W) {
+}
+
+// sums += weights . values
+template <class Cache>
+static INLINE void add_values(const Softmax& s, const char* values, const Positions& p, int n) {
+  constexpr int kPair = 2 * W * Cache::kBytes;
+  const int paired = n / (2 * W) * (2 * W), whole = n / W * W;
+  for (int c = 0; c < paired; c += 2 * W) {
+    Vec y = load(s.sums + c), z = load(s.sums + c + W);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const size_t place = c * Cache::kBytes;
+      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(values + p.next[i] + place + byte, 0, 3);
+      const auto [v, w] = Cache::both(values + p.at[i] + place);
+      y += s.weights[i] * v;
+      z += s.weights[i] * w;
+    }
+    store(s.sums + c, y), store(s.sums + c + W, z);
+  }
+  for (int c = paired; c < whole; c += W) {
     Vec y = load(s.sums + c);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) y += weight[i] * Cache::get(values + at[i] + c * Cache::kBytes);
+    for (int i = 0; i < W; ++i) y += s.weights[i] * Cache::get(values + p.at[i] + c * Cache::kBytes);
     store(s.sums + c, y);
   }
   for (int c = whole; c < n; ++c)
-    for (int i = 0; i < here; ++i) s.sums[c] += weight[i] * Cache::one(values + at[i] + c * Cache::kBytes);
+    for (int i = 0; i < p.here; ++i) s.sums[c] += s.weights[i] * Cache::one(values + p.at[i] + c * Cache::kBytes);
 }
 
 // All heads of a block of positions before the next block: a slot's heads lie side by side, so memory is read in long
-// runs.
+// runs. Scores, softmax and sums are three loops over the heads, because a head's softmax is a chain of dependent
+// instructions: those of several heads overlap.
 template <class Cache>
 static void attend_row(const Attend& a, int token, int first_head, int last_head, int row, int position) {
   const int n = a.head_dim, padded = (n + W - 1) / W * W, shared = a.heads / a.kv_heads;
@@ -115,35 +187,32 @@ static void attend_row(const Attend& a, int token, int first_head, int last_head
   auto* states = reinterpret_cast<Softmax*>(a.scratch);
   float* rows = a.scratch + queries * (sizeof(Softmax) / sizeof(float));
   for (int g = 0; g < queries; ++g) {
-    float *query = rows + 2 * g * padded, *sums = query + padded;
+    float *query = rows + g * (2 * padded + W), *sums = query + padded;
     for (int c = 0; c < padded; c += W) store(query + c, Vec{}), store(sums + c, Vec{});
     rotate(a, token, a.qkv + token * a.qkv_stride + (first_query + g) * n, a.q_norm, a.scaling, query);
-    states[g] = {query, sums, -INFINITY, 0};
+    Cache::arrange(query, sums, n);
+    states[g] = {query, sums, sums + padded, -INFINITY, 0};
   }
   const int first = a.window && position >= a.window ? position - a.window + 1 : 0;
   Walk walk(a, row, first, Cache::kBytes);
-  size_t at[W], ahead[W] = {};
-  const auto count = [&](int p) { return position + 1 - p < W ? position + 1 - p : W; };
-  walk.next(count(first), ahead);
-  for (int p = first; p <= position; p += W) {
-    __builtin_memcpy(at, ahead, sizeof at);
-    const bool more = p + W <= position;
-    if (more) walk.next(count(p + W), ahead);
-    for (int head = first_head; head < last_head; ++head) {
-      const size_t offset = size_t(head) * n * Cache::kBytes;
-      // To L2: two blocks of all heads are larger than L1.
-      for (int i = 0; more && i < W; ++i)
-        for (int byte = 0; byte < n * Cache::kBytes; byte += 64) {
-          __builtin_prefetch(keys + ahead[i] + offset + byte, 0, 2);
-          __builtin_prefetch(values + ahead[i] + offset + byte, 0, 2);
-        }
-      for (int g = 0; g < shared; ++g)
-        attend_block<Cache>(states[(head - first_head) * shared + g], keys + offset, values + offset, at, count(p), n);
-    }
+  Positions p;
+  const auto count = [&](int from) { return position + 1 - from < W ? position + 1 - from : W; };
+  walk.next(count(first), p.next);
+  for (int from = first; from <= position; from += W) {
+    __builtin_memcpy(p.at, p.next, sizeof p.at);
+    p.here = count(from);
+    if (from + W <= position) walk.next(count(from + W), p.next);
+    const auto head = [&](int g) { return size_t(first_head + g / shared) * n * Cache::kBytes; };
+    for (int g = 0; g < queries; ++g) score<Cache>(states[g], keys + head(g), p, n);
+    for (int g = 0; g < queries; ++g) soften(states[g], p.here, padded);
+    for (int g = 0; g < queries; ++g) add_values<Cache>(states[g], values + head(g), p, n);
   }
-  for (int g = 0; g < queries; ++g)
-    for (int c = 0; c < n; ++c)
-      a.out[token * a.out_stride + (first_query + g) * n + c] = states[g].sums[c] / states[g].total;
+  for (int g = 0; g < queries; ++g) {
+    float* out = a.out + token * a.out_stride + (first_query + g) * n;
+    float* sums = states[g].sums;
+    for (int c = 0; c < padded; c += W) store(sums + c, load(sums + c) / states[g].total);
+    Cache::restore(out, sums, n);
+  }
 }
 
 static void attend(const Attend& a, int token, int first_head, int last_head, int row, int position) {

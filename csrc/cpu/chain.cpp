@@ -28,8 +28,9 @@ size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int max_tokens, Isa isa)
     : shape_(shape), format_(format), group_(group), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
-      team_(threads), layers_(shape.layers), tokens_(max_tokens), active_(max_tokens), states_(max_tokens),
-      draws_(max_tokens), picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
+      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), aheads_(threads),
+      tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
+      picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
   if (group % 64 || group < 0 || group > 512)
     throw std::invalid_argument("group must be 0 or a multiple of 64 up to 512, found " + std::to_string(group));
   x_ = make_rows(shape.dim);
@@ -57,10 +58,11 @@ Chain::Rows Chain::make_rows(int width) const {
   return rows;
 }
 
-Chain::Inputs Chain::make_inputs(const Linear& linear) const {
+// `width`: values that may be written to a row, where that is more than the layer reads.
+Chain::Inputs Chain::make_inputs(const Linear& linear, int width) const {
   Inputs inputs;
   inputs.kind = kernels_.input[static_cast<int>(linear.format)];
-  const size_t k = linear.k_padded;
+  const size_t k = std::max(linear.k_padded, width);
   inputs.low = k;  // high digits, then low ones
   inputs.stride = odd_lines(inputs.kind == InputKind::fp32 ? 4 * k : 2 * k);
   inputs.segments = linear.segments();
@@ -99,10 +101,11 @@ void Chain::set_layer(int index, const LayerWeights& w) {
   // Every output of a padded chunk is written, so rows are as wide as the layers that write them.
   x_ = make_rows(std::max(layer.o.n_padded(), layer.down.n_padded()));
   qkv_ = make_rows(layer.qkv.n_padded());
-  mid_ = make_rows(std::max(layer.up.n_padded() / (s.gated ? 2 : 1), layer.down.k_padded));
+  const int made = layer.up.n_padded() / (s.gated ? 2 : 1);
+  mid_ = make_rows(std::max(made, layer.down.k_padded));
   from_x_ = make_inputs(layer.qkv);
   from_attended_ = make_inputs(layer.o);
-  from_mid_ = make_inputs(layer.down);
+  from_mid_ = make_inputs(layer.down, made);
 }
 
 void Chain::set_ends(const EndWeights& w) {

@@ -141,7 +141,7 @@ class Chain {
   };
 
   Rows make_rows(int width) const;
-  Inputs make_inputs(const Linear& linear) const;
+  Inputs make_inputs(const Linear& linear, int width = 0) const;
   const float* keep(const float* values, int n);
   Linear pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired);
 
@@ -150,6 +150,8 @@ class Chain {
   template <class Position>
   int gather(int t, const RowsView& rows, Position position);
   void body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt = false);
+  void look_ahead(int t, int tokens, const CacheView& cache, int layer);
+  void finish_attended(int m, int first, int count);
   void attend_tokens(int t, int tokens, const Attend& attend);
   void attend_runs(int t, int tokens, const Attend& attend);
   void normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to);
@@ -192,6 +194,9 @@ class Chain {
   size_t sums_stride_ = 0, scratch_stride_ = 0;
   Memory<float> queries_, lse_;  // of prefill: (tokens, heads, head_dim), (tokens, heads)
   Runs runs_;
+  static constexpr int kSpans = 256;
+  std::vector<Span> spans_;    // [thread][kSpans]: of aheads_
+  std::vector<Ahead> aheads_;  // of the next attention, per thread
   std::vector<Token> tokens_;
   int gathered_ = 0;
   std::vector<int> active_;  // index among the call's rows of each token of the pass

@@ -18,7 +18,8 @@ void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens
   const LinearKernel kernel = kernels_.linear[static_cast<int>(linear.format)];
   float* sums = sums_.get() + t * sums_stride_;
   for (int c = first; c < last; ++c) {
-    kernel(linear, c, input, tokens, sums, linear.width(), c + 1 < last ? linear.chunk(c + 1) : start_of(next, t));
+    kernel(linear, c, input, tokens, sums, linear.width(), c + 1 < last ? linear.chunk(c + 1) : start_of(next, t),
+           aheads_[t]);
     finish(c, sums);
   }
   team_.barrier();
@@ -33,13 +34,23 @@ void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear,
   team_.barrier();
 }
 
-// fp32 kernels read the rows where they are; others get them converted.
+// fp32 kernels read the rows where they are, bf16 ones what was rounded where it was made; int8 ones need a row's whole
+// segments.
 Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to) {
   if (to.kind == InputKind::fp32)
     return {reinterpret_cast<const char*>(rows.data.get()), rows.stride * sizeof(float), 0, nullptr, nullptr, 0};
+  if (to.kind == InputKind::bf16) return to.view();
   for (int m = t; m < tokens; m += team_.size()) kernels_.prepare(rows.row(m), linear.k, linear.segment, to.row(m));
   team_.barrier();
   return to.view();
+}
+
+// `count` values of row m of attended_ are done: rounded here, they stay in this core's cache.
+void Chain::finish_attended(int m, int first, int count) {
+  if (from_attended_.kind != InputKind::bf16) return;
+  InputRow to = from_attended_.row(m);
+  to.data += first * sizeof(uint16_t);
+  kernels_.prepare(attended_.row(m) + first, count, 0, to);
 }
 
 // Thoughts and tokens: one position a row, head by head through its keys and values.
@@ -55,8 +66,37 @@ void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
     m = i / heads;
     end = std::min(last, (m + 1) * heads);
     kernels_.attend(attend, m, i % heads, end - m * heads, tokens_[m].row, tokens_[m].position);
+    const int values = attend.heads / heads * attend.head_dim;  // of the queries that share a key
+    finish_attended(m, i % heads * values, (end - i) * values);
   }
   team_.barrier();
+}
+
+// What attend_tokens() will read in this layer on this thread, for the products before it to fetch: as many spans as
+// there is room for, the rest it fetches itself.
+void Chain::look_ahead(int t, int tokens, const CacheView& cache, int layer) {
+  Ahead& ahead = aheads_[t];
+  ahead = {};
+  if (layer >= shape_.layers) return;
+  const int heads = shape_.kv_heads, window = layers_[layer].window;
+  const auto [first, last] = share(tokens * heads, t, team_.size());
+  const int64_t slot = int64_t(heads) * shape_.head_dim * size_of(cache.dtype);
+  Span *const begin = spans_.data() + size_t(t) * kSpans, *const end = begin + kSpans, *span = begin;
+  for (int m = first / heads; m * heads < last && span < end; ++m) {
+    const auto [row, position] = tokens_[m];
+    const int32_t* pages = cache.page_table + row * cache.pages_per_row;
+    int64_t p = window && position >= window ? position - window + 1 : 0;
+    while (p <= position && span < end) {
+      const int64_t within = p % cache.page_size, here = std::min(cache.page_size - within, position + 1 - p);
+      const size_t offset = (pages[p / cache.page_size] * cache.page_size + within) * slot;
+      if (span > begin && span[-1].offset + span[-1].bytes == offset) span[-1].bytes += here * slot;
+      else *span++ = {offset, size_t(here * slot)};
+      p += here;
+    }
+  }
+  ahead.span = begin, ahead.last = span;
+  ahead.keys = static_cast<const char*>(cache.keys[layer]);
+  ahead.values = static_cast<const char*>(cache.values[layer]);
 }
 
 // Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
@@ -75,8 +115,10 @@ void Chain::attend_runs(int t, int tokens, const Attend& a) {
   for (int i = t; i < runs_.count * a.kv_heads; i += size) {
     const int run = i / a.kv_heads, head = i % a.kv_heads;
     attend_prompt(attention, run, head, queries_.get(), lse_.get());
-    for (int m = runs_.offsets[run]; m < runs_.offsets[run + 1]; ++m)
+    for (int m = runs_.offsets[run]; m < runs_.offsets[run + 1]; ++m) {
       std::copy_n(query_of(m, head * shared), shared * n, a.out + m * a.out_stride + size_t(head) * shared * n);
+      finish_attended(m, head * shared * n, shared * n);
+    }
   }
   team_.barrier();
 }
@@ -96,6 +138,7 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
       kernels_.finish_add(sums, tokens, width, linear.bias ? linear.bias + c * width : nullptr, out + c * width, stride);
     };
   };
+  if (!prompt) look_ahead(t, tokens, cache, 0);
   for (int l = 0; l < s.layers; ++l) {
     const Layer& layer = layers_[l];
     normalise(t, tokens, layer.norm1, layer.qkv, from_x_);
@@ -107,16 +150,23 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
                         cache.keys[l], cache.values[l], cache.dtype, cache.page_table, cache.pages_per_row,
                         cache.page_size, s.heads, s.kv_heads, s.head_dim, layer.window, layer.scaling,
                         scratch_.get() + t * scratch_stride_};
-    if (prompt) attend_runs(t, tokens, attend);
-    else attend_tokens(t, tokens, attend);
+    if (prompt) {
+      attend_runs(t, tokens, attend);
+    } else {
+      attend_tokens(t, tokens, attend);
+      look_ahead(t, tokens, cache, l + 1);
+    }
 
     multiply(t, layer.o, inputs_of(t, tokens, attended_, layer.o, from_attended_), tokens, layer.up,
              add_to(layer.o, x_));
     normalise(t, tokens, layer.norm2, layer.up, from_x_);
     multiply(t, layer.up, from_x_.view(), tokens, layer.down, [&](int c, const float* sums) {
       const int width = layer.up.width(), made = s.gated ? width / 2 : width;
+      const bool bf16 = from_mid_.kind == InputKind::bf16;
+      void* out = mid_.row(0) + c * made;
+      if (bf16) out = from_mid_.data.get() + c * made * sizeof(uint16_t);
       kernels_.finish_activate(sums, tokens, width, layer.up.bias ? layer.up.bias + c * width : nullptr, s.activation,
-                               s.gated, mid_.row(0) + c * made, mid_.stride);
+                               s.gated, bf16, out, bf16 ? from_mid_.stride / sizeof(uint16_t) : mid_.stride);
     });
     multiply(t, layer.down, inputs_of(t, tokens, mid_, layer.down, from_mid_), tokens,
              l + 1 < s.layers ? layers_[l + 1].qkv : after, add_to(layer.down, x_));
@@ -236,7 +286,7 @@ int Chain::draw_any(int t, int m, const Draw& draw) {
   float* logits = sums_.get() + t * sums_stride_;
   const int width = head_.width(), first = found.chunk * width;
   kernels_.linear[static_cast<int>(head_.format)](head_, found.chunk, head_input(m), 1, logits, width,
-                                                  head_.chunk(found.chunk));
+                                                  head_.chunk(found.chunk), aheads_[t]);
   if (head_.bias) kernels_.finish_store(logits, 1, width, head_.bias + first, logits, width);
   for (int i = 0; i < ids_of(found.chunk); ++i) logits[i] *= 1 / draw.temperature;
   return first + place_within(logits, ids_of(found.chunk), total.largest, found.left);

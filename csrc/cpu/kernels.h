@@ -44,7 +44,7 @@ struct Attend {
   float scaling;
   float* scratch;  // of this thread: attend_scratch()
 };
-inline size_t attend_scratch(int heads, int head_dim) { return size_t(heads) * (2 * (head_dim + 16) + 8) + 64; }
+inline size_t attend_scratch(int heads, int head_dim) { return size_t(heads) * (2 * (head_dim + 16) + 24) + 64; }
 
 struct Kernels {
   Isa isa;
@@ -57,9 +57,10 @@ struct Kernels {
   // Epilogues: `sums` are rows of `width` outputs. bias has `width` values or is null.
   void (*finish_store)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);
   void (*finish_add)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);
-  // out[i] = act(sums[i]), or where gated act(sums[i]) * sums[width / 2 + i] for i < width / 2
+  // out[i] = act(sums[i]), or where gated act(sums[i]) * sums[width / 2 + i] for i < width / 2,
+  // in rows of fp32 or bf16, `stride` values apart.
   void (*finish_activate)(const float* sums, int rows, int width, const float* bias, Activation activation, bool gated,
-                          float* out, size_t stride);
+                          bool bf16, void* out, size_t stride);
   // cos and sin of position * inv_freq, times scaling
   void (*rotary)(int position, const float* inv_freq, int half, float scaling, float* cos, float* sin);
   // Writes key and value head `head` of `token` to its slot: normed, rotated, converted.

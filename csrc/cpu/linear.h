@@ -56,9 +56,30 @@ struct Input {
   size_t segment_stride = 0;
 };
 
+// What a thread will read after its products: spans of keys, each followed by the same span of values. Products of many
+// rows wait for arithmetic, attention for memory: fetched in between, its keys and values cost it half the time.
+struct Span {
+  size_t offset, bytes;
+};
+struct alignas(64) Ahead {  // a thread writes its own all the time
+  const Span *span = nullptr, *last = nullptr;
+  const char *keys = nullptr, *values = nullptr;
+  const char *at = nullptr, *end = nullptr;  // of the current span
+  bool value = false;                        // the next one is of values
+
+  // The next span, where the current one is used up.
+  void advance() {
+    if (at < end || span == last) return;
+    at = (value ? values : keys) + span->offset;
+    end = at + span->bytes;
+    if (value) ++span;
+    value = !value;
+  }
+};
+
 // out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches what
-// follows: the next unit (chunk and segment) of the weights, and `next` after the last.
+// follows: the next unit (chunk and segment) of the weights, `next` after the last; with many rows also what is ahead.
 using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
-                              size_t out_stride, const char* next);
+                              size_t out_stride, const char* next, Ahead& ahead);
 
 }  // namespace coconut_fast

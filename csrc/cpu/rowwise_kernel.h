@@ -125,24 +125,34 @@ static INLINE Vec act(Vec x) {
   return y;
 }
 
-template <Activation kind>
-static void activate(const float* sums, int rows, int width, const float* bias, bool gated, float* out, size_t stride) {
+template <Activation kind, bool bf16>
+static void activate(const float* sums, int rows, int width, const float* bias, bool gated, void* out, size_t stride) {
   const int n = gated ? width / 2 : width;
   for (int m = 0; m < rows; ++m)
     for (int i = 0; i < n; i += W) {
       const float* row = sums + m * width;
       const Vec y = act<kind>(with_bias(row, bias, i));
-      store(out + m * stride + i, gated ? y * with_bias(row, bias, n + i) : y);
+      const Vec made = gated ? y * with_bias(row, bias, n + i) : y;
+      if constexpr (bf16) store(static_cast<uint16_t*>(out) + m * stride + i, rounded(made));
+      else store(static_cast<float*>(out) + m * stride + i, made);
     }
 }
 
-static void finish_activate(const float* sums, int rows, int width, const float* bias, Activation activation, bool gated,
-                            float* out, size_t stride) {
-  switch (activation) {
-    case Activation::gelu_tanh: return activate<Activation::gelu_tanh>(sums, rows, width, bias, gated, out, stride);
-    case Activation::gelu: return activate<Activation::gelu>(sums, rows, width, bias, gated, out, stride);
-    case Activation::silu: return activate<Activation::silu>(sums, rows, width, bias, gated, out, stride);
-    case Activation::relu: return activate<Activation::relu>(sums, rows, width, bias, gated, out, stride);
+template <Activation kind>
+static void activate(const float* sums, int rows, int width, const float* bias, bool gated, bool bf16, void* out,
+                     size_t stride) {
+  if (bf16) activate<kind, true>(sums, rows, width, bias, gated, out, stride);
+  else activate<kind, false>(sums, rows, width, bias, gated, out, stride);
+}
+
+static void finish_activate(const float* sums, int rows, int width, const float* bias, Activation kind, bool gated,
+                            bool bf16, void* out, size_t stride) {
+  switch (kind) {
+    case Activation::gelu_tanh:
+      return activate<Activation::gelu_tanh>(sums, rows, width, bias, gated, bf16, out, stride);
+    case Activation::gelu: return activate<Activation::gelu>(sums, rows, width, bias, gated, bf16, out, stride);
+    case Activation::silu: return activate<Activation::silu>(sums, rows, width, bias, gated, bf16, out, stride);
+    case Activation::relu: return activate<Activation::relu>(sums, rows, width, bias, gated, bf16, out, stride);
   }
 }
 

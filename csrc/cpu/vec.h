@@ -104,6 +104,14 @@ static INLINE void widen(float* to, const void* from, Dtype dtype, int64_t n) {
   }
 }
 
+typedef uint16_t HalfVec __attribute__((vector_size(W * 2)));
+
+// fp32 -> bf16, as f32_to_bf16() does.
+static INLINE HalfVec rounded(Vec v) {
+  const WordVec word = bits<WordVec>(v), near = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  return __builtin_convertvector((word & 0x7fffffff) > 0x7f800000 ? (word >> 16) | 0x40 : near, HalfVec);
+}
+
 // n fp32 values, times `factor` -> `dtype` (not f64)
 static INLINE void narrow(void* to, const float* from, float factor, Dtype dtype, int64_t n) {
   if (dtype == Dtype::f32) {
