@@ -42,12 +42,15 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures in FOLDER/
 # The limits add up to 540 s; what a step leaves over nobody needs. Those of the suites are estimates.
 # CUDA sources that do not compile here cost the persistent kernel, not the Triton kernels and the graphs.
 build=(python3 setup.py build_ext --inplace)
-step build 110 "${build[@]}" || step build_without_cuda 60 env CUDA_HOME=/nowhere "${build[@]}"
-step doctor 15 python3 -m coconut_fast doctor
+step build 100 "${build[@]}" || step build_without_cuda 60 env CUDA_HOME=/nowhere "${build[@]}"
+step doctor 10 python3 -m coconut_fast doctor
 # Only the files that have such tests: each of the twelve processes reads all it is given. The persistent kernel's by
 # themselves, because a grid barrier that goes wrong hangs its process.
 mapfile -t gpu_tests < <(grep -l "mark\.gpu" tests/test_*.py | grep -v persistent)
-step tests 105 python3 -m pytest -q -m gpu -n 12 "${gpu_tests[@]}"
+step tests 90 python3 -m pytest -q -m gpu -n 12 "${gpu_tests[@]}"
+# The kernels' odd shapes, which run in the interpreter where there is no GPU.
+mapfile -t kernel_tests < <(grep -l "@triton.jit" kernels/*.py | sed "s|kernels/|tests/test_|" | xargs ls 2>/dev/null)
+step kernel_tests 45 python3 -m pytest -q -n 12 "${kernel_tests[@]}"
 step persistent_tests 25 python3 -m pytest -q -m gpu tests/test_persistent.py
 if command -v compute-sanitizer >/dev/null; then
     # Memory errors of the kernels that write to the cache, and of the persistent one. Without the allocator's cache
@@ -58,11 +61,11 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "memcheck           skipped: there is no compute-sanitizer"
 fi
-suite ops 50
+suite ops 45
 suite graph 80
-suite persistent 30
+suite persistent 25
 suite generate 35 -k "bfloat16-1-64-6-64 or bfloat16-16-330-6-12 or bfloat16-500-330-6-12"
-suite train 45 -k "train_step and ProsQA" # fp32 and bf16, four processes in all
+suite train 40 -k "train_step and ProsQA" # fp32 and bf16, four processes in all
 echo
 python3 -m benchmarks.summary "$results"
 echo

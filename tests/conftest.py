@@ -59,6 +59,6 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call leases the model's graph runner, as on a GPU."""
-    from coconut_fast.infer import engine, graphs
+    from coconut_fast.infer import engine, keep
 
-    monkeypatch.setattr(engine, "choose_runner", lambda model: (graphs.lease, "asked for"))
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (keep.lease, "asked for"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coconut_fast import Coconut, LatentTokens, generate, load, ops
-from coconut_fast.infer import engine, graphs
+from coconut_fast.infer import engine, keep
 from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import SKINNY_ROWS, FusedPasses, reason_not
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
@@ -212,7 +212,7 @@ def test_golden_tokens(golden: Path, architecture: str, monkeypatch) -> None:
     meta = json.loads((golden / architecture / "meta.json").read_text())
     ids = LatentTokens(start=meta["start_id"], thought=meta["latent_id"], end=meta["end_id"], eos=meta["eos_id"])
     model = load(golden / architecture, tokens=ids)
-    monkeypatch.setattr(engine, "choose_runner", lambda model: (graphs.lease, "asked for"))
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (keep.lease, "asked for"))
     for case in meta["cases"].values():
         rows = case["generate"]
         output = generate(model, [r["prompt"] for r in rows], max_new_tokens=24)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import capture, engine, fused, graphs
+from coconut_fast.infer import capture, engine, fused, graphs, keep
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.graphs import GraphRunner
@@ -143,7 +143,7 @@ def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
 def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    graphs._kept.clear()
+    keep._kept.clear()
 
     def fails(self, batch: StaticBatch) -> None:
         raise ValueError("no such instruction\nand more")
@@ -153,14 +153,14 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
         output = generate(model, PROMPTS, max_new_tokens=11)
         assert output.token_ids == expected
         assert output.stats.reason.endswith("body: fused kernels failed: ValueError: no such instruction")
-        assert model not in graphs._kept, "the next call tries again"
+        assert model not in keep._kept, "the next call tries again"
 
 
 def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) -> None:
     """While weights are packed Hugging Face's body needs none; later there is no other way."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    graphs._kept.clear()
+    keep._kept.clear()
 
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -168,7 +168,7 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
     with monkeypatch.context() as patch:
         patch.setattr(fused, "_packed", fails)
         output = generate(model, PROMPTS, max_new_tokens=11)
-    assert output.token_ids == expected and model not in graphs._kept
+    assert output.token_ids == expected and model not in keep._kept
     why = "body: no memory to pack the weights: OutOfMemoryError: CUDA out of memory"
     assert output.stats.reason.endswith(why)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import engine, graphs
+from coconut_fast.infer import engine, keep
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.engine import choose_runner
 from coconut_fast.model.coconut import Coconut
@@ -26,16 +26,16 @@ pytestmark = pytest.mark.usefixtures("kept")
 def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
     model, _ = make_pair(family)
     first = generate(model, PROMPTS, max_new_tokens=11)
-    runner = graphs._kept[model]
+    runner = keep._kept[model]
     captured = runner.captures
     assert captured == len(runner.graphs) > 0
     for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
         again = generate(model, prompts, max_new_tokens=11)
-        assert graphs._kept[model] is runner and runner.captures == captured
+        assert keep._kept[model] is runner and runner.captures == captured
     assert again.token_ids == first.token_ids
     assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
     generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket, and a chain of another length
-    assert graphs._kept[model] is runner and runner.captures == captured + 3
+    assert keep._kept[model] is runner and runner.captures == captured + 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -45,8 +45,8 @@ def test_what_makes_a_new_runner(family: str) -> None:
 
     def run(**options) -> None:
         generate(model, PROMPTS[:2], **{"max_new_tokens": 3, **options})
-        if graphs._kept[model] not in seen:
-            seen.append(graphs._kept[model])
+        if keep._kept[model] not in seen:
+            seen.append(keep._kept[model])
 
     run()
     run(max_new_tokens=2)
@@ -113,11 +113,11 @@ def test_nothing_is_kept_where_python_may_change_between_calls(family: str, chan
     model, _ = make_pair(family)
     run = partial(generate, model, PROMPTS[:2], max_new_tokens=3)
     expected = run().token_ids
-    before = graphs._kept[model]
+    before = keep._kept[model]
     undo = change(model)
-    assert run().token_ids == expected and model not in graphs._kept, "the kept runner is not used, and none is kept"
+    assert run().token_ids == expected and model not in keep._kept, "the kept runner is not used, and none is kept"
     undo()
-    assert run().token_ids == expected and graphs._kept[model] is not before
+    assert run().token_ids == expected and keep._kept[model] is not before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -146,11 +146,11 @@ def test_a_replaced_hook_and_a_changed_feedback_are_seen(family: str, monkeypatc
 def test_a_model_with_hooks_is_not_captured(family: str, change, monkeypatch) -> None:
     monkeypatch.setattr(Coconut, "device", torch.device("cuda"))
     model, _ = make_pair(family)
-    assert choose_runner(model)[0] is graphs.lease
-    graphs._kept[model] = "its memory is wanted"
+    assert choose_runner(model)[0] is keep.lease
+    keep._kept[model] = "its memory is wanted"
     change(model)
     runner, reason = choose_runner(model)
-    assert runner is EagerRunner and "embed_tokens has" in reason and model not in graphs._kept
+    assert runner is EagerRunner and "embed_tokens has" in reason and model not in keep._kept
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2"])
@@ -158,12 +158,12 @@ def test_a_model_with_hooks_is_not_captured(family: str, change, monkeypatch) ->
 def test_a_step_of_the_optimizer_is_seen_by_the_kept_runner(family: str, fused: bool, monkeypatch) -> None:
     model, _ = make_pair(family)
     before = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    runner = graphs._kept[model]
+    runner = keep._kept[model]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
     optimizer.step()
     after = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    assert graphs._kept[model] is runner, "weights written in place need no new capture"
+    assert keep._kept[model] is runner, "weights written in place need no new capture"
     monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
     assert after == generate(model, PROMPTS, max_new_tokens=11).token_ids != before
 
@@ -172,13 +172,13 @@ def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
     """Its copies of the weights die with it; a runner made outside would compute in the weights' dtype."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
-    assert graphs._kept[model].passes.layers[0].qkv.dtype == torch.float32
+    assert keep._kept[model].passes.layers[0].qkv.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        runner = graphs.lease(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
+        runner = keep.lease(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
         assert runner.passes.layers[0].qkv.dtype == runner.passes.head.dtype == torch.bfloat16
         assert runner.passes.layers[0].norm1.dtype == torch.float32
         under = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
-        assert model not in graphs._kept and "fused kernels" in under.stats.reason
+        assert model not in keep._kept and "fused kernels" in under.stats.reason
     again = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
     assert again.token_ids == expected
     for a, b in zip(under.thoughts, again.thoughts, strict=True):
@@ -188,17 +188,17 @@ def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
 def test_a_runner_can_be_forgotten() -> None:
     model, _ = make_pair("gpt2")
     generate(model, PROMPTS, max_new_tokens=2)
-    graphs.forget(model)
-    assert model not in graphs._kept and graphs.held_bytes(model) == 0
+    keep.forget(model)
+    assert model not in keep._kept and keep.held_bytes(model) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     model, _ = make_pair(family)
     output = generate(model, PROMPTS, max_new_tokens=3, return_thoughts=True)
-    runner = graphs._kept[model]
+    runner = keep._kept[model]
     cache, alive = weakref.ref(runner.cache), weakref.ref(model)
-    assert graphs.held_bytes(model) > 0
+    assert keep.held_bytes(model) > 0
     del runner
     gc.collect()
     gc.disable()  # no cycle may be needed to be found
@@ -213,9 +213,9 @@ def test_the_runner_goes_when_the_model_goes(family: str) -> None:
 def test_a_model_that_left_the_gpu_keeps_nothing_there() -> None:
     model, _ = make_pair("gpt2")
     generate(model, PROMPTS, max_new_tokens=2)
-    cache = weakref.ref(graphs._kept[model].cache)
+    cache = weakref.ref(keep._kept[model].cache)
     choose_runner(model)  # the engine's own: the fixture replaces what `generate` calls
-    assert model not in graphs._kept and cache() is None
+    assert model not in keep._kept and cache() is None
 
 
 def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
@@ -228,5 +228,5 @@ def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(engine.Engine, "_finish", interrupted)
         assert generate(model, PROMPTS, max_new_tokens=5).stats.interrupted
-    assert model not in graphs._kept
+    assert model not in keep._kept
     assert generate(model, PROMPTS, max_new_tokens=5).token_ids == expected

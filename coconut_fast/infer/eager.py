@@ -71,4 +71,4 @@ class EagerRunner:
             decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)
 
     def release(self) -> None:
-        """The engine's call is over and its rows are free; a runner may wait for the next one (infer/graphs.py)."""
+        """The engine's call is over and its rows are free; a runner may wait for the next one (infer/keep.py)."""

@@ -12,7 +12,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from coconut_fast.infer import graphs
+from coconut_fast.infer import keep
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.native import NativeRunner, reason_not
@@ -102,12 +102,12 @@ def generate(
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
     """Who runs the passes of this model on this device, and why."""
     if model.device.type == "cuda":
-        hook = graphs.hooked(model)
+        hook = keep.hooked(model)
         if hook is None:
-            return graphs.lease, "chains of thoughts and tokens replay as CUDA graphs"
-        graphs.forget(model)
+            return keep.lease, "chains of thoughts and tokens replay as CUDA graphs"
+        keep.forget(model)
         return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
-    graphs.forget(model)  # it has left the GPU
+    keep.forget(model)  # it has left the GPU
     reason = reason_not(model)
     if reason is None:
         return NativeRunner, "this family has a native chain on the CPU"
@@ -232,7 +232,7 @@ def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
     free = psutil.virtual_memory().available
     if on_gpu:  # what torch has reserved but does not use, and the cache of the last call, are free to us
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free = torch.cuda.mem_get_info(model.device)[0] + unused + graphs.held_bytes(model)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused + keep.held_bytes(model)
     if needed > free:
         raise ValueError(
             f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "

@@ -3,10 +3,7 @@
 The host fills a `StaticBatch` (infer/passes.py), reserves pages for what the passes will append, replays, and looks at
 the results once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until
 then. `choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate`
-calls too: a model keeps its last runner (`lease`, `GraphRunner.release`) for as long as it lives itself.
-
-A graph repeats launches, and none of the Python around them: a model with hooks runs eagerly (`hooked`), and no runner
-is kept where a module's Python may change from one call to the next (`fleeting`).
+calls too (infer/keep.py).
 """
 
 from __future__ import annotations
@@ -25,11 +22,9 @@ from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, Static
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.sampling import uniform
-from coconut_fast.infer.stats import Clock, copy_bandwidth
-from coconut_fast.model import plan
+from coconut_fast.infer.stats import copy_bandwidth
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.feedback import FEEDBACKS
 
 LONGEST_CHAIN = 16  # passes of one graph; a longer chain replays it
 STEPS = 8  # tokens between two looks of the host: `write` is asked for at most so many
@@ -51,22 +46,6 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
     return HuggingFacePasses(model, cache, sampling, reason)
 
 
-def hooked(model: Coconut) -> str | None:
-    """What its modules do in Python that a replay would not repeat; None: nothing."""
-    return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
-
-
-def fleeting(model: Coconut) -> str | None:
-    """Why graphs of this model end with the call: what they do may change where no address of a weight does."""
-    if type(model.feedback) not in FEEDBACKS.values():
-        return f"feedback {type(model.feedback).__name__} is not one of {', '.join(FEEDBACKS)}"
-    for name, module in model.hf.named_modules():
-        kind = type(module)
-        if not kind.__module__.startswith(("torch.nn.modules.", "transformers.")):
-            return f"module {name or 'hf'} is a {kind.__module__}.{kind.__name__}"
-    return hooked(model)
-
-
 class GraphRunner(EagerRunner):
     """Prefill as the eager runner does it; thoughts and tokens by replay. Keeps no model alive: it may outlive a call.
 
@@ -83,8 +62,6 @@ class GraphRunner(EagerRunner):
             max_length=max_length,
             sampling=sampling,
         )
-        self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-        self.made_for = _made_for(model, sampling)
         self.passes = choose_passes(model, self.cache, sampling)
         self.reason = self.passes.reason
         if isinstance(self.passes, HuggingFacePasses) and fused.reason_not(model) is None:
@@ -106,16 +83,6 @@ class GraphRunner(EagerRunner):
     @model.setter
     def model(self, model: Coconut) -> None:
         self._model = weakref.ref(model)
-
-    def release(self) -> None:
-        """The call is over and its rows are free: the model's next call may have this runner.
-
-        Not under autocast, whose copies of the weights, which graphs have captured, end with it; and not after trouble,
-        which the next call may be spared.
-        """
-        model = self.model
-        if not self.trouble and fused.compute_dtype(model) == model.dtype and fleeting(model) is None:
-            _kept[model] = self
 
     @torch.inference_mode()
     def read(
@@ -252,52 +219,3 @@ class GraphRunner(EagerRunner):
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-# One runner a model: its cache, its static batches and its captured graphs. It goes when the model goes.
-_kept: weakref.WeakKeyDictionary[Coconut, GraphRunner] = weakref.WeakKeyDictionary()
-
-
-def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> GraphRunner:
-    """The runner that the model's last call left, if it is large enough and still fits the model; else a new one.
-
-    It is the caller's alone until `release`; after an error it is simply dropped, rows and all.
-    """
-    runner = _kept.pop(model, None)
-    wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-    large_enough = runner is not None and all(runner.capacity[name] >= n for name, n in wanted.items())
-    same = runner is not None and runner.made_for == _made_for(model, sampling) and fleeting(model) is None
-    if runner is not None and large_enough and same:
-        runner.clock = Clock(model.device)
-        runner.passes.refresh()
-        return runner
-    del runner  # its memory first
-    return GraphRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
-
-
-def forget(model: Coconut) -> None:
-    """Drops the model's kept runner, where there is one: its memory is needed for something else."""
-    _kept.pop(model, None)
-
-
-def held_bytes(model: Coconut) -> int:
-    """Bytes of the cache that the model's kept runner holds: the next call has it, or gives it back first."""
-    runner = _kept.get(model)
-    stores = [] if runner is None else [*runner.cache.keys, *runner.cache.values]
-    return sum(t.numel() * t.element_size() for t in stores if t is not None)
-
-
-def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
-    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, and sampling."""
-    tensors = [*model.parameters(), *model.buffers()]
-    addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
-    mean_norm = getattr(model.feedback, "mean_norm", None)
-    constant = float(mean_norm) if mean_norm is not None else None
-    dtype = fused.compute_dtype(model)
-    return addresses, dtype, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
-
-
-def _roomy(count: int) -> int:
-    """Rounded up by at most a quarter, so that a slightly larger call need not capture anew."""
-    step = max(1, (1 << count.bit_length()) // 8)
-    return -(-count // step) * step

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from coconut_fast.files import write_json
-from coconut_fast.infer import graphs
+from coconut_fast.infer import keep
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.checkpoints import load, write
 from coconut_fast.model.coconut import Coconut
@@ -269,7 +269,7 @@ class CoconutTrainer(Trainer):
             max_new_tokens=self.settings.answer_length(),
             batch_size=self.settings.eval_batch_size,
         )
-        graphs.forget(model)  # training needs the memory of its cache more than the next evaluation its graphs
+        keep.forget(model)  # training needs the memory of its cache more than the next evaluation its graphs
         if self.args.world_size == 1:
             return mine
         parts: list[Evaluation] = [mine] * self.args.world_size

@@ -1,0 +1,102 @@
+"""What stays of a `generate` call for the model's next one: its graph runner, with cache, static batches and graphs.
+
+A model keeps its last runner for as long as it lives itself. A graph repeats launches, and none of the Python around
+them: a model with hooks runs eagerly (`hooked`), and no runner is kept where a module's Python may change from one call
+to the next (`fleeting`).
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from coconut_fast.infer import fused
+from coconut_fast.infer.decode import Sampling
+from coconut_fast.infer.graphs import GraphRunner
+from coconut_fast.infer.stats import Clock
+from coconut_fast.model import plan
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import FEEDBACKS
+
+
+class KeptRunner(GraphRunner):
+    """A graph runner that waits for the model's next call when this one is over."""
+
+    def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
+        super().__init__(model, num_slots=num_slots, max_rows=max_rows, max_length=max_length, sampling=sampling)
+        self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
+        self.made_for = _made_for(model, sampling)
+
+    def release(self) -> None:
+        """The call is over and its rows are free: the model's next call may have this runner.
+
+        Not under autocast, whose copies of the weights, which graphs have captured, end with it; and not after trouble,
+        which the next call may be spared.
+        """
+        model = self.model
+        if not self.trouble and fused.compute_dtype(model) == model.dtype and fleeting(model) is None:
+            _kept[model] = self
+
+
+# One runner a model. It goes when the model goes.
+_kept: weakref.WeakKeyDictionary[Coconut, KeptRunner] = weakref.WeakKeyDictionary()
+
+
+def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> KeptRunner:
+    """The runner that the model's last call left, if it is large enough and still fits the model; else a new one.
+
+    It is the caller's alone until `release`; after an error it is simply dropped, rows and all.
+    """
+    runner = _kept.pop(model, None)
+    wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
+    large_enough = runner is not None and all(runner.capacity[name] >= n for name, n in wanted.items())
+    same = runner is not None and runner.made_for == _made_for(model, sampling) and fleeting(model) is None
+    if runner is not None and large_enough and same:
+        runner.clock = Clock(model.device)
+        runner.passes.refresh()
+        return runner
+    del runner  # its memory first
+    return KeptRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
+
+
+def forget(model: Coconut) -> None:
+    """Drops the model's kept runner, where there is one: its memory is needed for something else."""
+    _kept.pop(model, None)
+
+
+def held_bytes(model: Coconut) -> int:
+    """Bytes of the cache that the model's kept runner holds: the next call has it, or gives it back first."""
+    runner = _kept.get(model)
+    stores = [] if runner is None else [*runner.cache.keys, *runner.cache.values]
+    return sum(t.numel() * t.element_size() for t in stores if t is not None)
+
+
+def hooked(model: Coconut) -> str | None:
+    """What its modules do in Python that a replay would not repeat; None: nothing."""
+    return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
+
+
+def fleeting(model: Coconut) -> str | None:
+    """Why graphs of this model end with the call: what they do may change where no address of a weight does."""
+    if type(model.feedback) not in FEEDBACKS.values():
+        return f"feedback {type(model.feedback).__name__} is not one of {', '.join(FEEDBACKS)}"
+    for name, module in model.hf.named_modules():
+        kind = type(module)
+        if not kind.__module__.startswith(("torch.nn.modules.", "transformers.")):
+            return f"module {name or 'hf'} is a {kind.__module__}.{kind.__name__}"
+    return hooked(model)
+
+
+def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
+    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, and sampling."""
+    tensors = [*model.parameters(), *model.buffers()]
+    addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
+    mean_norm = getattr(model.feedback, "mean_norm", None)
+    constant = float(mean_norm) if mean_norm is not None else None
+    dtype = fused.compute_dtype(model)
+    return addresses, dtype, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
+
+
+def _roomy(count: int) -> int:
+    """Rounded up by at most a quarter, so that a slightly larger call need not capture anew."""
+    step = max(1, (1 << count.bit_length()) // 8)
+    return -(-count // step) * step
