@@ -51,6 +51,8 @@ def why_no_cuda() -> str:
     nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
     if not os.path.exists(nvcc):
         return "there is no nvcc (set CUDA_HOME)"
+    if not (glob(f"{CUDA_HOME}/include/cuda_runtime.h") or glob(f"{CUDA_HOME}/targets/*/include/cuda_runtime.h")):
+        return f"{CUDA_HOME} has an nvcc and no cuda_runtime.h (set CUDA_HOME to the toolkit itself)"
     release = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     found = release[1] if release else "of unknown version"
     if found.split(".")[0] != torch.version.cuda.split(".")[0]:

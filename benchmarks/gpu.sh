@@ -15,7 +15,10 @@ device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().re
 results=${1:-benchmarks/results/$device}
 mkdir -p "$results"
 rm -f "$results"/bench_*.json
-export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" # compute-sanitizer is often not on it
+# The nvcc on the path may be a wrapper or a link: it knows itself where its toolkit is.
+toolkit=$(nvcc --dryrun x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | xargs -r readlink -f)
+export CUDA_HOME="${CUDA_HOME:-${toolkit:-/usr/local/cuda}}"
+export PATH="$PATH:$CUDA_HOME/bin" # compute-sanitizer is often not on it
 export PYTHONUNBUFFERED=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$(python3 -c \
     'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}"
 started=$SECONDS
