@@ -57,7 +57,7 @@ struct Input {
 };
 
 // What a thread will read after its products: spans of keys, each followed by the same span of values. Products of many
-// rows wait for arithmetic, attention for memory: fetched in between, its keys and values cost it half the time.
+// rows wait for arithmetic, attention for memory: with its keys and values fetched by then it takes a third less time.
 struct Span {
   size_t offset, bytes;
 };
