@@ -130,7 +130,9 @@ def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert read_examples(tmp_path / "icot.json")[0].answer == "2"
 
 
-def test_only_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_eval(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A recipe of the official code with only_eval, on its own kind of checkpoint."""
     run = trained / "runs" / "run"
     call(capsys, "convert", "official", run, tmp_path / "checkpoint_3")
@@ -152,6 +154,9 @@ def test_only_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "num_thoughts: found none, and resume=1 would mean 1 thoughts where a fully trained model has 2" in error
     call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1")
     assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 1
+    monkeypatch.setenv("RANK", "1")  # the official way is through torchrun, whose other processes leave it to the first
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert call(capsys, "train", tmp_path / "eval.yaml") == ""
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

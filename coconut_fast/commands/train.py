@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from coconut_fast.commands.common import add_command, quiet
@@ -26,11 +27,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
     settings = read_recipe(arguments.recipe, arguments.override)
     quiet()
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if settings.only_eval:
         from coconut_fast.commands.evaluate import evaluate_recipe
 
-        return evaluate_recipe(settings)
+        return evaluate_recipe(settings) if first else 0
     from coconut_fast.train.run import run
 
-    print(run(settings))
+    folder = run(settings)
+    if first:
+        print(folder)
     return 0
