@@ -92,6 +92,7 @@ def main() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             value = loss()
         value.backward()
+        value = value.detach()  # as a trainer does, so that the next step finds no memory of this one in use
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(finished(device) - start)

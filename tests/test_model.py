@@ -14,7 +14,7 @@ from coconut_fast import generate, reference
 from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention, coconut
 from coconut_fast.model.cache import KVCache
-from coconut_fast.model.last_layer import decoder_layers
+from coconut_fast.model.last_layer import decoder_layers, token_wise
 from coconut_fast.model.memory import keep_freed_memory
 from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, TOKENS, make_pair, make_row
@@ -52,7 +52,9 @@ def test_forward_and_gradients_agree_with_the_oracle(family: str, dtype: torch.d
     ours, plain = make_pair(family, dtype)
     rows, labels = _batch()
     tokens: list[int] = []
-    first_product = next(decoder_layers(ours.hf)[-1].mlp.children())
+    last = decoder_layers(ours.hf)[-1]
+    assert len(token_wise(last)) == 2, "output projection and MLP"
+    first_product = next(last.mlp.children())
     first_product.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
     output = ours(batch=collate(rows, TOKENS.thought, labels), loss_only=loss_only)
     assert tokens[0] == (11 if loss_only else 48), "tokens of the first pass in the last MLP"

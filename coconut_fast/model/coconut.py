@@ -217,11 +217,11 @@ class Coconut(nn.Module):
             cache.seal()
             return refined
         rows = cache.alloc(len(batch.lengths))
-        embeds_TD = self.embed(batch.input_ids)
+        # Cut by `split`, whose backward is one concatenation; that of a slice is a whole (T, D) of zeros, pass by pass.
+        pieces = self.embed(batch.input_ids).split([p.stop - p.start for p in batch.passes])
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []
-        for p in batch.passes:
-            x_TD = embeds_TD[p.start : p.stop]
+        for p, x_TD in zip(batch.passes, pieces, strict=True):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))

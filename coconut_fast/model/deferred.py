@@ -193,8 +193,7 @@ class _Use(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
         ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            y = ops.matmul(flat, uses.matrix, uses.vector)
+        y = ops.matmul(flat, uses.matrix, uses.vector)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
