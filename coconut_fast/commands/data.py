@@ -21,8 +21,10 @@ def add(commands: Any) -> None:
         default="calibrated",
         help="calibrated: like the released sets (default); printed: algorithm 1 of the paper as it stands",
     )
-    prosqa.add_argument("--nodes", type=int, help="nodes drawn per graph")
-    prosqa.add_argument("--hops", type=int, nargs=2, metavar=("FEWEST", "MOST"), help="hops from root to target")
+    prosqa.add_argument("--nodes", type=int, help="nodes drawn per graph (default 28; printed: 23)")
+    prosqa.add_argument(
+        "--hops", type=int, nargs=2, metavar=("FEWEST", "MOST"), help="from root to target (default 3 6; printed: any)"
+    )
     prosqa.set_defaults(run=_prosqa)
 
     prontoqa = _generator(kinds, "prontoqa", "is a statement true or false (proofs in words)", 9000)
@@ -46,8 +48,8 @@ def _generator(kinds: Any, name: str, help: str, count: int) -> argparse.Argumen
     )
     parser.add_argument("file", help="where to write: .json (a list) or .jsonl (a problem per line)")
     parser.add_argument("--count", type=int, default=count, help=f"problems (default {count})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="train", help="a name that makes other problems from the same seed")
+    parser.add_argument("--seed", type=int, default=0, help="other problems for another seed (default 0)")
+    parser.add_argument("--split", default="train", help="other problems from the same seed (default train)")
     return parser
 
 
