@@ -170,9 +170,8 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
     const int32_t* next = ids;
     while (true) {
       // Every thread walks alike; thread 0 writes the list down.
-      const int first_row = row, first_done = done;
       int count = 0;
-      if (t == 0) runs_.count = 0;
+      if (t == 0) runs_.count = runs_.finished = 0;
       for (; row < rows.count && count < max_tokens_;) {
         const int n = std::min(counts[row] - done, max_tokens_ - count);
         if (t == 0 && n > 0) {
@@ -187,6 +186,7 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
         }
         count += n, done += n;
         if (done < counts[row]) break;
+        if (t == 0) runs_.finished = runs_.count;
         ++row, done = 0;
       }
       if (count == 0) return;
@@ -198,15 +198,7 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
       start_tokens(t, count);
       next += count;
       body(t, count, cache, layers_[0].qkv, true);
-      // Rows whose last token was in this pass.
-      int m = -1;
-      for (int r = first_row, from = first_done; r < row; ++r, from = 0) {
-        if (counts[r] == 0) continue;
-        m += counts[r] - from;
-        if (r % team_.size() == t)
-          kernels_.norm(final_norm_, x_.row(m), shape_.dim, hidden + size_t(r) * shape_.dim);
-      }
-      team_.barrier();
+      finish_states(t, runs_.finished, hidden);
     }
   });
 }

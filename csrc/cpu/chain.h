@@ -128,9 +128,9 @@ class Chain {
     int32_t row, position;
   };
 
-  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them.
+  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them, the first `finished` with their last.
   struct Runs {
-    int count = 0;
+    int count = 0, finished = 0;
     std::vector<int32_t> rows, offsets, lengths;
   };
 
@@ -153,7 +153,9 @@ class Chain {
   void look_ahead(int t, int tokens, const CacheView& cache, int layer);
   void finish_attended(int m, int first, int count);
   void attend_tokens(int t, int tokens, const Attend& attend);
-  void attend_runs(int t, int tokens, const Attend& attend);
+  void write_runs(int t, int tokens, const Attend& attend);
+  int keep_ends(int t);
+  void attend_runs(int t, const Attend& attend);
   void normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to);
   Input inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to);
   template <class Finish>

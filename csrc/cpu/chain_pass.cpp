@@ -99,16 +99,38 @@ void Chain::look_ahead(int t, int tokens, const CacheView& cache, int layer) {
   ahead.values = static_cast<const char*>(cache.values[layer]);
 }
 
-// Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
-// never on what it is batched with.
-void Chain::attend_runs(int t, int tokens, const Attend& a) {
-  const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
-  const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
-  for (int m = t; m < tokens; m += size) {
+void Chain::write_runs(int t, int tokens, const Attend& a) {
+  for (int m = t; m < tokens; m += team_.size()) {
+    float* queries = queries_.get() + size_t(m) * a.heads * a.head_dim;
     for (int h = 0; h < a.kv_heads; ++h) kernels_.write(a, m, h, tokens_[m].row, tokens_[m].position);
-    for (int h = 0; h < a.heads; ++h) kernels_.query(a, m, h, query_of(m, h));
+    for (int h = 0; h < a.heads; ++h) kernels_.query(a, m, h, queries + size_t(h) * a.head_dim);
   }
   team_.barrier();
+}
+
+// Behind the last layer's keys and values only the last tokens of rows go on, since no other state is read: as the
+// first tokens of the pass.
+int Chain::keep_ends(int t) {
+  const size_t width = size_t(shape_.heads) * shape_.head_dim;
+  if (t == 0) {
+    for (int j = 0; j < runs_.finished; ++j) {
+      const int m = runs_.offsets[j + 1] - 1;
+      std::copy_n(x_.row(m), shape_.dim, x_.row(j));
+      std::copy_n(queries_.get() + m * width, width, queries_.get() + j * width);
+      active_[j] = active_[m];
+      runs_.offsets[j] = j;
+    }
+    runs_.count = runs_.offsets[runs_.finished] = runs_.finished;
+  }
+  team_.barrier();
+  return runs_.count;
+}
+
+// Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
+// never on what it is batched with.
+void Chain::attend_runs(int t, const Attend& a) {
+  const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
+  const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
   const Attention attention{queries_.get(), a.keys, a.values, a.page_table, runs_.rows.data(), runs_.offsets.data(),
                             runs_.lengths.data(), Dtype::f32, a.dtype, runs_.count, a.heads, a.kv_heads, n, n,
                             a.pages_per_row, a.page_size, a.window, a.scaling, 0, 0, 0};
@@ -151,7 +173,10 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
                         cache.page_size, s.heads, s.kv_heads, s.head_dim, layer.window, layer.scaling,
                         scratch_.get() + t * scratch_stride_};
     if (prompt) {
-      attend_runs(t, tokens, attend);
+      write_runs(t, tokens, attend);
+      if (l + 1 == s.layers) tokens = keep_ends(t);
+      if (tokens == 0) return;
+      attend_runs(t, attend);
     } else {
       attend_tokens(t, tokens, attend);
       look_ahead(t, tokens, cache, l + 1);
