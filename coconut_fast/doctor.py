@@ -95,9 +95,10 @@ def _runners(device: torch.device) -> Iterator[str]:
 
     try:
         module = ops.extension()
-        yield _line(", ".join(FAMILIES), f"native chain, {module.isa()}, {module.default_threads()} threads")
     except ImportError:
-        yield _line(", ".join(FAMILIES), "nothing: the C++ module does not load")
+        yield _line("any model", "nothing: the C++ module, which lays out the cache, does not load")
+        return
+    yield _line(", ".join(FAMILIES), f"native chain, {module.isa()}, {module.default_threads()} threads")
     yield _line("any other model", "eager: plain PyTorch over the ragged attention")
     yield _line("persistent kernel", _persistent(device))
 

@@ -164,6 +164,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ragged_attention" in shown and "torch " in shown and "ops on cpu" in shown
 
 
+def test_doctor_without_the_cpp_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("not built")
+
+    monkeypatch.setattr(ops, "extension", absent)
+    (line,) = doctor._runners(torch.device("cpu"))
+    assert "nothing: the C++ module, which lays out the cache, does not load" in line
+
+
 def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a CUDA build on a GPU machine, of which this has only the answers."""
     monkeypatch.setattr(ops, "extension", lambda: SimpleNamespace(build_info=lambda: {"cuda": True}))
