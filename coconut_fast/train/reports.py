@@ -15,6 +15,7 @@ from coconut_fast.files import write_atomically
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
+DELAY = 2  # seconds until the progress bar appears
 SHOWN = ("stage", "loss", "eval_accuracy", "tokens_per_second", "thought_norm")
 
 
@@ -48,7 +49,7 @@ class Report(TrainerCallback):
         with write_atomically(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept if state.global_step)
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, delay=2
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True, delay=DELAY
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -85,7 +86,9 @@ class Report(TrainerCallback):
             line = f"epoch {metrics['epoch']:g}  stage {metrics['stage']}  step {state.global_step}"
             names = ("eval_loss", "eval_accuracy", "eval_mean_tokens")
             line += "".join(f"  {name[5:]} {metrics[name]:.4g}" for name in names if name in metrics)
-            (self.bar.write if self.bar is not None else print)(line, file=sys.stderr)
+            # tqdm.write would show a bar whose delay is not over, and leave it without a line end.
+            shown = self.bar is not None and self.bar.format_dict["elapsed"] > DELAY
+            (tqdm.write if shown else print)(line, file=sys.stderr)
 
     def close(self) -> None:
         """The end of the progress bar, however training ends."""
