@@ -163,7 +163,10 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ValueError(f"path_or_id: {path_or_id} does not load as a causal language model: {error}") from error
+        where = "" if Path(path_or_id).is_dir() else "no directory of that name is here, and from the hub it "
+        raise ValueError(
+            f"path_or_id: {path_or_id}: {where}does not load as a causal language model: {error}"
+        ) from error
 
 
 def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
@@ -211,7 +214,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"path_or_id: {path} is refused: it holds more than tensors, and loading it could run code"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"path_or_id: {path} is not a whole torch checkpoint: {error}") from error
+        raise ValueError(f"path_or_id: {path} is not a whole torch checkpoint: {error or 'it ends early'}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"path_or_id: {path} holds a {type(state).__name__}, expected a state dict of tensors")
     return state
