@@ -87,7 +87,7 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     seconds, losses = [], []
-    for _ in range(job.get("rounds", 2)):
+    for _ in range(job.get("rounds", 3)):
         start = finished(device)
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             value = loss()

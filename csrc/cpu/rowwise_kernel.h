@@ -45,8 +45,10 @@ static INLINE float sum_over(const float* x, int n, F f) {
 
 static void norm(const Norm& norm, const float* x, int n, float* out) {
   float mean = 0;
-  if (norm.centred) mean = sum_over(x, n, [](Vec v) INLINE_LAMBDA { return v; }) / n;
-  const Vec shift = splat(mean);
+  Vec shift{};
+  // Capturing, even of zeros: GCC makes of a lambda without captures a function outside of the instruction set as well.
+  if (norm.centred) mean = sum_over(x, n, [shift](Vec v) INLINE_LAMBDA { return v - shift; }) / n;
+  shift = splat(mean);
   const float variance = sum_over(x, n, [shift](Vec v) INLINE_LAMBDA { return (v - shift) * (v - shift); }) / n;
   const float scale = 1.0f / std::sqrt(variance + norm.eps);
   for (int i = 0; i < n; ++i) {
