@@ -4,10 +4,11 @@
     COCONUT_LLAMA_PYTHON=... pytest benchmarks/bench_latent_pass.py -k "gpt2 and bf16"
 
 The limit of a pass is the bytes of weights it must read over the read bandwidth, the better of just before and just
-after it (keys and values come on top of it, and are part of what is timed); of a prefill its operations over the measured rate of matrix products. Hugging
-Face runs one row with its own cache, without its head in a latent pass, and in bf16 where we have int8. llama.cpp
-always computes its head: `llama_headless` is the pass with the vocabulary cut away. Correctness first: nothing is timed
-where the state after a thought (llama.cpp: after eight) is off Hugging Face's by more than int8 or bf16 explains.
+after it (keys and values come on top of it, and are part of what is timed); of a prefill its operations over the
+measured rate of matrix products. Hugging Face runs one row with its own cache, without its head in a latent pass, and
+in bf16 where we have int8. llama.cpp always computes its head: `llama_headless` is the pass with the vocabulary cut
+away. Correctness first: nothing is timed where the state after a thought (llama.cpp: after eight) is off Hugging
+Face's by more than int8 or bf16 explains.
 """
 
 from __future__ import annotations
