@@ -8,7 +8,7 @@ embedding notes ids and gradients, which are added into the gradient of the head
 (V, D) gradient of zeros and a few rows per use (GPT-2: 154 MB), and add that.
 
 The input of a product that is the result of LayerNorm or GELU is not kept but computed again from theirs, which
-autograd keeps anyway: on GPT-2 a third of all activations for one hundredth of the time.
+autograd keeps anyway: on GPT-2 a third of all activations for some hundredths of the time.
 
 A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional and `torch.addmm`
 (GPT-2's Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
