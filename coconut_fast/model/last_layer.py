@@ -37,8 +37,8 @@ def token_wise(layer: nn.Module) -> list[nn.Module]:
 @contextmanager
 def only_reads(hf: PreTrainedModel, reads: Reads | None) -> Iterator[None]:
     """Within the block that part of the last layer runs for the tokens of `reads` and gives zeros for all others."""
-    layers = decoder_layers(hf)
-    if reads is None or not layers:
+    layers = decoder_layers(hf) if reads is not None else None
+    if reads is None or layers is None:
         yield
         return
     modules = token_wise(layers[-1])

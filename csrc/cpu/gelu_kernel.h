@@ -1,4 +1,5 @@
-// See gelu.h. Included once per instruction set after vec.h. Bound by memory: some twenty operations a value.
+// See gelu.h. Included once per instruction set. Bound by memory: some twenty operations a value.
+#include "cpu/vec.h"
 
 constexpr int64_t kPiece = 256;  // values that are widened to fp32 at a time
 

@@ -1,25 +1,10 @@
 // Which instruction set the CPU kernels use: one binary runs on every x86-64 and on Arm, and chooses at run time.
 //
-// A kernel's source is included once per instruction set, each time in another namespace under another target:
-//
-//     #define KERNEL_LEVEL 0
-//     namespace portable {
-//     #include "x_kernel.h"
-//     }
-//     #undef KERNEL_LEVEL
-//     #if COCONUT_FAST_X86
-//     #pragma GCC push_options
-//     #pragma GCC target("avx2,fma,f16c")                                  // exactly what Isa::avx2 promises
-//     #define KERNEL_LEVEL 1                                               // the number of the Isa
-//     namespace avx2 {
-//     #include "x_kernel.h"
-//     }
-//     #undef KERNEL_LEVEL
-//     #pragma GCC pop_options
-//     #endif
-//
-// Standard headers are included before, outside the pragmas, so that nothing they define needs a newer CPU. The kernel
-// knows its target by KERNEL_LEVEL: up to GCC 12 the pragma does not change __AVX2__, __AVX512F__ and their like in C++.
+// A kernel's source is included once per instruction set, each time in another namespace under another target, exactly
+// what the Isa promises: by each_isa.h, or for the chain's many kernels in a file per set (kernels_*.cpp). Standard
+// headers are included before, outside the pragmas, so that nothing they define needs a newer CPU. The kernel knows its
+// target by KERNEL_LEVEL, the number of the Isa: up to GCC 12 the pragma does not change __AVX2__, __AVX512F__ and their
+// like in C++.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,0 +1,8 @@
+// All attention kernels of one instruction set.
+#include "cpu/vec.h"
+//
+#include "cpu/attention_rows.h"
+//
+#include "cpu/attention_tiles.h"
+//
+#include "cpu/attention_tiles_backward.h"

@@ -1,0 +1,33 @@
+// Includes KERNEL_SOURCE once per instruction set, in the namespaces portable, avx2 and avx512 of coconut_fast. See
+// isa.h for how and why; the includer has all headers that the source needs before.
+namespace coconut_fast {
+
+#define KERNEL_LEVEL 0
+namespace portable {
+#include KERNEL_SOURCE
+}  // namespace portable
+#undef KERNEL_LEVEL
+
+#if COCONUT_FAST_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define KERNEL_LEVEL 1
+namespace avx2 {
+#include KERNEL_SOURCE
+}  // namespace avx2
+#undef KERNEL_LEVEL
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define KERNEL_LEVEL 2
+namespace avx512 {
+#include KERNEL_SOURCE
+}  // namespace avx512
+#undef KERNEL_LEVEL
+#pragma GCC pop_options
+#endif
+
+}  // namespace coconut_fast
+
+#undef KERNEL_SOURCE
