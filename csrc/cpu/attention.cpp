@@ -10,6 +10,11 @@
 #include "cpu/attention_tasks.h"
 #include "cpu/isa.h"
 
+#if COCONUT_FAST_X86
+#include <immintrin.h>
+#endif
+
+#define KERNEL_BF16
 #define KERNEL_SOURCE "cpu/attention_kernels.h"
 #include "cpu/each_isa.h"
 
@@ -24,16 +29,22 @@ struct Kernels {
   void (*tiles_backward)(const Attention&, const Task&, const AttentionGrads&);
 };
 
-#define KERNELS(isa, F) {isa::rows_forward<F>, isa::tiles_forward, isa::rows_backward<F>, isa::tiles_backward}
+#define KERNELS(isa, F) \
+  {isa::rows_forward<F>, isa::tiles_forward<isa::Fp32Products>, isa::rows_backward<F>, \
+   isa::tiles_backward<isa::Fp32Products>}
 
-Kernels kernels(Dtype dtype) {
+// In bf16 arithmetic where query and cache are bf16 and the machine has it. A few queries wait for memory, not for it.
+Kernels kernels(Dtype query, Dtype cache) {
   const Isa isa = best_isa();
-  const bool f64 = dtype == Dtype::f64;
+  const bool f64 = query == Dtype::f64;
 #if COCONUT_FAST_X86
+  if (isa >= Isa::avx512_bf16 && query == Dtype::bf16 && cache == Dtype::bf16)
+    return {avx512::rows_forward<float>, avx512_bf16::tiles_forward<avx512_bf16::Bf16Products>,
+            avx512::rows_backward<float>, avx512_bf16::tiles_backward<avx512_bf16::Bf16Products>};
   if (isa >= Isa::avx512) return f64 ? Kernels KERNELS(avx512, double) : Kernels KERNELS(avx512, float);
   if (isa >= Isa::avx2) return f64 ? Kernels KERNELS(avx2, double) : Kernels KERNELS(avx2, float);
 #endif
-  (void)isa;
+  (void)isa, (void)cache;
   return f64 ? Kernels KERNELS(portable, double) : Kernels KERNELS(portable, float);
 }
 
@@ -73,20 +84,20 @@ void run_all(const std::vector<Task>& tasks, const Parallel& parallel, const Run
 }  // namespace
 
 void attention_forward(const Attention& a, void* out, void* lse, const Parallel& parallel) {
-  const Kernels k = kernels(a.query_dtype);
+  const Kernels k = kernels(a.query_dtype, a.cache_dtype);
   run_all(cut(a, parallel.threads, false), parallel,
           [&](const Task& task) { (task.tiles ? k.tiles_forward : k.rows_forward)(a, task, out, lse); });
 }
 
 void attend_prompt(const Attention& a, int64_t b, int64_t kv_head, void* out, void* lse) {
-  const Kernels k = kernels(Dtype::f32);
+  const Kernels k = kernels(a.cache_dtype, a.cache_dtype);
   const int64_t lanes = Row(a, b).lanes();
   for (int64_t lane = 0; lane < lanes; lane += kChunkLanes)
     k.tiles_forward(a, {b, kv_head, kv_head + 1, lane, std::min(lane + kChunkLanes, lanes), true}, out, lse);
 }
 
 void attention_backward(const Attention& a, const AttentionGrads& grads, const Parallel& parallel) {
-  const Kernels k = kernels(a.query_dtype);
+  const Kernels k = kernels(a.query_dtype, a.cache_dtype);
   run_all(cut(a, parallel.threads, true), parallel,
           [&](const Task& task) { (task.tiles ? k.tiles_backward : k.rows_backward)(a, task, grads); });
 }

@@ -3,6 +3,8 @@
 //
 #include "cpu/attention_rows.h"
 //
+#include "cpu/attention_products.h"
+//
 #include "cpu/attention_tiles.h"
 //
 #include "cpu/attention_tiles_backward.h"

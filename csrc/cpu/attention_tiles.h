@@ -1,53 +1,14 @@
-// Attention of many queries in fp32 arithmetic: small matrix products over tiles of keys and lanes (a lane is one query
-// of one head of the kv group). Scores are laid out keys x lanes, so that the softmax runs down the vectors without a
-// single horizontal operation, keys and values are used as they lie (only widened to fp32 and padded), and all products
-// have one form, rows of broadcasts times vectors:
+// Attention of many queries: small matrix products over tiles of keys and lanes (a lane is one query of one head of the
+// kv group), in the arithmetic P. Scores are laid out keys x lanes, so that the softmax runs down the vectors without a
+// single horizontal operation, and all products have one form, rows of broadcasts times vectors:
 //
 //     S[key][lane] = K[key][:] Qt[:][lane]        dP[key][lane] = V[key][:] dOt[:][lane]
 //     O[lane][:] += P[key][lane] V[key][:]        dQ[lane][:] += dS[key][lane] K[key][:]
 //     dV[key][:] += P[key][lane] dO[lane][:]      dK[key][:] += dS[key][lane] Q[lane][:]
 //
-// Per score that is K + Kv multiply-adds forward and 3 K + 2 Kv backward; the bound is their rate.
-// Included once per instruction set after vec.h.
-
-constexpr int64_t MR = W == 16 ? 8 : 4;  // a register tile is MR x 2 vectors: 16 of 32 zmm, 8 of 16 ymm or xmm
-
-enum class Start { zero, add, scaled };  // what a product starts from: 0, C, or C times a factor per row
-
-// C[MR][NV vectors] (+)= sum over k in [first, last) of A(m, k) B[k][:], A(m, k) = ROWS ? a[m][k] : a[k][m].
-template <int NV, bool ROWS, Start START>
-static INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t first,
-                        int64_t last, const float* factor) {
-  Vec sums[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) {
-      if constexpr (START == Start::zero) sums[m][n] = Vec{};
-      if constexpr (START == Start::add) sums[m][n] = load(c + m * ldc + n * W);
-      if constexpr (START == Start::scaled) sums[m][n] = load(c + m * ldc + n * W) * factor[m];
-    }
-  for (int64_t k = first; k < last; ++k) {
-    Vec row[NV];
-    for (int n = 0; n < NV; ++n) row[n] = load(b + k * ldb + n * W);
-    for (int m = 0; m < MR; ++m) {
-      const float x = ROWS ? a[m * lda + k] : a[k * lda + m];
-      for (int n = 0; n < NV; ++n) sums[m][n] += x * row[n];
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, sums[m][n]);
-}
-
-// The same for a whole strip C[MR][width], width a multiple of 16.
-template <bool ROWS, Start START>
-static INLINE void strip(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t width,
-                         int64_t first, int64_t last, const float* factor = nullptr) {
-  int64_t n = 0;
-  for (; n + 2 * W <= width; n += 2 * W)
-    tile<2, ROWS, START>(a, lda, b + n, ldb, c + n, ldc, first, last, factor);
-  for (; n < width; n += W) tile<1, ROWS, START>(a, lda, b + n, ldb, c + n, ldc, first, last, factor);
-}
-
-static INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Per score that is K + Kv multiply-adds forward and 3 K + 2 Kv backward; the bound is their rate. In bf16 arithmetic
+// weights and their gradients are rounded to bf16 for the products that follow; scores, softmax and sums are fp32.
+// Included once per instruction set after attention_products.h.
 
 // Up to 32 lanes of a task. Lanes beyond the row's last one repeat its position and hold zeros.
 struct Group {
@@ -83,33 +44,36 @@ struct Group {
   }
 };
 
-// Keys [start, start + keys) of one head, widened, zero padded to whole tiles: (up(keys, MR), up(dim, 16)).
+// Keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values.
+template <class P>
 static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_head, const void* tensor, int64_t dim,
-                              int64_t start, int64_t keys, float* to) {
+                              int64_t start, int64_t keys, float* block) {
   const int64_t padded = up(dim, 16), size = size_of(a.cache_dtype);
+  auto* to = reinterpret_cast<typename P::Value*>(block);
   for (int64_t j = 0; j < up(keys, MR); ++j, to += padded) {
     int64_t filled = 0;
     if (j < keys) {
       const int64_t at = (row.slot(start + j) * a.kv_heads + kv_head) * dim;
-      widen(to, static_cast<const char*>(tensor) + at * size, a.cache_dtype, filled = dim);
+      P::put(to, static_cast<const char*>(tensor) + at * size, a.cache_dtype, filled = dim);
     }
-    std::fill(to + filled, to + padded, 0.0f);
+    std::fill(to + filled, to + padded, typename P::Value{});
   }
 }
 
-// A group's lanes of a (T, heads, dim) tensor, times factor: as rows (width, up(dim, 16)), zero padded, and as columns
-// (dim, 32).
+// A group's lanes of a (T, heads, dim) tensor: as rows (width, up(dim, 16)) of values, zero padded, and as words along
+// dim, (dim / kStep, 32).
+template <class P>
 static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_head, const Group& group,
-                              const void* tensor, int64_t dim, float factor, float* rows, float* columns) {
-  const int64_t padded = up(dim, 16), size = size_of(a.query_dtype);
-  std::fill(rows, rows + group.width * padded, 0.0f);
-  for (int64_t i = 0; i < group.count; ++i) {
+                              const void* tensor, int64_t dim, float* rows, float* columns) {
+  const int64_t padded = up(dim, 16), words = padded / P::kStep, size = size_of(a.query_dtype);
+  auto* to = reinterpret_cast<typename P::Value*>(rows);
+  std::fill(to, to + group.width * padded, typename P::Value{});
+  for (int64_t i = 0; i < group.count; ++i, to += padded) {
     const int64_t at = row.pair(group.first + i, kv_head, a.heads) * dim;
-    widen(rows + i * padded, static_cast<const char*>(tensor) + at * size, a.query_dtype, dim);
-    for (int64_t d = 0; d < dim; ++d) rows[i * padded + d] *= factor;
+    P::put(to, static_cast<const char*>(tensor) + at * size, a.query_dtype, dim);
   }
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t i = 0; i < group.width; ++i) columns[d * kGroupLanes + i] = rows[i * padded + d];
+  for (int64_t d = 0; d < (dim + P::kStep - 1) / P::kStep; ++d)
+    for (int64_t i = 0; i < group.width; ++i) store(columns + d * kGroupLanes + i, load<float>(rows + i * words + d));
 }
 
 // What turns raw scores into weights, one vector of lanes at a time.
@@ -117,7 +81,8 @@ struct Softener {
   const Attention& a;
   const Group& group;
   bool sees_all;
-  float cap = static_cast<float>(a.softcap), uncap = a.softcap != 0 ? static_cast<float>(1 / a.softcap) : 0;
+  float scaling = static_cast<float>(a.scaling), cap = static_cast<float>(a.softcap);
+  float uncap = a.softcap != 0 ? static_cast<float>(a.scaling / a.softcap) : 0;
   float kept = static_cast<float>(1 / (1 - a.dropout));
   WordVec threshold = dropout_threshold(a.dropout) - WordVec{};
 
@@ -138,9 +103,9 @@ struct Softener {
   }
 };
 
-// Online softmax of one block: scores (keys, 32) -> weights in place; per lane the largest score, the total of the
-// weights, and alpha, the factor on what was summed before this block.
-template <bool CAP, bool DROP>
+// Online softmax of one block: products q.k (keys, 32) -> weights in place, as words along the keys; per lane the
+// largest score, the total of the weights, and alpha, the factor on what was summed before this block.
+template <class P, bool CAP, bool DROP>
 static void soften_block(const Softener& soft, float* scores, int64_t start, int64_t from, int64_t to, float* most,
                          float* total, float* alpha) {
   for (int64_t lane = 0; lane < soft.group.width; lane += W) {
@@ -148,16 +113,19 @@ static void soften_block(const Softener& soft, float* scores, int64_t start, int
     Vec top = before, sum{};
     for (int64_t j = from; j < to; ++j) {
       Vec s = load(scores + j * kGroupLanes + lane);
-      if constexpr (CAP) s = soft.cap * tanh(s * soft.uncap);
+      s = CAP ? soft.cap * tanh(s * soft.uncap) : s * soft.scaling;
       s = soft.masked(s, start + j, lane);
       top = larger(s, top);
       store(scores + j * kGroupLanes + lane, s);
     }
-    for (int64_t j = from; j < to; ++j) {
-      Vec p = exp(load(scores + j * kGroupLanes + lane) - top);
-      sum += p;
-      if constexpr (DROP) p *= soft.factor(start + j, lane);
-      store(scores + j * kGroupLanes + lane, p);
+    for (int64_t j = from; j < to; j += P::kStep) {
+      Vec p[P::kStep];
+      for (int64_t i = 0; i < P::kStep; ++i) {
+        p[i] = exp(load(scores + (j + i) * kGroupLanes + lane) - top);
+        sum += p[i];
+        if constexpr (DROP) p[i] *= soft.factor(start + j + i, lane);
+      }
+      store(scores + j / P::kStep * kGroupLanes + lane, P::word(p));
     }
     const Vec scale = exp(before - top);
     store(alpha + lane, scale);
@@ -166,47 +134,49 @@ static void soften_block(const Softener& soft, float* scores, int64_t start, int
   }
 }
 
+template <class P>
 static void tiles_forward(const Attention& a, const Task& t, void* out, void* lse) {
   static thread_local Scratch scratch;
   const Row row(a, t.b);
   const int64_t K = a.key_dim, Kp = up(K, 16), Vp = up(a.value_dim, 16), kv_head = t.first_head;
   const int64_t groups = (t.last_lane - t.first_lane + kGroupLanes - 1) / kGroupLanes, lanes = groups * kGroupLanes;
-  scratch.reset((kBlockKeys * (Kp + Vp + kGroupLanes) + lanes * (K + Vp + 2) + kGroupLanes * (Kp + 1)) * 4 + 8 * 64);
+  scratch.reset((kBlockKeys * (Kp + 2 * Vp + kGroupLanes) + lanes * (Kp + Vp + 2) + kGroupLanes * (Kp + 1)) * 4 +
+                10 * 64);
   float *keys = scratch.take<float>(kBlockKeys * Kp), *values = scratch.take<float>(kBlockKeys * Vp);
-  float *scores = scratch.take<float>(kBlockKeys * kGroupLanes), *query = scratch.take<float>(lanes * K);
-  float *sums = scratch.take<float>(lanes * Vp), *most = scratch.take<float>(lanes);
-  float *total = scratch.take<float>(lanes), *alpha = scratch.take<float>(kGroupLanes);
-  float* rows = scratch.take<float>(kGroupLanes * Kp);
+  float *stacked = scratch.take<float>(kBlockKeys * Vp), *scores = scratch.take<float>(kBlockKeys * kGroupLanes);
+  float *query = scratch.take<float>(lanes * Kp), *sums = scratch.take<float>(lanes * Vp);
+  float *most = scratch.take<float>(lanes), *total = scratch.take<float>(lanes);
+  float *alpha = scratch.take<float>(kGroupLanes), *rows = scratch.take<float>(kGroupLanes * Kp);
 
   std::fill(sums, sums + lanes * Vp, 0.0f);
   std::fill(most, most + lanes, -1e38f);  // not -inf: exp(most - top) must be 0 or 1, never NaN, while nothing is seen
   std::fill(total, total + lanes, 0.0f);
-  for (int64_t g = 0; g < groups; ++g) {
-    const Group group(a, row, t, g);
-    pack_lanes(a, row, kv_head, group, a.query, K, static_cast<float>(a.scaling), rows, query + g * kGroupLanes * K);
-  }
+  for (int64_t g = 0; g < groups; ++g)
+    pack_lanes<P>(a, row, kv_head, Group(a, row, t, g), a.query, K, rows, query + g * kGroupLanes * Kp);
+  const bool cap = a.softcap != 0, drop = a.dropout > 0;
+  auto soften = cap ? (drop ? soften_block<P, true, true> : soften_block<P, true, false>)
+                    : (drop ? soften_block<P, false, true> : soften_block<P, false, false>);
   const int64_t seen_from = row.first_seen(t.first_lane), seen_to = row.position(t.last_lane - 1) + 1;
   for (int64_t start = seen_from / kBlockKeys * kBlockKeys; start < seen_to; start += kBlockKeys) {
     const int64_t count = std::min(kBlockKeys, seen_to - start);
-    pack_block(a, row, kv_head, a.keys, K, start, count, keys);
-    pack_block(a, row, kv_head, a.values, a.value_dim, start, count, values);
+    pack_block<P>(a, row, kv_head, a.keys, K, start, count, keys);
+    pack_block<P>(a, row, kv_head, a.values, a.value_dim, start, count, values);
+    const float* value_words = stack<P>(values, up(count, MR), Vp, stacked);
     for (int64_t g = 0; g < groups; ++g) {
       const Group group(a, row, t, g);
       int64_t from, to;
       group.range(start, count, from, to);
       if (from >= to) continue;
       for (int64_t j = from; j < to; j += MR)
-        strip<true, Start::zero>(keys + j * Kp, Kp, query + g * kGroupLanes * K, kGroupLanes, scores + j * kGroupLanes,
-                                 kGroupLanes, group.width, 0, K);
+        strip<P, true, Start::zero>(keys + j * Kp / P::kStep, Kp / P::kStep, query + g * kGroupLanes * Kp, kGroupLanes,
+                                    scores + j * kGroupLanes, kGroupLanes, group.width, 0, K);
       const Softener soft{a, group, group.sees_all(row, start, from, to)};
-      auto soften = a.softcap != 0 ? (a.dropout > 0 ? soften_block<true, true> : soften_block<true, false>)
-                                   : (a.dropout > 0 ? soften_block<false, true> : soften_block<false, false>);
       const int64_t at = g * kGroupLanes;
       soften(soft, scores, start, from, to, most + at, total + at, alpha);
       for (int64_t i = 0; i < group.width; i += MR) {
         const int64_t end = std::min<int64_t>(to, group.position[i + MR - 1] + 1 - start);
-        strip<false, Start::scaled>(scores + i, kGroupLanes, values, Vp, sums + (at + i) * Vp, Vp, Vp, from,
-                                    std::max(from, end), alpha + i);
+        strip<P, false, Start::scaled>(scores + i, kGroupLanes, value_words, Vp, sums + (at + i) * Vp, Vp, Vp, from,
+                                       std::max(from, end), alpha + i);
       }
     }
   }
