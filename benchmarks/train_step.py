@@ -21,7 +21,7 @@ from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
 from coconut_fast import Coconut, data, ops
 from coconut_fast.data.batch import collate
 from coconut_fast.kernels import matmul
-from coconut_fast.model import deferred
+from coconut_fast.model import deferred, weight
 from coconut_fast.model.memory import keep_freed_memory
 
 
@@ -43,15 +43,22 @@ def read_everything(model: Coconut) -> None:
     data.batch._reads = lambda counts, unread: None
 
 
+def products_by_onednn(model: Coconut) -> None:
+    weight._have_own_products = lambda dtype, device: False
+
+
 def products_by_mkl(model: Coconut) -> None:
+    products_by_onednn(model)
     matmul._linear = None
 
 
 # What each saving is worth: the same step without it. Without the deferring mode, the four that live in it are gone:
-# one product per weight, oneDNN's products, token gradients joined with the head's, norms and GELU computed again.
+# one product per weight, products that are not PyTorch's, token gradients joined with the head's, norms and GELU computed
+# again.
 SAVINGS = {
     "the deferring mode": lambda model: setattr(model, "defer_weight_gradients", False),
-    "oneDNN's fp32 products": products_by_mkl,
+    "our own products, with oneDNN's": products_by_onednn,
+    "either, with PyTorch's": products_by_mkl,
     "norms and GELU computed again": keep_everything,
     "last layer of read tokens only": read_everything,
     "fused head and loss": lambda model: only_torch("linear_cross_entropy"),

@@ -33,6 +33,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
     "matmul": ("onednn", "torch"),
+    "pack_matrix": ("cpu", "torch"),
+    "packed_matmul": ("cpu", "torch"),
+    "weight_gradient": ("cpu", "torch"),
     "gelu": ("cpu", "torch"),
     "gelu_backward": ("cpu", "torch"),
 }

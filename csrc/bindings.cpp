@@ -144,5 +144,6 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_native(m);
   bind_gelu(m);
+  bind_gemm(m);
   bind_cuda(m);
 }

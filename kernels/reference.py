@@ -21,8 +21,11 @@ from .reference_dense import (  # noqa: F401 (the ops without a cache; one impor
     latent_feedback_ref,
     lm_head_sample_ref,
     matmul_ref,
+    pack_matrix_ref,
+    packed_matmul_ref,
     residual_norm_ref,
     skinny_linear_ref,
+    weight_gradient_ref,
 )
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------

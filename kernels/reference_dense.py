@@ -112,6 +112,26 @@ def matmul_ref(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+# ---- products of the training step on CPU ----------------------------------------------------------------------------
+
+
+def pack_matrix_ref(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix (K, N) as `packed_matmul_ref` wants it: as it is."""
+    return matrix.to(dtype)
+
+
+def packed_matmul_ref(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) times the packed matrix (K, n) plus bias (n,), in x's dtype; sums in fp32."""
+    y = _work(x) @ _work(packed)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def weight_gradient_ref(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
+    """left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place."""
+    product = _work(left).t() @ _work(right)
+    return product if into is None else into.add_(product)
+
+
 # ---- skinny_linear ---------------------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coconut_fast import ops
 from coconut_fast.model.gelu import gelu
+from coconut_fast.model.weight import Weight
 
 SMALL = 512  # rows of uses that are multiplied together; above, the copy costs more than it saves
 functional = nn.functional
@@ -126,9 +126,8 @@ class _Uses:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
-        self.matrix: Tensor | None = None  # (in, out), a view of the weight where the dtypes agree
+        self.multiplied: Any = None  # a Weight, once the first use has told dtype and layout
         self.vector = self.bias
-        self.transposed = False  # whether the weight is (out, in)
         self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
         self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
         self.task = -1  # the call of backward that noted them
@@ -140,9 +139,8 @@ class _Uses:
             self.noted, self.looked_up, self.task = [], [], task
 
     def prepare(self, compute: torch.dtype, transposed: bool) -> None:
-        if self.matrix is None:
-            weight = self.weight.to(compute)
-            self.matrix, self.transposed = weight.T if transposed else weight, transposed
+        if self.multiplied is None:
+            self.multiplied = Weight(self.weight, compute, transposed)
             self.vector = self.bias if self.bias is None else self.bias.to(compute)
 
     def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -171,9 +169,7 @@ class _Uses:
             if self.bias is not None:
                 part = grad.sum(0)
                 bias = part if bias is None else bias.add_(part)
-            x = x() if callable(x) else x
-            left, right = (grad, x) if self.transposed else (x, grad)
-            total = ops.matmul(left.T, right, into=total)
+            total = self.multiplied.add_gradient(x() if callable(x) else x, grad, into=total)
         return total.to(self.weight.dtype), bias if self.bias is None else bias.to(self.bias.dtype)
 
 
@@ -193,7 +189,7 @@ class _Use(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
         ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
-        y = ops.matmul(flat, uses.matrix, uses.vector)
+        y = uses.multiplied.times(flat, uses.vector)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -206,7 +202,7 @@ class _Use(torch.autograd.Function):
         else:
             shape, compute = (-1, ctx.shape[-1]), ctx.compute
             uses.noted.append((lambda: cheap.again(saved).view(shape).to(compute), grad_NO))
-        grad_x = ops.matmul(grad_NO, uses.matrix.T).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_x = uses.multiplied.times_transposed(grad_NO).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None
 
 

@@ -1,0 +1,70 @@
+// Matrix products of a training step, in fp32 and bf16: for CPUs that multiply pairs of bf16 (VDPBF16PS) and have no
+// AMX, that is AMD's since Zen 4. Elsewhere PyTorch's libraries are as good or better.
+//
+// Packing. The right operand (K, N) is cut into panels of 48 columns. A panel is [step of k][48 columns][k in step],
+// a step being one k in fp32 and two in bf16, so that both take 192 bytes; what is beyond K and N is zero. A kernel
+// multiplies 8 rows with a panel, all of k, in 24 registers of sums. Weights are packed once and used by all passes.
+//
+// Sums. An element is one fp32 chain through k, then plus bias, then rounded: it depends on nothing but its row, its
+// column and K, however many rows, threads and panels there are. (Gradients of weights: a chain per block of rows.)
+//
+// Functions compute one task each, and the caller deals tasks to threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/dtype.h"
+#include "cpu/pack.h"
+
+namespace coconut_fast {
+
+constexpr int64_t kPanelColumns = 48, kTileRows = 8;
+
+inline int64_t steps_of(Dtype dtype, int64_t k) { return dtype == Dtype::bf16 ? (k + 1) / 2 : k; }
+inline int64_t panels_of(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
+// Rows of inputs that stay in the L2 cache.
+inline int64_t block_rows(Dtype dtype, int64_t k) {
+  return std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
+}
+inline int64_t gradient_rows(Dtype dtype) { return 4096 / size_of(dtype); }  // whose panel stays in the L2 cache
+inline int64_t panel_bytes(Dtype dtype, int64_t k) { return steps_of(dtype, k) * kPanelColumns * 4; }
+
+// Whether this machine is one of those; the other functions are for such machines alone.
+bool gemm_runs();
+
+// Panel `panel` of w (k, n), in `dtype` (f32 or bf16; w may be either), to `packed`, 64-byte aligned.
+void pack_panel(const Matrix& w, int64_t k, int64_t n, int64_t panel, Dtype dtype, char* packed);
+
+// y (rows, n) = x (rows, k) times a packed matrix, plus bias (n,) or null; all of `dtype`, rows contiguous. In bf16 k is
+// even. A task is a block of rows times one panel.
+struct Product {
+  const char *x, *packed, *bias;
+  char* y;
+  Dtype dtype;
+  int64_t rows, k, n;
+
+  int64_t block() const { return block_rows(dtype, k); }
+  int64_t tasks() const { return (rows + block() - 1) / block() * panels_of(n); }
+};
+void multiply(const Product& product, int64_t task);
+
+// total (m, n) fp32 += left (rows, m)^T right (rows, n), both of `dtype` and row-contiguous, at most gradient_rows() of
+// them. First `gather` packs left, then `add` packs a panel of right into `panel` and multiplies.
+struct Gradient {
+  const char *left, *right;
+  float* total;
+  char* gathered;  // gathered_bytes()
+  Dtype dtype;
+  int64_t rows, m, n;
+  bool first;  // total is written, not added to
+
+  int64_t gather_columns() const { return 64 / size_of(dtype); }  // of a task: a line of every row
+  int64_t gather_tasks() const { return (m + gather_columns() - 1) / gather_columns(); }
+  int64_t gathered_bytes() const { return gather_tasks() * gather_columns() * steps_of(dtype, rows) * 4; }
+  int64_t add_tasks() const { return panels_of(n); }
+};
+void gather(const Gradient& gradient, int64_t task);
+void add(const Gradient& gradient, int64_t task, char* panel);
+
+}  // namespace coconut_fast

@@ -1,0 +1,192 @@
+// See gemm.h. Included once, for Isa::avx512_bf16. Bound by multiply-adds: 24 of them for every 11 loads.
+#include "cpu/vec.h"
+
+constexpr int kVecs = kPanelColumns / W;
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+// A word is what one step holds of one column: one fp32, or two bf16, the earlier k in the low half.
+
+// The element (k, column + lane) in the low half of word `lane` (fp32: in all of it).
+template <Dtype kTo>
+static INLINE WordVec row_words(const Matrix& w, int64_t k, int64_t column) {
+  const int64_t at = k * w.row_stride + column;
+  if (w.dtype == kTo && kTo == Dtype::f32) return load<WordVec>(static_cast<const float*>(w.data) + at);
+  if (w.dtype == Dtype::f32) {
+    return __builtin_convertvector(rounded(load(static_cast<const float*>(w.data) + at)), WordVec);
+  }
+  const WordVec x = __builtin_convertvector(load<HalfVec>(static_cast<const uint16_t*>(w.data) + at), WordVec);
+  return kTo == Dtype::f32 ? x << 16 : x;
+}
+
+// The 16 steps from k on of one column.
+template <Dtype kTo>
+static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
+  const int64_t at = k + column * w.column_stride;
+  if (w.dtype == kTo) return load<WordVec>(static_cast<const char*>(w.data) + at * size_of(kTo));
+  if (w.dtype == Dtype::f32) {
+    const float* x = static_cast<const float*>(w.data) + at;
+    const HalfVec both[2] = {rounded(load(x)), rounded(load(x + W))};
+    return load<WordVec>(both);
+  }
+  return __builtin_convertvector(load<HalfVec>(static_cast<const uint16_t*>(w.data) + at), WordVec) << 16;
+}
+
+template <Dtype kTo>
+static INLINE uint32_t word(const Matrix& w, int64_t k, int64_t column, int64_t rows, int64_t columns) {
+  if (column >= columns || k >= rows) return 0;
+  if (kTo == Dtype::f32) return std::bit_cast<uint32_t>(w.at(k, column));
+  const uint32_t second = k + 1 < rows ? f32_to_bf16(w.at(k + 1, column)) : 0;
+  return f32_to_bf16(w.at(k, column)) | second << 16;
+}
+
+// Columns [first, last), multiples of 16, of w (rows, columns): `put(step, column, words)` for 16 of them at a time. All
+// columns of 16 steps come before the next steps: 16 columns at a time through all rows read every line anew.
+template <Dtype kTo, typename Put>
+static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t rows, int64_t columns, Put put) {
+  constexpr int64_t kStep = kTo == Dtype::bf16 ? 2 : 1;
+  const int64_t steps = steps_of(kTo, rows);
+  for (int64_t step = 0; step < steps; step += W)
+    for (int64_t column = first; column < last; column += W) {
+      const bool inside = (step + W) * kStep <= rows && column + W <= columns;
+      if (inside && w.column_stride == 1) {
+        for (int64_t s = step; s < step + W; ++s) {
+          for (int64_t k = (s + 2 * W) * kStep; k < (s + 2 * W + 1) * kStep; ++k)  // rows far apart: nothing else does
+            __builtin_prefetch(static_cast<const char*>(w.data) + (k * w.row_stride + column) * size_of(w.dtype));
+          WordVec words = row_words<kTo>(w, s * kStep, column);
+          if constexpr (kStep == 2) words |= row_words<kTo>(w, s * kStep + 1, column) << 16;
+          put(s, column, words);
+        }
+      } else if (inside && w.row_stride == 1) {
+        alignas(64) uint32_t turned[W][W];
+        for (int c = 0; c < W; ++c) {
+          const WordVec words = column_words<kTo>(w, step * kStep, column + c);
+          for (int s = 0; s < W; ++s) turned[s][c] = words[s];
+        }
+        for (int s = 0; s < W; ++s) put(step + s, column, load<WordVec>(turned[s]));
+      } else {
+        for (int64_t s = step; s < std::min(step + W, steps); ++s) {
+          WordVec words;
+          for (int c = 0; c < W; ++c) words[c] = word<kTo>(w, s * kStep, column + c, rows, columns);
+          put(s, column, words);
+        }
+      }
+    }
+}
+
+template <Dtype kTo>
+static void pack_columns(const Matrix& w, int64_t k, int64_t n, int64_t panel, char* packed) {
+  const int64_t first = panel * kPanelColumns;
+  pack<kTo>(w, first, first + kPanelColumns, k, n, [&](int64_t step, int64_t column, WordVec words) {
+    store(packed + (step * kPanelColumns + column - first) * 4, words);
+  });
+}
+
+// ---- the product --------------------------------------------------------------------------------------------------
+
+template <Dtype kDtype>
+static INLINE Vec multiply_add(Vec sum, WordVec a, WordVec b) {
+  if (kDtype == Dtype::f32) return sum + bits<Vec>(a) * bits<Vec>(b);
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, bits<__m512bh>(a), bits<__m512bh>(b));
+}
+
+struct Sums {
+  Vec of[kTileRows][kVecs];
+};
+
+// kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel.
+template <Dtype kDtype, int kRows>
+static INLINE Sums tile(const char* x, size_t row, size_t next, const char* panel, int64_t steps) {
+  Vec sums[kRows][kVecs] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    WordVec b[kVecs];
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) b[j] = load<WordVec>(panel + j * sizeof(WordVec));
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const WordVec a = load<uint32_t>(x + m * row) - WordVec{};
+#pragma GCC unroll 3
+      for (int j = 0; j < kVecs; ++j) sums[m][j] = multiply_add<kDtype>(sums[m][j], a, b[j]);
+    }
+    x += next;
+    panel += sizeof b;
+  }
+  Sums result;
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) result.of[m][j] = sums[m][j];
+  return result;
+}
+
+// 16 values of `kDtype` <-> fp32
+template <Dtype kDtype>
+static INLINE Vec values(const char* from) {
+  if (kDtype == Dtype::f32) return load(from);
+  return bits<Vec>(__builtin_convertvector(load<HalfVec>(from), WordVec) << 16);
+}
+
+template <Dtype kDtype>
+static INLINE void put_values(char* to, Vec x) {
+  if constexpr (kDtype == Dtype::f32) store(to, x);
+  else store(to, _mm512_cvtneps_pbh((__m512)x));  // by hand it is 3% of a product
+}
+
+template <Dtype kDtype, int kRows>
+static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, const char* panel) {
+  constexpr int64_t kSize = size_of(kDtype);
+  const int64_t columns = std::min(kPanelColumns, p.n - column);
+  const Sums sums = tile<kDtype, kRows>(p.x + row * p.k * kSize, p.k * kSize, 4, panel, steps_of(kDtype, p.k));
+  alignas(64) char spare[kPanelColumns * kSize], bias[kPanelColumns * kSize] = {};
+  if (p.bias) memcpy(bias, p.bias + column * kSize, columns * kSize);
+  for (int m = 0; m < kRows; ++m) {
+    char* y = p.y + ((row + m) * p.n + column) * kSize;
+    char* to = columns == kPanelColumns ? y : spare;
+    for (int j = 0; j < kVecs; ++j)
+      put_values<kDtype>(to + j * W * kSize, sums.of[m][j] + values<kDtype>(bias + j * W * kSize));
+    if (to == spare) memcpy(y, spare, columns * kSize);
+  }
+}
+
+template <Dtype kDtype>
+static void multiply_block(const Product& p, int64_t first, int64_t last, int64_t panel) {
+  const char* packed = p.packed + panel * panel_bytes(kDtype, p.k);
+  const int64_t column = panel * kPanelColumns;
+  int64_t row = first;
+  for (; row + 8 <= last; row += 8) multiply_rows<kDtype, 8>(p, row, column, packed);
+  for (; row + 4 <= last; row += 4) multiply_rows<kDtype, 4>(p, row, column, packed);
+  for (; row < last; ++row) multiply_rows<kDtype, 1>(p, row, column, packed);
+}
+
+// ---- gradients of weights -----------------------------------------------------------------------------------------
+
+// A strip is eight columns of `left`, [step][8 words]; a task is a line of every row, so four strips or two.
+template <Dtype kDtype>
+static void gather_strips(const Gradient& g, int64_t task) {
+  const int64_t bytes = steps_of(kDtype, g.rows) * 32, first = task * g.gather_columns();
+  const Matrix left{g.left, kDtype, g.m, 1};
+  pack<kDtype>(left, first, first + g.gather_columns(), g.rows, g.m, [&](int64_t step, int64_t column, WordVec words) {
+    char halves[64], *to = g.gathered + column / kTileRows * bytes + step * 32;
+    store(halves, words);
+    memcpy(to, halves, 32);
+    memcpy(to + bytes, halves + 32, 32);
+  });
+}
+
+template <Dtype kDtype>
+static void add_panel(const Gradient& g, int64_t task, char* panel) {
+  const int64_t steps = steps_of(kDtype, g.rows), column = task * kPanelColumns;
+  const int64_t columns = std::min(kPanelColumns, g.n - column);
+  pack_columns<kDtype>(Matrix{g.right, kDtype, g.n, 1}, g.rows, g.n, task, panel);
+  for (int64_t row = 0; row < g.m; row += kTileRows) {
+    const Sums sums = tile<kDtype, kTileRows>(g.gathered + row * steps * 4, 4, 32, panel, steps);
+    for (int64_t m = 0; m < std::min(kTileRows, g.m - row); ++m) {
+      float* to = g.total + (row + m) * g.n + column;
+      if (columns == kPanelColumns) {
+        for (int j = 0; j < kVecs; ++j)
+          store(to + j * W, g.first ? sums.of[m][j] : load(to + j * W) + sums.of[m][j]);
+      } else {
+        for (int64_t i = 0; i < columns; ++i) to[i] = (g.first ? 0.0f : to[i]) + sums.of[m][i / W][i % W];
+      }
+    }
+  }
+}

@@ -1,0 +1,123 @@
+"""The products of a training step on the CPU: our own kernels and the reference, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from coconut_fast import ops
+from coconut_fast.model.weight import Weight
+from tests.compare import assert_as_good_as_torch
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHAPES = [(0, 4, 3), (1, 2, 1), (7, 64, 33), (15, 96, 48), (70, 2050, 100), (300, 768, 96)]
+own_products = pytest.mark.skipif(not ops.extension().gemm_runs(), reason="needs AVX512-BF16 and no AMX")
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=own_products), "torch"])
+def backend(request) -> str:
+    return request.param
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@DTYPES
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=["from fp32", "from bf16"])
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_matmul(backend: str, dtype: torch.dtype, source: torch.dtype, turned: bool, shape: tuple) -> None:
+    m, k, n = shape
+    x, w, bias = draw(m, k).to(dtype), draw(k, n, seed=1).to(source), draw(n, seed=2).to(dtype)
+    packed = ops.call("pack_matrix", w.T.contiguous().T if turned else w, dtype, backend=backend)
+    w = w.to(dtype)
+    exact = x.double() @ w.double()
+    plain = ops.call("packed_matmul", x, packed, n, backend=backend)
+    biased = ops.call("packed_matmul", x, packed, n, bias, backend=backend)
+    assert plain.dtype == biased.dtype == dtype
+    assert_as_good_as_torch(plain, x @ w, exact, what="product")
+    assert_as_good_as_torch(biased, torch.addmm(bias, x, w), exact + bias.double(), what="with bias")
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 33, 2049, 5001])
+@pytest.mark.parametrize("widths", [(8, 48), (21, 50)], ids=str)
+def test_weight_gradient(backend: str, dtype: torch.dtype, rows: int, widths: tuple[int, int]) -> None:
+    left, right = draw(rows, widths[0]).to(dtype), draw(rows, widths[1], seed=1).to(dtype)
+    exact = left.double().T @ right.double()
+    fresh = ops.call("weight_gradient", left, right, backend=backend)
+    start = draw(*widths, seed=2)
+    into = start.clone()
+    assert ops.call("weight_gradient", left, right, into, backend=backend) is into
+    assert fresh.dtype == torch.float32
+    plain = left.float().T @ right.float()
+    assert_as_good_as_torch(fresh, plain, exact, what="gradient")
+    assert_as_good_as_torch(into, start + plain, exact + start.double(), what="added")
+
+
+@own_products
+@DTYPES
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype: torch.dtype) -> None:
+    x, w = draw(150, 320).to(dtype), ops.call("pack_matrix", draw(320, 200, seed=1), dtype, backend="cpu")
+    whole = ops.call("packed_matmul", x, w, 200, backend="cpu")
+    parts = [ops.call("packed_matmul", part, w, 200, backend="cpu") for part in x.split([1, 6, 79, 64])]
+    assert torch.equal(torch.cat(parts), whole)
+    gradient, threads = ops.call("weight_gradient", x, whole, backend="cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(ops.call("packed_matmul", x, w, 200, backend="cpu"), whole)
+        assert torch.equal(ops.call("weight_gradient", x, whole, backend="cpu"), gradient)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@own_products
+def test_nan_and_inf_survive() -> None:
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [2.0, 1.0]], dtype=torch.bfloat16)
+    w = ops.call("pack_matrix", torch.tensor([[1.0], [float("nan")]]), torch.bfloat16, backend="cpu")
+    assert ops.call("packed_matmul", x, w, 1, backend="cpu").isnan().all()
+    w = ops.call("pack_matrix", torch.tensor([[1.0], [1.0]]), torch.bfloat16, backend="cpu")
+    y = ops.call("packed_matmul", x, w, 1, backend="cpu").flatten()
+    assert y[0].isnan() and y[1] == float("inf") and y[2] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(64, 96), (63, 96)], ids=str)  # odd: never packed
+def test_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) -> None:
+    """All products of a Weight, few rows and many, the second one with what the first has packed."""
+    k, n = shape
+    w = draw(k, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    parameter = w.T.contiguous() if transposed else w
+    weight, w, bias = Weight(parameter, dtype, transposed), w.to(dtype), draw(n, seed=1).to(dtype)
+    gradient, exact, plain = None, torch.zeros(k, n, dtype=torch.float64), torch.zeros(k, n, dtype=dtype)
+    for rows in (3, 80):
+        x, grad = draw(rows, k, seed=2).to(dtype), draw(rows, n, seed=3).to(dtype)
+        truth = x.double() @ w.double() + bias.double()
+        assert_as_good_as_torch(weight.times(x, bias), torch.addmm(bias, x, w), truth, what="times")
+        truth = grad.double() @ w.double().T
+        assert_as_good_as_torch(weight.times_transposed(grad), grad @ w.T, truth, what="times_transposed")
+        gradient = weight.add_gradient(x, grad, gradient)
+        exact, plain = exact + x.double().T @ grad.double(), torch.addmm(plain, x.T, grad)
+    assert gradient.shape == parameter.shape
+    assert_as_good_as_torch(gradient.T if transposed else gradient, plain, exact, what="add_gradient")
+
+
+@own_products
+def test_wrong_arguments_are_refused() -> None:
+    w = ops.call("pack_matrix", torch.zeros(4, 3), torch.bfloat16, backend="cpu")
+    for message, call in {
+        "matrix is Double": lambda: ops.call("pack_matrix", torch.zeros(2, 2).double(), torch.float32, backend="cpu"),
+        "dtype is Half": lambda: ops.call("pack_matrix", torch.zeros(2, 2), torch.float16, backend="cpu"),
+        "packed is BFloat16": lambda: ops.call("packed_matmul", torch.zeros(2, 4), w, 3, backend="cpu"),
+        "packed is .*expected": lambda: ops.call("packed_matmul", torch.zeros(2, 6).bfloat16(), w, 3, backend="cpu"),
+        "3 columns": lambda: ops.call("packed_matmul", torch.zeros(2, 3).bfloat16(), w, 3, backend="cpu"),
+        "as many rows": lambda: ops.call("weight_gradient", torch.zeros(2, 3), torch.zeros(3, 3), backend="cpu"),
+        "into is": lambda: ops.call(
+            "weight_gradient", torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 2), backend="cpu"
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
