@@ -4,23 +4,13 @@
 // softmax is online (running maximum and sum, output rescaled when the maximum grows). Everything is fp32, in an order
 // that depends on the row alone. Bound by reading keys and values: 2 * K values per position and kv head.
 
-// lane l of the result: a[l] + a[l + w] where bit w of l is clear, b[l - w] + b[l] where it is set
-template <int w, int... l>
-static INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, l...>) {
-#if defined(__clang__)
-  const Vec first = __builtin_shufflevector(a, b, ((l & w) ? W + l - w : l)...);
-  const Vec second = __builtin_shufflevector(a, b, ((l & w) ? W + l : l + w)...);
-#else
-  const Vec first = __builtin_shuffle(a, b, IntVec{((l & w) ? W + l - w : l)...});
-  const Vec second = __builtin_shuffle(a, b, IntVec{((l & w) ? W + l : l + w)...});
-#endif
-  return first + second;
-}
-
 // vectors -> one vector of their W sums
 template <int w = W / 2>
 static INLINE Vec sums_of(Vec* v) {
-  for (int i = 0; i < w; ++i) v[i] = fold<w>(v[i], v[i + w], std::make_integer_sequence<int, W>{});
+  for (int i = 0; i < w; ++i) {
+    exchange<w>(v[i], v[i + w], std::make_integer_sequence<int, W>{});
+    v[i] += v[i + w];
+  }
   if constexpr (w > 1) return sums_of<w / 2>(v);
   return v[0];
 }

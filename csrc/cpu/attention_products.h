@@ -55,6 +55,15 @@ static INLINE const float* stack(const float* rows, int64_t n, int64_t width, fl
   return to;
 }
 
+// W vectors of W lanes: vector i's lane l <-> vector l's lane i.
+template <int w = W / 2>
+static INLINE void transpose(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & w)) exchange<w>(v[i], v[i + w], std::make_integer_sequence<int, W>{});
+  if constexpr (w > 1) transpose<w / 2>(v);
+}
+
 enum class Start { zero, add, scaled };  // what a product starts from: 0, C, or C times a factor per row
 
 // C[MR][NV vectors] (+)= sum over words k in [first, last) of A(m, k) B[k][:], A(m, k) = ROWS ? a[m][k] : a[k][m].

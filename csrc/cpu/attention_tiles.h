@@ -44,24 +44,30 @@ struct Group {
   }
 };
 
-// Keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values.
+static INLINE void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
+}
+
+// Keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values. Fetches those
+// of the next block, which lie apart: a slot holds all heads.
 template <class P>
 static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_head, const void* tensor, int64_t dim,
                               int64_t start, int64_t keys, float* block) {
   const int64_t padded = up(dim, 16), size = size_of(a.cache_dtype);
+  const auto key = [&](int64_t position) {
+    return static_cast<const char*>(tensor) + (row.slot(position) * a.kv_heads + kv_head) * dim * size;
+  };
   auto* to = reinterpret_cast<typename P::Value*>(block);
   for (int64_t j = 0; j < up(keys, MR); ++j, to += padded) {
     int64_t filled = 0;
-    if (j < keys) {
-      const int64_t at = (row.slot(start + j) * a.kv_heads + kv_head) * dim;
-      P::put(to, static_cast<const char*>(tensor) + at * size, a.cache_dtype, filled = dim);
-    }
+    if (j < keys) P::put(to, key(start + j), a.cache_dtype, filled = dim);
+    if (start + j + kBlockKeys < row.length) fetch(key(start + j + kBlockKeys), dim * size);
     std::fill(to + filled, to + padded, typename P::Value{});
   }
 }
 
 // A group's lanes of a (T, heads, dim) tensor: as rows (width, up(dim, 16)) of values, zero padded, and as words along
-// dim, (dim / kStep, 32).
+// dim, (up(dim, 16) / kStep, 32), behind which up to W - 1 rows are written with anything.
 template <class P>
 static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_head, const Group& group,
                               const void* tensor, int64_t dim, float* rows, float* columns) {
@@ -72,8 +78,15 @@ static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_hea
     const int64_t at = row.pair(group.first + i, kv_head, a.heads) * dim;
     P::put(to, static_cast<const char*>(tensor) + at * size, a.query_dtype, dim);
   }
-  for (int64_t d = 0; d < (dim + P::kStep - 1) / P::kStep; ++d)
-    for (int64_t i = 0; i < group.width; ++i) store(columns + d * kGroupLanes + i, load<float>(rows + i * words + d));
+  for (int64_t i = 0; i < group.width; i += W)
+    for (int64_t d = 0; d < words; d += W) {
+      Vec tile[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) tile[l] = load(rows + (i + l) * words + d);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store(columns + (d + l) * kGroupLanes + i, tile[l]);
+    }
 }
 
 // What turns raw scores into weights, one vector of lanes at a time.

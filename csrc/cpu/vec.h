@@ -1,7 +1,7 @@
 // Vectors of W fp32 lanes for the instruction set of the enclosing target pragma (see isa.h); included once per set,
-// inside its namespace, hence without an include guard. The includer has <cmath>, <cstring> and cpu/dtype.h, and defines
-// KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros such as __AVX512F__ in
-// C++, where the whole file is preprocessed before the pragma is seen.
+// inside its namespace, hence without an include guard. The includer has <cmath>, <cstring>, <utility> and cpu/dtype.h,
+// and defines KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros such as
+// __AVX512F__ in C++, where the whole file is preprocessed before the pragma is seen.
 
 #ifndef KERNEL_LEVEL
 #error "define KERNEL_LEVEL: without it every instruction set would compute on four lanes"
@@ -57,6 +57,19 @@ static INLINE auto sum(V v) {
     for (unsigned i = 1; i < sizeof(V) / sizeof(F); ++i) total += v[i];
     return total;
   }
+}
+
+// Of every 2 w lanes a keeps the first w and takes b's first w behind them, b keeps its last w behind a's last w.
+template <int w, int... l>
+static INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  const Vec first = __builtin_shufflevector(a, b, ((l & w) ? W + l - w : l)...);
+  b = __builtin_shufflevector(a, b, ((l & w) ? W + l : l + w)...);
+#else
+  const Vec first = __builtin_shuffle(a, b, IntVec{((l & w) ? W + l - w : l)...});
+  b = __builtin_shuffle(a, b, IntVec{((l & w) ? W + l : l + w)...});
+#endif
+  a = first;
 }
 
 // exp to 1 ulp (Cephes' polynomial after reduction by ln 2); 0 below -87.3, inf above 88.3, NaN stays NaN.
