@@ -3,8 +3,8 @@
     COCONUT_REFERENCE=... COCONUT_REFERENCE_PYTHON=... pytest benchmarks/bench_train.py
 
 Each measurement runs in a process of its own (benchmarks/train_step.py), so that peak memory is its own; time is the
-best of three steps (of the official code's, one or two). Correctness first: the first fp32 loss must agree with the
-official one to 1e-5.
+best of five steps, as memory settles by the fourth (of the official code's, one or two). Correctness first: the first
+fp32 loss must agree with the official one to 1e-5.
 """
 
 from __future__ import annotations

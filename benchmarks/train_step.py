@@ -53,8 +53,7 @@ def products_by_mkl(model: Coconut) -> None:
 
 
 # What each saving is worth: the same step without it. Without the deferring mode, the four that live in it are gone:
-# one product per weight, products that are not PyTorch's, token gradients joined with the head's, norms and GELU computed
-# again.
+# one product per weight, products other than PyTorch's, token gradients joined with the head's, norms and GELU again.
 SAVINGS = {
     "the deferring mode": lambda model: setattr(model, "defer_weight_gradients", False),
     "our own products, with oneDNN's": products_by_onednn,
@@ -94,7 +93,7 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     seconds, losses = [], []
-    for _ in range(job.get("rounds", 3)):
+    for _ in range(job.get("rounds", 5)):
         start = finished(device)
         with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
             value = loss()

@@ -61,7 +61,8 @@ static at::Tensor packed_matmul(const at::Tensor& x, const at::Tensor& packed, i
   return y;
 }
 
-static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& into) {
+static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& into,
+                                  const std::optional<at::Tensor>& column_sums) {
   const auto dtype = check("weight_gradient", "left", left);
   check("weight_gradient", "right", right);
   check_type("weight_gradient", "right", right, left.scalar_type());
@@ -72,20 +73,25 @@ static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& righ
     check_type("weight_gradient", "into", *into, at::kFloat);
     check_shape("weight_gradient", "into", *into, {m, n});
   }
-  const auto options = left.options().dtype(at::kFloat);
-  at::Tensor total = into ? *into : rows ? at::empty({m, n}, options) : at::zeros({m, n}, options);
+  if (column_sums) {
+    check_type("weight_gradient", "column_sums", *column_sums, at::kFloat);
+    check_shape("weight_gradient", "column_sums", *column_sums, {n});
+  }
+  at::Tensor total = into ? *into : at::empty({m, n}, left.options().dtype(at::kFloat));
   const at::Tensor lefts = left.contiguous(), rights = right.contiguous();
-  // Blocks of equal and even length: half a step in the middle would be one of its own.
+  // Blocks of equal and even length: half a step in the middle would be one of its own. At least one, to write zeros.
   const int64_t blocks = std::max<int64_t>(1, (rows + gradient_rows(dtype) - 1) / gradient_rows(dtype));
   const int64_t block = ((rows + blocks - 1) / blocks + 1) / 2 * 2;
-  Gradient gradient{nullptr, nullptr, total.mutable_data_ptr<float>(), nullptr, dtype, block, m, n, !into};
+  Gradient gradient{nullptr, nullptr, total.mutable_data_ptr<float>(), nullptr, nullptr, dtype, block, m, n, !into};
   at::Tensor gathered = at::empty({gradient.gathered_bytes()}, at::kByte);
   gradient.gathered = static_cast<char*>(gathered.mutable_data_ptr());
+  if (column_sums) gradient.column_sums = column_sums->mutable_data_ptr<float>();
   const int64_t panel = panel_bytes(dtype, block);
   at::Tensor panels = at::empty({at::get_num_threads(), panel}, at::kByte);
   auto* panels_data = static_cast<char*>(panels.mutable_data_ptr());
   py::gil_scoped_release release;
-  for (int64_t row = 0; row < rows; row += block) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t row = b * block;
     gradient.left = bytes(lefts) + row * m * size_of(dtype);
     gradient.right = bytes(rights) + row * n * size_of(dtype);
     gradient.rows = std::min(block, rows - row);
@@ -104,5 +110,7 @@ void bind_gemm(py::module_& m) {
   m.def("packed_matmul", &packed_matmul, py::arg("x"), py::arg("packed"), py::arg("n"), py::arg("bias") = py::none(),
         "x (M, K) times pack_matrix(a matrix (K, n)) plus bias (n,) -> (M, n); all of one dtype.");
   m.def("weight_gradient", &weight_gradient, py::arg("left"), py::arg("right"), py::arg("into") = py::none(),
-        "left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place.");
+        py::arg("column_sums") = py::none(),
+        "left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place; the sums of right's "
+        "columns to column_sums, fp32 (N,): added where there is an `into`, else written.");
 }

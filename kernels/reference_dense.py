@@ -126,8 +126,16 @@ def packed_matmul_ref(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = N
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def weight_gradient_ref(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
-    """left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place."""
+def weight_gradient_ref(
+    left: Tensor, right: Tensor, into: Tensor | None = None, column_sums: Tensor | None = None
+) -> Tensor:
+    """left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place.
+
+    The sums of right's columns go to column_sums (N,), fp32: added where there is an `into`, else written.
+    """
+    if column_sums is not None:
+        sums = _work(right).sum(0)
+        column_sums.copy_(sums if into is None else column_sums + sums)
     product = _work(left).t() @ _work(right)
     return product if into is None else into.add_(product)
 

@@ -48,9 +48,12 @@ def test_weight_gradient(backend: str, dtype: torch.dtype, rows: int, widths: tu
     left, right = draw(rows, widths[0]).to(dtype), draw(rows, widths[1], seed=1).to(dtype)
     exact = left.double().T @ right.double()
     fresh = ops.call("weight_gradient", left, right, backend=backend)
-    start = draw(*widths, seed=2)
-    into = start.clone()
-    assert ops.call("weight_gradient", left, right, into, backend=backend) is into
+    start, sums, added = draw(*widths, seed=2), torch.full((widths[1],), torch.nan), draw(widths[1], seed=3)
+    into, truth = start.clone(), added.double() + right.double().sum(0)
+    assert torch.equal(ops.call("weight_gradient", left, right, None, sums, backend=backend), fresh)
+    assert ops.call("weight_gradient", left, right, into, added, backend=backend) is into
+    assert_as_good_as_torch(sums, right.float().sum(0), right.double().sum(0), what="column sums")
+    assert_as_good_as_torch(added, truth.float(), truth, what="column sums, added")
     assert fresh.dtype == torch.float32
     plain = left.float().T @ right.float()
     assert_as_good_as_torch(fresh, plain, exact, what="gradient")
@@ -89,20 +92,23 @@ def test_nan_and_inf_survive() -> None:
 def test_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) -> None:
     """All products of a Weight, few rows and many, the second one with what the first has packed."""
     k, n = shape
-    w = draw(k, n).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    parameter = w.T.contiguous() if transposed else w
-    weight, w, bias = Weight(parameter, dtype, transposed), w.to(dtype), draw(n, seed=1).to(dtype)
-    gradient, exact, plain = None, torch.zeros(k, n, dtype=torch.float64), torch.zeros(k, n, dtype=dtype)
+    w, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (draw(k, n), draw(n, seed=1)))
+    weight = Weight(w.T.contiguous() if transposed else w, bias, dtype, transposed)
+    w, bias, pairs = w.to(dtype), bias.to(dtype), []
     for rows in (3, 80):
         x, grad = draw(rows, k, seed=2).to(dtype), draw(rows, n, seed=3).to(dtype)
+        pairs.append((x, grad))
         truth = x.double() @ w.double() + bias.double()
-        assert_as_good_as_torch(weight.times(x, bias), torch.addmm(bias, x, w), truth, what="times")
+        assert_as_good_as_torch(weight.times(x), torch.addmm(bias, x, w), truth, what="times")
         truth = grad.double() @ w.double().T
         assert_as_good_as_torch(weight.times_transposed(grad), grad @ w.T, truth, what="times_transposed")
-        gradient = weight.add_gradient(x, grad, gradient)
-        exact, plain = exact + x.double().T @ grad.double(), torch.addmm(plain, x.T, grad)
-    assert gradient.shape == parameter.shape
-    assert_as_good_as_torch(gradient.T if transposed else gradient, plain, exact, what="add_gradient")
+    of_weight, of_bias = weight.gradients(pairs)
+    assert of_weight.shape == weight.weight.shape and of_weight.dtype == weight.weight.dtype
+    x, grad = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    truth, of_weight = x.double().T @ grad.double(), of_weight.T if transposed else of_weight
+    assert_as_good_as_torch(of_weight, x.T @ grad, truth, what="gradient of the weight")
+    assert_as_good_as_torch(of_bias, grad.sum(0), grad.double().sum(0), what="gradient of the bias")
+    assert Weight(w, None, dtype, transposed).gradients([(grad, x) if transposed else (x, grad)])[1] is None
 
 
 @own_products
@@ -115,6 +121,9 @@ def test_wrong_arguments_are_refused() -> None:
         "packed is .*expected": lambda: ops.call("packed_matmul", torch.zeros(2, 6).bfloat16(), w, 3, backend="cpu"),
         "3 columns": lambda: ops.call("packed_matmul", torch.zeros(2, 3).bfloat16(), w, 3, backend="cpu"),
         "as many rows": lambda: ops.call("weight_gradient", torch.zeros(2, 3), torch.zeros(3, 3), backend="cpu"),
+        "column_sums is": lambda: ops.call(
+            "weight_gradient", torch.zeros(2, 3), torch.zeros(2, 3), None, torch.zeros(2), backend="cpu"
+        ),
         "into is": lambda: ops.call(
             "weight_gradient", torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 2), backend="cpu"
         ),

@@ -127,7 +127,6 @@ class _Uses:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
         self.multiplied: Any = None  # a Weight, once the first use has told dtype and layout
-        self.vector = self.bias
         self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
         self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
         self.task = -1  # the call of backward that noted them
@@ -140,8 +139,7 @@ class _Uses:
 
     def prepare(self, compute: torch.dtype, transposed: bool) -> None:
         if self.multiplied is None:
-            self.multiplied = Weight(self.weight, compute, transposed)
-            self.vector = self.bias if self.bias is None else self.bias.to(compute)
+            self.multiplied = Weight(self.weight, self.bias, compute, transposed)
 
     def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Of weight and bias: `total`, which others have made, and the sum over all noted uses; forgets them."""
@@ -163,14 +161,7 @@ class _Uses:
         small = [(x() if callable(x) else x, g) for x, g in noted if len(g) <= SMALL]
         if len(small) > 1:
             small = [(torch.cat([x for x, _ in small]), torch.cat([g for _, g in small]))]
-        total: Any = None
-        bias: Any = None
-        for x, grad in large + small:
-            if self.bias is not None:
-                part = grad.sum(0)
-                bias = part if bias is None else bias.add_(part)
-            total = self.multiplied.add_gradient(x() if callable(x) else x, grad, into=total)
-        return total.to(self.weight.dtype), bias if self.bias is None else bias.to(self.bias.dtype)
+        return self.multiplied.gradients((x() if callable(x) else x, grad) for x, grad in large + small)
 
 
 def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -189,7 +180,7 @@ class _Use(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
         ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
-        y = uses.multiplied.times(flat, uses.vector)
+        y = uses.multiplied.times(flat)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

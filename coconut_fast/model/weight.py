@@ -8,6 +8,9 @@ at once, where it reaches 840 to 910 in bf16.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,36 +22,49 @@ FEW = (
 
 
 class Weight:
-    """W (K, N), multiplied in `dtype`. `weight` is W, or W^T where `transposed`, in any floating dtype. No autograd."""
+    """W (K, N) and a bias (N,), or None, for products in `dtype`; `weight` is W or its transpose. No autograd."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, transposed: bool) -> None:
-        matrix, self.transposed = weight.T if transposed else weight, transposed
-        self.own = _have_own_products(dtype, matrix.device) and not (matrix.shape[0] % 2 or matrix.shape[1] % 2)
-        self.matrix, self.dtype = matrix if self.own else matrix.to(dtype), dtype
-        self.packed: dict[bool, Tensor] = {}  # by the direction
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transposed: bool) -> None:
+        self.weight, self.bias, self.dtype, self.transposed = weight, bias, dtype, transposed
+        self.own = _have_own_products(dtype, weight.device) and not (weight.shape[0] % 2 or weight.shape[1] % 2)
+        matrix = weight.T if transposed else weight
+        self.matrix = matrix if self.own else matrix.to(dtype)
+        self.vector = bias if bias is None else bias.to(dtype)
+        self.packed: dict[bool, Tensor] = {}  # by whether it is that of times_transposed()
 
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (M, K) W + bias (N,) -> (M, N); all of the dtype."""
-        return self._product(x, self.matrix, bias, back=False)
+    def times(self, x: Tensor) -> Tensor:
+        """x (M, K) W + bias -> (M, N); both of the dtype."""
+        return self._product(x, self.matrix, self.vector, back=False)
 
     def times_transposed(self, grad: Tensor) -> Tensor:
-        """grad (M, N) W^T -> (M, K), of the dtype."""
+        """grad (M, N) W^T -> (M, K); both of the dtype."""
         return self._product(grad, self.matrix.T, None, back=True)
 
-    def add_gradient(self, x: Tensor, grad: Tensor, into: Tensor | None) -> Tensor:
-        """The gradient of `weight` for x (M, K) and grad (M, N), new or added to `into`, which comes from here."""
-        left, right = (grad, x) if self.transposed else (x, grad)
-        return ops.weight_gradient(left, right, into) if self.own else ops.matmul(left.T, right, into=into)
+    def gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+        """Of `weight` and `bias`, in their dtypes: the sums over at least one pair of x (M, K) and grad (M, N)."""
+        total: Any = None
+        sums: Any = None
+        together = self.own and self.bias is not None and not self.transposed  # one kernel makes both
+        for x, grad in pairs:
+            left, right = (grad, x) if self.transposed else (x, grad)
+            if together:
+                sums = torch.empty(right.shape[1]) if sums is None else sums
+                total = ops.weight_gradient(left, right, total, sums)
+                continue
+            total = ops.weight_gradient(left, right, total) if self.own else ops.matmul(left.T, right, into=total)
+            if self.bias is not None:
+                sums = grad.sum(0) if sums is None else sums.add_(grad.sum(0))
+        return total.to(self.weight.dtype), None if self.bias is None else sums.to(self.bias.dtype)
 
-    def _product(self, x: Tensor, matrix: Tensor, bias: Tensor | None, back: bool) -> Tensor:
+    def _product(self, x: Tensor, matrix: Tensor, vector: Tensor | None, back: bool) -> Tensor:
         if not self.own or (self.dtype == torch.float32 and len(x) < FEW):
-            return ops.matmul(x, matrix, bias)
+            return ops.matmul(x, matrix, vector)
         packed = self.packed.get(back)
         if packed is None:
             packed = ops.pack_matrix(matrix, self.dtype)
             if self.dtype == torch.bfloat16:
                 self.packed[back] = packed
-        return ops.packed_matmul(x, packed, matrix.shape[1], bias)
+        return ops.packed_matmul(x, packed, matrix.shape[1], vector)
 
 
 def _have_own_products(dtype: torch.dtype, device: torch.device) -> bool:

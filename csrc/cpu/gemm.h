@@ -50,14 +50,15 @@ struct Product {
 void multiply(const Product& product, int64_t task);
 
 // total (m, n) fp32 += left (rows, m)^T right (rows, n), both of `dtype` and row-contiguous, at most gradient_rows() of
-// them. First `gather` packs left, then `add` packs a panel of right into `panel` and multiplies.
+// them; column_sums (n,) fp32 or null += the sums of right's columns. First `gather` packs left, then `add` packs a panel
+// of right into `panel` and multiplies.
 struct Gradient {
   const char *left, *right;
-  float* total;
+  float *total, *column_sums;
   char* gathered;  // gathered_bytes()
   Dtype dtype;
   int64_t rows, m, n;
-  bool first;  // total is written, not added to
+  bool first;  // both are written, not added to
 
   int64_t gather_columns() const { return 64 / size_of(dtype); }  // of a task: a line of every row
   int64_t gather_tasks() const { return (m + gather_columns() - 1) / gather_columns(); }

@@ -6,15 +6,21 @@ constexpr int kVecs = kPanelColumns / W;
 // ---- packing ------------------------------------------------------------------------------------------------------
 // A word is what one step holds of one column: one fp32, or two bf16, the earlier k in the low half.
 
+// By hand: GCC widens the halves of a vector apart.
+static INLINE WordVec widened(const void* halves) {
+  return bits<WordVec>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(halves))));
+}
+
 // The element (k, column + lane) in the low half of word `lane` (fp32: in all of it).
 template <Dtype kTo>
 static INLINE WordVec row_words(const Matrix& w, int64_t k, int64_t column) {
   const int64_t at = k * w.row_stride + column;
   if (w.dtype == kTo && kTo == Dtype::f32) return load<WordVec>(static_cast<const float*>(w.data) + at);
   if (w.dtype == Dtype::f32) {
-    return __builtin_convertvector(rounded(load(static_cast<const float*>(w.data) + at)), WordVec);
+    const HalfVec x = rounded(load(static_cast<const float*>(w.data) + at));
+    return widened(&x);
   }
-  const WordVec x = __builtin_convertvector(load<HalfVec>(static_cast<const uint16_t*>(w.data) + at), WordVec);
+  const WordVec x = widened(static_cast<const uint16_t*>(w.data) + at);
   return kTo == Dtype::f32 ? x << 16 : x;
 }
 
@@ -28,7 +34,7 @@ static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
     const HalfVec both[2] = {rounded(load(x)), rounded(load(x + W))};
     return load<WordVec>(both);
   }
-  return __builtin_convertvector(load<HalfVec>(static_cast<const uint16_t*>(w.data) + at), WordVec) << 16;
+  return widened(static_cast<const uint16_t*>(w.data) + at) << 16;
 }
 
 template <Dtype kTo>
@@ -122,7 +128,7 @@ static INLINE Sums tile(const char* x, size_t row, size_t next, const char* pane
 template <Dtype kDtype>
 static INLINE Vec values(const char* from) {
   if (kDtype == Dtype::f32) return load(from);
-  return bits<Vec>(__builtin_convertvector(load<HalfVec>(from), WordVec) << 16);
+  return bits<Vec>(widened(from) << 16);
 }
 
 template <Dtype kDtype>
@@ -176,17 +182,20 @@ template <Dtype kDtype>
 static void add_panel(const Gradient& g, int64_t task, char* panel) {
   const int64_t steps = steps_of(kDtype, g.rows), column = task * kPanelColumns;
   const int64_t columns = std::min(kPanelColumns, g.n - column);
+  const auto add = [&](float* to, const Vec* sums) {
+    if (columns < kPanelColumns) {
+      for (int64_t i = 0; i < columns; ++i) to[i] = (g.first ? 0.0f : to[i]) + sums[i / W][i % W];
+    } else {
+      for (int j = 0; j < kVecs; ++j) store(to + j * W, g.first ? sums[j] : load(to + j * W) + sums[j]);
+    }
+  };
   pack_columns<kDtype>(Matrix{g.right, kDtype, g.n, 1}, g.rows, g.n, task, panel);
   for (int64_t row = 0; row < g.m; row += kTileRows) {
     const Sums sums = tile<kDtype, kTileRows>(g.gathered + row * steps * 4, 4, 32, panel, steps);
-    for (int64_t m = 0; m < std::min(kTileRows, g.m - row); ++m) {
-      float* to = g.total + (row + m) * g.n + column;
-      if (columns == kPanelColumns) {
-        for (int j = 0; j < kVecs; ++j)
-          store(to + j * W, g.first ? sums.of[m][j] : load(to + j * W) + sums.of[m][j]);
-      } else {
-        for (int64_t i = 0; i < columns; ++i) to[i] = (g.first ? 0.0f : to[i]) + sums.of[m][i / W][i % W];
-      }
-    }
+    for (int64_t m = 0; m < std::min(kTileRows, g.m - row); ++m) add(g.total + (row + m) * g.n + column, sums.of[m]);
+  }
+  if (g.column_sums) {
+    const uint32_t ones = kDtype == Dtype::bf16 ? 0x3f803f80 : 0x3f800000;
+    add(g.column_sums + column, tile<kDtype, 1>(reinterpret_cast<const char*>(&ones), 0, 0, panel, steps).of[0]);
   }
 }
