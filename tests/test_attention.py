@@ -174,7 +174,7 @@ def isas() -> list[str]:
 
 
 # One token alone, no token, one query at the end of a page and beyond it, a prefill, a tail, several chunks of lanes.
-ROWS = ([1, 0, 1, 1, 40, 9, 150], [1, 20, 16, 33, 40, 170, 201])
+ROWS = ([1, 0, 1, 1, 40, 9, 200], [1, 20, 16, 33, 40, 170, 251])
 OPTIONS = {
     "plain": {},
     "window": {"window": 7},

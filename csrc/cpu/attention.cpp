@@ -49,8 +49,9 @@ Kernels kernels(Dtype query, Dtype cache) {
 }
 
 // A row's lanes go to tasks in chunks forward, all to one task backward, which fixes the order in which dK and dV are
-// summed; longest first. Tiles take one kv head; for few queries all heads share the pages they stream through, and are
-// parted only as far as it takes to occupy the threads. How tasks are cut never changes a result.
+// summed; longest first. Tiles take one kv head, in smaller chunks where threads would have nothing to do; for few
+// queries all heads share the pages they stream through, and are parted only as far as it takes to occupy the threads.
+// How tasks are cut never changes a result.
 std::vector<Task> cut(const Attention& a, int64_t threads, bool backward) {
   const int64_t group = a.heads / a.kv_heads;
   auto lanes_of = [&](int64_t b) { return static_cast<int64_t>(a.offsets[b + 1] - a.offsets[b]) * group; };
@@ -59,13 +60,15 @@ std::vector<Task> cut(const Attention& a, int64_t threads, bool backward) {
   for (int64_t b = 0; b < a.batch; ++b) few += lanes_of(b) > 0 && is_few(lanes_of(b));
   const int64_t pieces = std::clamp<int64_t>(few ? 3 * threads / few : 1, 1, a.kv_heads);
 
+  const int64_t tile_lanes = a.batch * a.kv_heads >= 2 * threads ? kChunkLanes : kChunkLanes / 3;
+
   std::vector<Task> tasks;
   for (int64_t b = 0; b < a.batch; ++b) {
     const int64_t lanes = lanes_of(b);
     if (lanes == 0) continue;
     const bool tiles = !is_few(lanes);
     const int64_t heads = tiles ? 1 : (a.kv_heads + pieces - 1) / pieces;
-    const int64_t chunk = backward ? lanes : tiles ? kChunkLanes : std::max<int64_t>(group, kFewLanes / group * group);
+    const int64_t chunk = backward ? lanes : tiles ? tile_lanes : std::max<int64_t>(group, kFewLanes / group * group);
     for (int64_t lane = (lanes - 1) / chunk * chunk; lane >= 0; lane -= chunk)
       for (int64_t head = 0; head < a.kv_heads; head += heads)
         tasks.push_back({b, head, std::min(head + heads, a.kv_heads), lane, std::min(lane + chunk, lanes), tiles});
