@@ -44,10 +44,6 @@ struct Group {
   }
 };
 
-static INLINE void fetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
-}
-
 // Keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values. Fetches those
 // of the next block, which lie apart: a slot holds all heads.
 template <class P>
