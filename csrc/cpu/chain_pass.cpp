@@ -53,7 +53,8 @@ void Chain::finish_attended(int m, int first, int count) {
   kernels_.prepare(attended_.row(m) + first, count, 0, to);
 }
 
-// Thoughts and tokens: one position a row, head by head through its keys and values.
+// Thoughts and tokens: one position a row, head by head through its keys and values. A head of a row is read by the
+// thread that has written it, so nobody waits in between.
 void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
   const int heads = shape_.kv_heads;
   const auto [first, last] = share(tokens * heads, t, team_.size());
@@ -61,7 +62,6 @@ void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
     const Token& token = tokens_[i / heads];
     kernels_.write(attend, i / heads, i % heads, token.row, token.position);
   }
-  team_.barrier();
   for (int i = first, m, end; i < last; i = end) {
     m = i / heads;
     end = std::min(last, (m + 1) * heads);
