@@ -157,31 +157,31 @@ static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::
   check_shape(op, "keys", keys, {-1, -1, -1});
   check_shape(op, "values", values, {keys.size(0), keys.size(1), -1});
   check_shape(op, "slots", slots, {-1});
-  check_shape(op, "key", key, {slots.size(0), keys.size(1), keys.size(2)});
-  check_shape(op, "value", value, {slots.size(0), keys.size(1), values.size(2)});
   check_type(op, "slots", slots, at::kLong);
   const auto* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < slots.size(0); ++i)
     if (slot[i] < 0 || slot[i] >= keys.size(0))
       refuse(op, ": slots[", i, "] is ", slot[i], "; the cache has ", keys.size(0), " slots");
-  struct Copy {
-    const void* from;
-    Dtype from_dtype;
-    void* to;
-    Dtype to_dtype;
-    int64_t width;
+  auto copy = [&](const char* from_name, const at::Tensor& from, const char* to_name, const at::Tensor& to) {
+    const std::vector<int64_t> shape = {slots.size(0), to.size(1), to.size(2)};
+    if (!from.device().is_cpu() || from.sizes() != at::IntArrayRef(shape) || (from.size(2) > 1 && from.stride(2) != 1))
+      refuse(op, ": ", from_name, " is ", describe(from), "; expected a CPU tensor of shape ", at::IntArrayRef(shape),
+             " whose last dimension is contiguous");
+    return coconut_fast::KvAppend{.from = from.const_data_ptr(),
+                                  .from_dtype = dtype_of(op, from_name, from),
+                                  .token = from.stride(0),
+                                  .head = from.stride(1),
+                                  .to = to.mutable_data_ptr(),
+                                  .to_dtype = dtype_of(op, to_name, to),
+                                  .heads = to.size(1),
+                                  .dim = to.size(2)};
   };
-  auto copy = [op](const char* from_name, const at::Tensor& from, const char* to_name, const at::Tensor& to) {
-    return Copy{from.const_data_ptr(), dtype_of(op, from_name, from), to.mutable_data_ptr(), dtype_of(op, to_name, to),
-                to.size(1) * to.size(2)};
-  };
-  const Copy copies[] = {copy("key", key, "keys", keys), copy("value", value, "values", values)};
+  const coconut_fast::KvAppend copies[] = {copy("key", key, "keys", keys), copy("value", value, "values", values)};
   py::gil_scoped_release release;
-  for (const Copy& c : copies) {
-    const int64_t grain = std::max<int64_t>(1, (1 << 16) / (c.width + 1));  // less is not worth waking a thread
-    at::parallel_for(0, slots.size(0), grain, [&](int64_t first, int64_t last) {
-      coconut_fast::kv_append(c.from, c.from_dtype, c.to, c.to_dtype, slot, c.width, first, last);
-    });
+  for (const auto& c : copies) {
+    const int64_t grain = std::max<int64_t>(1, (1 << 16) / (c.heads * c.dim + 1));  // less is not worth waking a thread
+    at::parallel_for(0, slots.size(0), grain,
+                     [&](int64_t first, int64_t last) { coconut_fast::kv_append(c, slot, first, last); });
   }
 }
 

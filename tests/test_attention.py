@@ -328,6 +328,13 @@ def test_kv_append(dtype, cache_dtype):
         keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
         ops.call("kv_append", key, value, slots, keys, values, backend=backend)
         made.append((keys, values))
+    # heads apart, as they come out of a rotation, and a part of a fused projection
+    keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
+    apart = key.transpose(0, 1).contiguous().transpose(0, 1)
+    fused = torch.cat([value, value, value], dim=1)[:, 3:6]
+    assert not apart.is_contiguous() and not fused.is_contiguous()
+    ops.call("kv_append", apart, fused, slots, keys, values, backend="cpu")
+    assert torch.equal(keys.nan_to_num(7), made[0][0].nan_to_num(7)) and torch.equal(values, made[0][1])
     for ours, theirs in zip(*made, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -381,5 +388,9 @@ def test_wrong_buffers_are_refused():
         ops.ragged_attention_backward(
             out, case.query, case.keys, case.values, out, lse, *case.where(), *buffers, **case.keywords
         )
+    with pytest.raises(ValueError, match="key is .* whose last dimension is contiguous"):
+        ops.kv_append(torch.zeros(2, 64, 2).mT, torch.zeros(2, 2, 64), torch.tensor([0, 1]), case.keys, case.values)
+    with pytest.raises(ValueError, match=r"value is .* expected a CPU tensor of shape \[2, 2, 64\]"):
+        ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 63), torch.tensor([0, 1]), case.keys, case.values)
     with pytest.raises(ValueError, match=r"slots\[1\] is 200; the cache has 192 slots"):
         ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.tensor([0, 200]), case.keys, case.values)

@@ -28,17 +28,20 @@ void write(char* to, Dtype dtype, int64_t i, float x) {
 
 }  // namespace
 
-void kv_append(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, const int64_t* slots, int64_t width,
-               int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) {
-    const char* source = static_cast<const char*>(from) + i * width * size_of(from_dtype);
-    char* target = static_cast<char*>(to) + slots[i] * width * size_of(to_dtype);
-    if (from_dtype == to_dtype) {
-      std::memcpy(target, source, width * size_of(to_dtype));
-    } else {
-      for (int64_t d = 0; d < width; ++d) write(target, to_dtype, d, read(source, from_dtype, d));
+void kv_append(const KvAppend& copy, const int64_t* slots, int64_t first, int64_t last) {
+  const auto& [from, from_dtype, token, head, to, to_dtype, heads, dim] = copy;
+  const bool together = head == dim;  // all heads of a token in one run
+  const int64_t runs = together ? 1 : heads, width = together ? heads * dim : dim;
+  for (int64_t i = first; i < last; ++i)
+    for (int64_t h = 0; h < runs; ++h) {
+      const char* source = static_cast<const char*>(from) + (i * token + h * head) * size_of(from_dtype);
+      char* target = static_cast<char*>(to) + (slots[i] * heads + h) * dim * size_of(to_dtype);
+      if (from_dtype == to_dtype) {
+        std::memcpy(target, source, width * size_of(to_dtype));
+      } else {
+        for (int64_t d = 0; d < width; ++d) write(target, to_dtype, d, read(source, from_dtype, d));
+      }
     }
-  }
 }
 
 }  // namespace coconut_fast

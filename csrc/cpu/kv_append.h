@@ -7,8 +7,16 @@
 
 namespace coconut_fast {
 
-// to[slots[i]] = from[i] for i in [first, last), rows of `width` values.
-void kv_append(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, const int64_t* slots, int64_t width,
-               int64_t first, int64_t last);
+struct KvAppend {
+  const void* from;  // (T, heads, dim), strides in values: token, head, 1
+  Dtype from_dtype;
+  int64_t token, head;
+  void* to;  // (S, heads, dim), contiguous
+  Dtype to_dtype;
+  int64_t heads, dim;
+};
+
+// to[slots[i]] = from[i] for i in [first, last)
+void kv_append(const KvAppend& copy, const int64_t* slots, int64_t first, int64_t last);
 
 }  // namespace coconut_fast
