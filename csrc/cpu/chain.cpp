@@ -28,7 +28,7 @@ size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int max_tokens, Isa isa)
     : shape_(shape), format_(format), group_(group), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
-      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), aheads_(threads),
+      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), aheads_(threads), streams_(threads),
       tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
       picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
   if (group % 64 || group < 0 || group > 512)

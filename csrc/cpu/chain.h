@@ -174,6 +174,8 @@ class Chain {
   void pick_exactly(int t, int m);
   void accept(int count, const DecodeRequest& request);
   const char* start_of(const Linear& linear, int t) const;
+  void start_stream(int t, const Linear& linear, const Linear& next);
+  void wait(int t) { team_.barrier(streams_[t].at, streams_[t].limit); }
 
   const ChainShape shape_;
   const Format format_;
@@ -197,8 +199,10 @@ class Chain {
   Memory<float> queries_, lse_;  // of prefill: (tokens, heads, head_dim), (tokens, heads)
   Runs runs_;
   static constexpr int kSpans = 256;
-  std::vector<Span> spans_;    // [thread][kSpans]: of aheads_
-  std::vector<Ahead> aheads_;  // of the next attention, per thread
+  static constexpr size_t kLead = 12 << 10;  // bytes of weights that one or two rows fetch ahead
+  std::vector<Span> spans_;      // [thread][kSpans]: of aheads_
+  std::vector<Ahead> aheads_;    // of the next attention, per thread
+  std::vector<Stream> streams_;  // of weights, per thread
   std::vector<Token> tokens_;
   int gathered_ = 0;
   std::vector<int> active_;  // index among the call's rows of each token of the pass

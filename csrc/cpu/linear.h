@@ -77,9 +77,17 @@ struct alignas(64) Ahead {  // a thread writes its own all the time
   }
 };
 
-// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches what
-// follows: the next unit (chunk and segment) of the weights, `next` after the last; with many rows also what is ahead.
+// The weights a thread reads: its share of a matrix up to `end`, then its share of the next one, from `next` on. With one
+// or two rows `at` is where fetching stands, some KiB before the products; while its thread waits for others it goes on
+// up to `limit`.
+struct alignas(64) Stream {
+  const char *at = nullptr, *end = nullptr;
+  const char *next = nullptr, *limit = nullptr;
+};
+
+// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches as much
+// as it reads: what the stream has next, or for more rows the next unit (chunk and segment), and what is ahead.
 using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
-                              size_t out_stride, const char* next, Ahead& ahead);
+                              size_t out_stride, Stream& stream, Ahead& ahead);
 
 }  // namespace coconut_fast

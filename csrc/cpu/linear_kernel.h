@@ -13,10 +13,6 @@ constexpr int kAccumulators = 8, kMaxRows = 2;
 #endif
 constexpr int kVecs = 16 / W;  // vectors per block of 16 outputs
 
-// One or two rows, which wait for memory, fetch at most this far ahead: a whole unit of fp32 weights is 64 KiB, more than
-// L1 holds, and cost 6% of a pass. 4 to 32 KiB are alike in fp32; in bf16 8 KiB are 1% slower than 16.
-constexpr size_t kLead = 16 << 10;
-
 struct Block {
   Vec v[kVecs];
 };
@@ -105,8 +101,10 @@ template <class P, int MR, int NB>
 static INLINE void tile(const char* w, size_t w_step, int steps, const Input& input,
                                                        const char* x, int row, int segment, bool first,
                                                        const float* scales, float* out, size_t out_stride,
-                                                       int lead, const char* next, int fetch_every, Ahead& ahead) {
-  const char *at = ahead.at, *const end = ahead.end, *fetch = MR <= 2 ? w + lead * w_step : next;
+                                                       const char* fetch, int fetch_every, Stream& stream,
+                                                       Ahead& ahead) {
+  const char *at = ahead.at, *const end = ahead.end, *const stream_end = stream.end;
+  if constexpr (MR <= 2) fetch = stream.at;
   typename P::Acc acc[MR][NB];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -114,10 +112,10 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
     for (int j = 0; j < NB; ++j) P::begin(acc[m][j], input, row + m, segment);
   int countdown = fetch_every;
   for (int s = 0; s < steps; ++s) {
-    if (MR <= 2 && s == steps - lead) fetch = next;
     if (--countdown == 0) {
       for (int j = 0; j < NB; ++j) __builtin_prefetch(fetch + j * 64, 0, 3);
-      fetch += w_step;
+      fetch += MR <= 2 ? NB * 64 : w_step;
+      if (MR <= 2 && fetch == stream_end) fetch = stream.next;
       countdown = fetch_every;
       if (MR > 2 && at < end) {  // two lines, a third of what weights take at 32 rows: one or three were slower
         __builtin_prefetch(at, 0, 3);
@@ -135,7 +133,8 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
       }
     w += w_step;
   }
-  if constexpr (MR > 2) ahead.at = at;
+  if constexpr (MR <= 2) stream.at = fetch;
+  else ahead.at = at;
   // Unrolled, or GCC takes the accumulators through memory: 2% of a pass at batch 32.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -155,12 +154,12 @@ struct Unit {
   const Linear* linear;
   const Input* input;
   const char* weights;  // of this chunk and segment
-  const char* next;     // of the one that follows
+  const char* fetch;    // of the next one
   const float* scales;  // or null
   int steps, segment, groups;
-  int lead;  // steps that fetching is ahead
   float* out;
   size_t out_stride;
+  Stream* stream;
   Ahead* ahead;
 };
 
@@ -168,12 +167,12 @@ template <class P, int MR, int NB>
 static void row_group(const Unit& u, int row, int group) {
   const size_t w_step = u.linear->bytes_per_step();
   const char* x = u.input->data + row * u.input->stride + size_t(u.segment) * u.linear->segment / P::kStep * P::kInputBytes;
-  const char* next = u.next + size_t(u.steps / u.groups) * group * w_step;
+  const char* fetch = u.fetch + size_t(u.steps / u.groups) * group * w_step;
   for (int j = 0; j < u.linear->wide; j += NB) {
     if constexpr (MR > 2) u.ahead->advance();
     tile<P, MR, NB>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
                     u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
-                    u.lead, next + j * 64, u.groups, *u.ahead);
+                    fetch + j * 64, u.groups, *u.stream, *u.ahead);
   }
 }
 
@@ -189,17 +188,15 @@ static void row_group(const Unit& u, int row, int group) {
 
 template <class P>
 static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
-                         const char* next, Ahead& ahead) {
-  Unit u{&linear, &input, linear.chunk(chunk), nullptr, nullptr, 0, 0, 0, 0, out, out_stride, &ahead};
+                         Stream& stream, Ahead& ahead) {
+  Unit u{&linear, &input, linear.chunk(chunk), nullptr, nullptr, 0, 0, 0, out, out_stride, &stream, &ahead};
   u.groups = (rows + kMaxRows - 1) / kMaxRows;
-  const int lead = kLead / linear.bytes_per_step();
   const int segments = linear.segments();
   for (u.segment = 0; u.segment < segments; ++u.segment) {
     const int from = u.segment * linear.segment, to = from + linear.segment;
     u.steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / P::kStep;
     const char* following = u.weights + u.steps * linear.bytes_per_step();
-    u.next = u.segment + 1 < segments ? following : next;
-    u.lead = rows <= 2 && lead < u.steps ? lead : u.steps;
+    u.fetch = following == stream.end ? stream.next : following;
     if (linear.scales)
       u.scales = linear.scales + (size_t(chunk) * (linear.grouped ? segments : 1) + (linear.grouped ? u.segment : 0)) * linear.width();
     for (int group = 0, row = 0; group < u.groups; ++group) {

@@ -73,13 +73,21 @@ void Team::work(int thread) {
 }
 
 void Team::barrier() {
+  const char* nothing = nullptr;
+  barrier(nothing, nullptr);
+}
+
+void Team::barrier(const char*& at, const char* end) {
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  while (!spin([&] { return phase_.load(std::memory_order_acquire) != phase; }, 1 << 20)) {
+  const auto passed = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+  for (; at < end && !passed(); at += 256)
+    for (int line = 0; line < 256; line += 64) __builtin_prefetch(at + line, 0, 3);
+  while (!spin(passed, 1 << 20)) {
   }
 }
 

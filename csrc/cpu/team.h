@@ -22,8 +22,9 @@ class Team {
   // process forked after the team was made: its threads are not there.
   void run(const std::function<void(int)>& job);
 
-  // Inside a job: waits until every thread is here.
+  // Inside a job: waits until every thread is here; meanwhile fetches from `at` on, up to `end`.
   void barrier();
+  void barrier(const char*& at, const char* end);
 
  private:
   void work(int thread);
