@@ -22,7 +22,6 @@ from coconut_fast import Coconut, data, ops
 from coconut_fast.data.batch import collate
 from coconut_fast.kernels import matmul
 from coconut_fast.model import deferred, weight
-from coconut_fast.model.memory import keep_freed_memory
 
 
 def plain_gelu(model: Coconut) -> None:
@@ -72,7 +71,7 @@ def main() -> None:
     vocab = make_hf(job["shape"], layers=1).config.vocab_size
     rows, labels = make_rows(vocab, job["rows"], job["length"], job["thoughts"], job["labelled"])
     if job["who"] == "ours":
-        keep_freed_memory()  # as the trainer does
+        ops.extension().keep_freed_memory()  # as the trainer does
         model = make_model(job["shape"]).train()
         model.parallel_rounds = job.get("parallel_rounds")
         if job.get("without"):

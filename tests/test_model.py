@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
-import resource
 import weakref
 
 import pytest
@@ -15,7 +13,6 @@ from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention, coconut
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.last_layer import decoder_layers, token_wise
-from coconut_fast.model.memory import keep_freed_memory
 from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, TOKENS, make_pair, make_row
 
@@ -228,18 +225,6 @@ def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, mo
         ours(batch=collate(rows, TOKENS.thought, labels)).loss.backward()
     gc.collect()
     assert [c() for c in caches] == [None, None]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept with glibc only")
-def test_memory_of_freed_tensors_is_used_again() -> None:
-    keep_freed_memory()
-    faults = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        blocks = [torch.ones(6 << 20) for _ in range(8)]  # 24 MiB each, 49,152 pages together
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        del blocks
-    assert faults[2] < 1000, faults
 
 
 def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:

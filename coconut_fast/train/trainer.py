@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
+from coconut_fast import ops
 from coconut_fast.files import write_json
 from coconut_fast.infer import keep
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.checkpoints import load, write
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.memory import keep_freed_memory
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.order import EpochBatches
@@ -303,7 +303,7 @@ class CoconutTrainer(Trainer):
             self.run.restore(manifest, self.args.device)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
-            keep_freed_memory()
+            ops.extension().keep_freed_memory()
         self.counted["since"] = time.perf_counter()
         resume = str(resume_from_checkpoint) if resume_from_checkpoint is not None else None
         try:
