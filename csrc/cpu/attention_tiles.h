@@ -63,16 +63,19 @@ static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_hea
 }
 
 // A group's lanes of a (T, heads, dim) tensor: as rows (width, up(dim, 16)) of values, zero padded, and as words along
-// dim, (up(dim, 16) / kStep, 32), behind which up to W - 1 rows are written with anything.
+// dim, (up(dim, 16) / kStep, 32), behind which up to W - 1 rows are written with anything. Fetches the next group's.
 template <class P>
 static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_head, const Group& group,
                               const void* tensor, int64_t dim, float* rows, float* columns) {
   const int64_t padded = up(dim, 16), words = padded / P::kStep, size = size_of(a.query_dtype);
+  const auto lane = [&](int64_t e) {
+    return static_cast<const char*>(tensor) + row.pair(e, kv_head, a.heads) * dim * size;
+  };
   auto* to = reinterpret_cast<typename P::Value*>(rows);
   std::fill(to, to + group.width * padded, typename P::Value{});
   for (int64_t i = 0; i < group.count; ++i, to += padded) {
-    const int64_t at = row.pair(group.first + i, kv_head, a.heads) * dim;
-    P::put(to, static_cast<const char*>(tensor) + at * size, a.query_dtype, dim);
+    P::put(to, lane(group.first + i), a.query_dtype, dim);
+    if (const int64_t next = group.first + i + kGroupLanes; next < row.lanes()) fetch(lane(next), dim * size);
   }
   for (int64_t i = 0; i < group.width; i += W)
     for (int64_t d = 0; d < words; d += W) {
