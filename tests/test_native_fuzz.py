@@ -1,8 +1,9 @@
-"""500 random ragged batches, native against reference.py: greedy answers token for token, and a row's bits whatever it
-is batched with."""
+"""500 random ragged batches, native against reference.py: greedy answers token for token (but for ties of
+fp32), and a row's bits whatever it is batched with."""
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -48,6 +49,16 @@ def chains(model: native.NativeModel, prompts: list[list[int]], counts: list[int
     return hidden_BD
 
 
+@torch.no_grad()
+def is_near_tie(plain: torch.nn.Module, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Whether the first tokens that differ are as close in fp64 as PyTorch's own fp32 is off."""
+    ours, theirs = ([*tokens, TOKENS.eos] for tokens in (ours, theirs))
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+    ids, exact = torch.tensor(prompt + ours[:at]), copy.deepcopy(plain).double()
+    fp32, fp64 = (reference.forward(m, ids, ids, TOKENS.thought)[1][-1].double() for m in (plain, exact))
+    return bool((fp64[ours[at]] - fp64[theirs[at]]).abs() <= 2 * (fp32 - fp64).abs().max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_random_batches(name: str) -> None:
@@ -65,7 +76,7 @@ def test_random_batches(name: str) -> None:
         assert made.stats.backend == "native"
         for prompt, tokens in zip(prompts, made.token_ids, strict=True):
             expected = reference.generate(plain, torch.tensor(prompt), TOKENS.thought, TOKENS.eos, limit)
-            assert tokens == expected, prompt
+            assert tokens == expected or is_near_tie(plain, prompt, tokens, expected), prompt
         questions, counts = [p[:60] for p in prompts], [draw.randint(0, 5) for _ in prompts]
         one = draw.randrange(size)
         for packed in exact:

@@ -8,20 +8,29 @@ constexpr int kVecs = kPanelColumns / W;
 
 // By hand: GCC widens the halves of a vector apart.
 static INLINE WordVec widened(const void* halves) {
-  return bits<WordVec>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(halves))));
+  return bits<WordVec>(_mm512_cvtepu16_epi32(load<__m256i>(halves)));
 }
 
-// The element (k, column + lane) in the low half of word `lane` (fp32: in all of it).
+// 16 values of row k in bf16.
+static INLINE __m256i halves(const Matrix& w, int64_t k, int64_t column) {
+  const int64_t at = k * w.row_stride + column;
+  if (w.dtype == Dtype::bf16) return load<__m256i>(static_cast<const uint16_t*>(w.data) + at);
+  return (__m256i)_mm512_cvtneps_pbh(load<__m512>(static_cast<const float*>(w.data) + at));
+}
+
+// One step, which begins with row k, of 16 columns.
 template <Dtype kTo>
 static INLINE WordVec row_words(const Matrix& w, int64_t k, int64_t column) {
-  const int64_t at = k * w.row_stride + column;
-  if (w.dtype == kTo && kTo == Dtype::f32) return load<WordVec>(static_cast<const float*>(w.data) + at);
-  if (w.dtype == Dtype::f32) {
-    const HalfVec x = rounded(load(static_cast<const float*>(w.data) + at));
-    return widened(&x);
+  if constexpr (kTo == Dtype::bf16) {
+    const __m512i first = _mm512_castsi256_si512(halves(w, k, column));
+    WordVec order;  // value i of the first row, then of the second
+    for (int i = 0; i < W; ++i) order[i] = i | (i + W) << 16;
+    const __m512i both = _mm512_inserti64x4(first, halves(w, k + 1, column), 1);
+    return bits<WordVec>(_mm512_permutexvar_epi16(bits<__m512i>(order), both));
   }
-  const WordVec x = widened(static_cast<const uint16_t*>(w.data) + at);
-  return kTo == Dtype::f32 ? x << 16 : x;
+  const int64_t at = k * w.row_stride + column;
+  if (w.dtype == Dtype::f32) return load<WordVec>(static_cast<const float*>(w.data) + at);
+  return widened(static_cast<const uint16_t*>(w.data) + at) << 16;
 }
 
 // The 16 steps from k on of one column.
@@ -29,12 +38,9 @@ template <Dtype kTo>
 static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
   const int64_t at = k + column * w.column_stride;
   if (w.dtype == kTo) return load<WordVec>(static_cast<const char*>(w.data) + at * size_of(kTo));
-  if (w.dtype == Dtype::f32) {
-    const float* x = static_cast<const float*>(w.data) + at;
-    const HalfVec both[2] = {rounded(load(x)), rounded(load(x + W))};
-    return load<WordVec>(both);
-  }
-  return widened(static_cast<const uint16_t*>(w.data) + at) << 16;
+  if (w.dtype == Dtype::bf16) return widened(static_cast<const uint16_t*>(w.data) + at) << 16;
+  const float* x = static_cast<const float*>(w.data) + at;
+  return bits<WordVec>(_mm512_cvtne2ps_pbh(load<__m512>(x + W), load<__m512>(x)));
 }
 
 template <Dtype kTo>
@@ -58,9 +64,7 @@ static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t ro
         for (int64_t s = step; s < step + W; ++s) {
           for (int64_t k = (s + 2 * W) * kStep; k < (s + 2 * W + 1) * kStep; ++k)  // rows far apart: nothing else does
             __builtin_prefetch(static_cast<const char*>(w.data) + (k * w.row_stride + column) * size_of(w.dtype));
-          WordVec words = row_words<kTo>(w, s * kStep, column);
-          if constexpr (kStep == 2) words |= row_words<kTo>(w, s * kStep + 1, column) << 16;
-          put(s, column, words);
+          put(s, column, row_words<kTo>(w, s * kStep, column));
         }
       } else if (inside && w.row_stride == 1) {
         alignas(64) uint32_t turned[W][W];
