@@ -44,15 +44,19 @@ lint: install
 bench: install
 	$(BIN)/python -m pytest -q -rs benchmarks
 
-# The C++ module with address and undefined-behaviour sanitizers, in a copy of the package under build/, and its tests.
-# The runtimes must be there before python is; torch's own leaks are not ours to report.
+# The C++ module with address and undefined-behaviour sanitizers, in a copy of the package and its tests under build/:
+# from the checkout, tests would import the checkout's own module. The runtimes must be there before python is; torch's
+# own leaks are not ours to report.
+SANITIZED := build/sanitize/lib
 sanitize: install
 	CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	LDFLAGS="-fsanitize=address,undefined" \
-	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
-	  $(BIN)/pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)/
+	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" && \
+	$(CURDIR)/$(BIN)/python -c 'import coconut_fast._C as m; assert "$(SANITIZED)" in m.__file__, m.__file__' && \
+	$(CURDIR)/$(BIN)/pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info coconut_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
