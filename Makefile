@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SANITIZED_TESTS ?= tests/test_cache_layout.py
+SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,cache_layout block_cache gemm gelu attention native)
 
 .PHONY: install demo test lint bench sanitize clean
 
@@ -53,9 +53,9 @@ sanitize: install
 	LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
 	cp -r tests pyproject.toml $(SANITIZED)/
-	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0 \
+	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" && \
-	$(CURDIR)/$(BIN)/python -c 'import coconut_fast._C as m; assert "$(SANITIZED)" in m.__file__, m.__file__' && \
+	$(CURDIR)/$(BIN)/python -c 'import torch, coconut_fast._C as m; assert "$(SANITIZED)" in m.__file__, m.__file__' && \
 	$(CURDIR)/$(BIN)/pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
 
 clean:
