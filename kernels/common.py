@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LIBRARY = torch.library.Library("coconut_fast", "FRAGMENT")
+LIBRARY = library.Library("coconut_fast", "FRAGMENT")
 PLANNED = 90  # the architecture that shapes are planned for where there is no device (interpreter, compiling ahead)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,7 +29,7 @@ TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloa
 def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define `coconut_fast::<schema>` with a CUDA and a shape-only implementation; returns the op's overload.
 
-    The low-level Library costs about 2 us a call where `torch.library.custom_op` costs 12. Under the interpreter the
+    The low-level Library costs about 2 us a call where `custom_op` costs 12. Under the interpreter the
     launcher serves CPU tensors too, so that opcheck and torch.compile can be tested without a device.
     """
     name = schema.split("(")[0]
@@ -36,7 +37,7 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
     LIBRARY.impl(name, launch, "CUDA")
     if INTERPRETED:
         LIBRARY.impl(name, launch, "CPU")
-    torch.library.register_fake(f"coconut_fast::{name}", fake, lib=LIBRARY)
+    library.register_fake(f"coconut_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.coconut_fast, name).default
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 
@@ -50,4 +51,4 @@ def test_wrong_inputs_are_named(device) -> None:
 def test_opcheck(device) -> None:
     from coconut_fast.kernels import accept_tokens
 
-    torch.library.opcheck(accept_tokens._OP, tuple(arrange(device).values()), {"eos": 2})
+    library.opcheck(accept_tokens._OP, tuple(arrange(device).values()), {"eos": 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import decode_attention_ref
@@ -115,7 +116,7 @@ def test_opcheck(device) -> None:
     new = {"key": torch.randn(2, 1, 16, device=device), "value": torch.randn(2, 1, 16, device=device)}
     options = {"page_size": 16, "scaling": 0.25, "max_length": 40}
     for named in (options, options | new):
-        torch.library.opcheck(
+        library.opcheck(
             decode_attention._OP,
             arguments,
             named,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from compare import assert_as_good_as_torch
@@ -40,4 +41,4 @@ def test_wrong_inputs_are_named(device) -> None:
 def test_opcheck(device) -> None:
     from coconut_fast.kernels import gated_mlp
 
-    torch.library.opcheck(gated_mlp._OP, (torch.randn(2, 6, device=device),), {"activation": "swiglu"})
+    library.opcheck(gated_mlp._OP, (torch.randn(2, 6, device=device),), {"activation": "swiglu"})

@@ -111,6 +111,15 @@ def test_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) ->
     assert Weight(w, None, dtype, transposed).gradients([(grad, x) if transposed else (x, grad)])[1] is None
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64])
+def test_a_weight_stored_in_another_dtype(stored: torch.dtype) -> None:
+    w, x = draw(64, 48).to(stored), draw(80, 64, seed=1).bfloat16()
+    weight = Weight(w, None, torch.bfloat16, False)
+    truth = x.double() @ w.bfloat16().double()
+    assert_as_good_as_torch(weight.times(x), x @ w.bfloat16(), truth, what="times")
+    assert weight.gradients([(x, x[:, :48])])[0].dtype == stored
+
+
 @own_products
 def test_wrong_arguments_are_refused() -> None:
     w = ops.call("pack_matrix", torch.zeros(4, 3), torch.bfloat16, backend="cpu")

@@ -10,6 +10,7 @@ import importlib
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels import reference
@@ -91,7 +92,7 @@ def test_opcheck(name, device) -> None:
     names = [a.name for a in op._schema.arguments if not a.kwarg_only]
     keywords = {k: v for k, v in given.items() if k not in names}
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op, tuple(given[n] for n in names), keywords, test_utils=checks)
+    library.opcheck(op, tuple(given[n] for n in names), keywords, test_utils=checks)
 
 
 @needs_cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import kv_append_ref
@@ -79,4 +80,4 @@ def test_opcheck(device) -> None:
 
     key = torch.randn(3, 2, 8, device=device)
     store = [torch.zeros(4, 2, 8, device=device) for _ in range(2)]
-    torch.library.opcheck(kv_append._OP, (key, key.clone(), torch.arange(3, device=device), *store))
+    library.opcheck(kv_append._OP, (key, key.clone(), torch.arange(3, device=device), *store))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from compare import assert_as_good_as_torch
@@ -99,4 +100,4 @@ def test_wrong_inputs_are_named(device) -> None:
 def test_opcheck(device) -> None:
     from coconut_fast.kernels import latent_feedback
 
-    torch.library.opcheck(latent_feedback._OP, tuple(arrange(torch.float32, device, 8).values()))
+    library.opcheck(latent_feedback._OP, tuple(arrange(torch.float32, device, 8).values()))

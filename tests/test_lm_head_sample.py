@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from coconut_fast.infer.sampling import sample_at
@@ -89,4 +90,4 @@ def test_opcheck(device) -> None:
     from coconut_fast.kernels import lm_head_sample
 
     hidden, weight = (t.to(device) for t in head(2, 16, 9))
-    torch.library.opcheck(lm_head_sample._OP, (hidden, weight))
+    library.opcheck(lm_head_sample._OP, (hidden, weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import ragged_attention_ref
@@ -129,8 +130,8 @@ def test_opcheck(device) -> None:
 
     arguments, options = arrange("tiny", torch.float32, device)
     arguments = tuple(t.nan_to_num(0.0) if t.is_floating_point() else t for t in arguments)
-    torch.library.opcheck(ragged_attention._OP, arguments, options)
+    library.opcheck(ragged_attention._OP, arguments, options)
     out, lse = ragged_attention_ref(*arguments, **options)
     grads = [torch.zeros_like(t) for t in arguments[1:3]]
     inputs = (torch.ones_like(out), *arguments[:3], out, lse, *arguments[3:], *grads)
-    torch.library.opcheck(ragged_attention_backward._OP, inputs, options)
+    library.opcheck(ragged_attention_backward._OP, inputs, options)

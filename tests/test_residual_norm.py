@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from compare import assert_as_good_as_torch
@@ -41,4 +42,4 @@ def test_opcheck(device) -> None:
     from coconut_fast.kernels import residual_norm
 
     x = torch.randn(3, 8, device=device)
-    torch.library.opcheck(residual_norm._OP, (x, torch.ones(8, device=device)), {"residual": x.double().float() * 2})
+    library.opcheck(residual_norm._OP, (x, torch.ones(8, device=device)), {"residual": x.double().float() * 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from coconut_fast import ops
 from compare import assert_as_good_as_torch
@@ -69,4 +70,4 @@ def test_opcheck(device) -> None:
     from coconut_fast.kernels import skinny_linear
 
     x, weight = torch.randn(2, 8, device=device), torch.randn(4, 8, device=device)
-    torch.library.opcheck(skinny_linear._OP, (x, weight), {"activation": "swiglu"})
+    library.opcheck(skinny_linear._OP, (x, weight), {"activation": "swiglu"})

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from coconut_fast import ops
 
-FEW = (
-    64  # rows for which an fp32 weight is not packed: bf16 ones are packed once for all passes, fp32 for every product
-)
+# Rows for which an fp32 weight is not packed: it is packed for every product, to save memory; bf16 ones once for all.
+FEW = 64
 
 
 class Weight:
@@ -26,7 +25,7 @@ class Weight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transposed: bool) -> None:
         self.weight, self.bias, self.dtype, self.transposed = weight, bias, dtype, transposed
-        self.own = _have_own_products(dtype, weight.device) and not (weight.shape[0] % 2 or weight.shape[1] % 2)
+        self.own = not (weight.shape[0] % 2 or weight.shape[1] % 2) and _has_own_products(weight, dtype)
         matrix = weight.T if transposed else weight
         self.matrix = matrix if self.own else matrix.to(dtype)
         self.vector = bias if bias is None else bias.to(dtype)
@@ -67,7 +66,8 @@ class Weight:
         return ops.packed_matmul(x, packed, matrix.shape[1], vector)
 
 
-def _have_own_products(dtype: torch.dtype, device: torch.device) -> bool:
-    if dtype not in (torch.float32, torch.bfloat16) or device.type != "cpu":
+def _has_own_products(weight: Tensor, dtype: torch.dtype) -> bool:
+    ours = (torch.float32, torch.bfloat16)
+    if weight.dtype not in ours or dtype not in ours or not weight.is_cpu:
         return False
-    return ops.choose("packed_matmul", device)[0] == "cpu" and ops.extension().gemm_runs()
+    return ops.choose("packed_matmul", weight.device)[0] == "cpu" and ops.extension().gemm_runs()

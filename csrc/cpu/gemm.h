@@ -3,7 +3,7 @@
 //
 // Packing. The right operand (K, N) is cut into panels of 48 columns. A panel is [step of k][48 columns][k in step],
 // a step being one k in fp32 and two in bf16, so that both take 192 bytes; what is beyond K and N is zero. A kernel
-// multiplies 8 rows with a panel, all of k, in 24 registers of sums. Weights are packed once and used by all passes.
+// multiplies 8 rows with a panel, all of k, in 24 registers of sums. bf16 weights are packed once for all passes.
 //
 // Sums. An element is one fp32 chain through k, then plus bias, then rounded: it depends on nothing but its row, its
 // column and K, however many rows, threads and panels there are. (Gradients of weights: a chain per block of rows.)
@@ -23,10 +23,6 @@ constexpr int64_t kPanelColumns = 48, kTileRows = 8;
 
 inline int64_t steps_of(Dtype dtype, int64_t k) { return dtype == Dtype::bf16 ? (k + 1) / 2 : k; }
 inline int64_t panels_of(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
-// Rows of inputs that stay in the L2 cache.
-inline int64_t block_rows(Dtype dtype, int64_t k) {
-  return std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
-}
 inline int64_t gradient_rows(Dtype dtype) { return 4096 / size_of(dtype); }  // whose panel stays in the L2 cache
 inline int64_t panel_bytes(Dtype dtype, int64_t k) { return steps_of(dtype, k) * kPanelColumns * 4; }
 
@@ -44,7 +40,9 @@ struct Product {
   Dtype dtype;
   int64_t rows, k, n;
 
-  int64_t block() const { return block_rows(dtype, k); }
+  int64_t block() const {  // rows whose inputs stay in the L2 cache
+    return std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
+  }
   int64_t tasks() const { return (rows + block() - 1) / block() * panels_of(n); }
 };
 void multiply(const Product& product, int64_t task);
