@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+TEMPORARY = ".tmp"
+
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
@@ -22,7 +24,7 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the rename stays within one file system; with the process id, so that two processes
     # that write the same file do not write into each other's.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -33,6 +35,12 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files of writers that were killed; `folder` must have no other writer now."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:

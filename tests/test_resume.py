@@ -30,6 +30,7 @@ SPOTS = [
     ("coconut_fast.train.trainer", "answer", 1),  # in an evaluation
     ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
+    ("matplotlib.figure", "Figure.savefig", 1),  # the picture has its temporary name
 ]
 CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3, "warmup_steps": 4}
 

@@ -112,7 +112,8 @@ def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
     records = read_metrics(folder / "metrics.jsonl")
     evaluations = [r for r in records if "eval_accuracy" in r]
     assert [r["stage"] for r in evaluations] == [0, 0, 1, 1, 2, 2]
-    assert {"loss", "grad_norm", "tokens_per_second", "samples_per_second", "stage"} <= records[0].keys()
+    figures = {"loss", "grad_norm", "tokens_per_second", "samples_per_second", "memory_gib", "stage"}
+    assert figures <= records[0].keys()
     assert any("thought_norm" in r for r in records)
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "run.json").read_text())["max_latent_stage"] == 2

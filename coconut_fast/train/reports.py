@@ -16,7 +16,15 @@ from coconut_fast.files import write_atomically
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
 DELAY = 2  # seconds until the progress bar appears
-SHOWN = ("stage", "loss", "eval_accuracy", "tokens_per_second", "thought_norm")
+SHOWN = {  # record -> progress bar
+    "stage": "stage",
+    "loss": "loss",
+    "eval_accuracy": "accuracy",
+    "tokens_per_second": "tokens/s",
+    "samples_per_second": "samples/s",
+    "thought_norm": "thought norm",
+    "memory_gib": "GiB",
+}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -70,7 +78,7 @@ class Report(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self.shown.update({name: f"{logs[name]:.4g}" for name in SHOWN if logs.get(name) is not None})
+        self.shown |= {short: f"{logs[name]:.4g}" for name, short in SHOWN.items() if logs.get(name) is not None}
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -231,8 +232,9 @@ class CoconutTrainer(Trainer):
             if self.thought_norm is not None:
                 logs["thought_norm"] = self.thought_norm.item()
                 self.thought_norm = None
-            if self.args.device.type == "cuda":
-                logs["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            on_gpu = self.args.device.type == "cuda"
+            used = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+            logs["memory_gib"] = used / 2**30
             if skipped := int(self.skipped):
                 logs["skipped_steps"] = skipped
         super().log(logs, start_time)
