@@ -167,6 +167,21 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
         load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["hf.model.embed_tokens.weight", "hf.model.norm.weight", "feedback.3.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float, tmp_path) -> None:
+    hf = make_hf("llama")
+    model = Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings()))
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[5] = value
+    model.save_pretrained(tmp_path)
+    shown = name.removeprefix("hf.")
+    with pytest.raises(
+        ValueError, match=f"path_or_id: .*: the weight {shown} holds NaN or infinite"
+    ):
+        load(tmp_path)
+
+
 def test_unknown_tokens_are_refused(tmp_path) -> None:
     make_hf("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokens: .* has no tokenizer"):

@@ -30,6 +30,7 @@ SPOTS = [
     ("coconut_fast.train.trainer", "answer", 1),  # in an evaluation
     ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
+    ("coconut_fast.model.checkpoints", "write", 1),  # the best model is half-way to its place
     ("matplotlib.figure", "Figure.savefig", 1),  # the picture has its temporary name
 ]
 CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3, "warmup_steps": 4}
@@ -131,7 +132,8 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path) -> None:
     assert start(tmp_path) is None
     run = tmp_path / "runs" / "tiny"
     assert_same(digest(run), digest(undisturbed))
-    assert not [path for path in run.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+    left = [path for folder in (run, run.parent) for path in folder.iterdir() if path.name.startswith(".")]
+    assert not left, "nothing half-written is left"
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
+from coconut_fast.model.checkpoints import check_finite
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Pause, Rescale
 from coconut_fast.model.plan import ModelPlan, describe
@@ -62,9 +63,7 @@ class NativeModel:
         reason = reason_not(model)
         if reason:
             raise ValueError(f"model: cannot run natively: {reason}")
-        for name, tensor in model.hf.named_parameters():
-            if not torch.isfinite(tensor.detach()).all():
-                raise ValueError(f"model: the weight {name} holds NaN or infinite values")
+        check_finite(model, "model")
         plan = describe(model.hf)
         assert isinstance(plan, ModelPlan)
         self.plan = plan
