@@ -44,10 +44,21 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:
-    """ValueError, opened by the setting's `name`, where a file stands in the way of a folder at `path`."""
+    """ValueError, opened by the setting's `name`, where a folder at `path` could be neither written to nor made."""
     for place in (Path(path), *Path(path).parents):
-        if place.is_file():
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(f"{name}: {place} may not be written to, expected a directory that may")
+            return
+        if place.exists():
             raise ValueError(f"{name}: {place} is a file, expected a directory or nothing")
+
+
+def check_file(path: str | os.PathLike[str], name: str) -> None:
+    """ValueError, opened by the setting's `name`, where no file could be written at `path`."""
+    if Path(path).is_dir():
+        raise ValueError(f"{name}: {Path(path)} is a directory, expected a file or nothing")
+    check_folder(Path(path).parent, name)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:

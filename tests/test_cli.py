@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -205,6 +206,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert f"--out: {in_the_way}" in fails(capsys, 2, "eval", run, data, "--out", data)
     assert f"--out: {in_the_way}" in fails(capsys, 2, "demo", "--out", data)
     assert f"target: {in_the_way}" in fails(capsys, 2, "convert", "model", run, data)
+    assert f"file: {in_the_way}" in fails(capsys, 2, "data", "graphs", data / "x.json")
+    folder_there = f"{tmp_path} is a directory, expected a file or nothing"
+    assert f"file: {folder_there}" in fails(capsys, 2, "data", "prosqa", tmp_path)
+    assert f"target: {folder_there}" in fails(capsys, 2, "convert", "official", run, tmp_path)
+    assert f"target: {folder_there}" in fails(capsys, 2, "convert", "icot", data, tmp_path)
     (tmp_path / "bad.json").write_text('[{"question": "q", "steps": [], "answer": 5}]')
     assert "record 1, field 'answer': found a number (5)" in fails(capsys, 2, "eval", run, tmp_path / "bad.json")
 
@@ -238,7 +244,25 @@ def test_progress_bars_come_late_from_one_process_and_write_little_to_log_files(
     assert 1 <= few.count("/50 [") < many.count("/50 [") / 2
 
 
-def test_failures_while_running_exit_1(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in the way").write_text("")
-    target = tmp_path / "in the way" / "data.json"
-    assert fails(capsys, 1, "data", "graphs", target, "--count", "1").startswith("coconut-fast: error: ")
+def test_places_that_may_not_be_written_to_are_refused_before_work(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = trained / "runs" / "run", trained / "val.json"
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write anywhere
+    refused = f"{tmp_path} may not be written to"
+    assert f"file: {refused}" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "1000000000")
+    assert f"--out: {refused}" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "a" / "b")
+    assert f"save_path: {refused}" in fails(capsys, 2, "train", trained / "recipe.yaml", f"save_path={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failures_while_running_exit_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    error = fails(capsys, 1, "data", "graphs", tmp_path / "data.json", "--count", "1")
+    assert error == "coconut-fast: error: [Errno 28] No space left on device"
+    assert list(tmp_path.iterdir()) == []

@@ -70,11 +70,12 @@ def _official(arguments: argparse.Namespace) -> int:
     import torch
 
     from coconut_fast.commands.common import find_model
-    from coconut_fast.files import write_atomically
+    from coconut_fast.files import check_file, write_atomically
     from coconut_fast.model.checkpoints import REFERENCE_PREFIX, load
     from coconut_fast.model.feedback import name_of
 
     quiet()
+    check_file(arguments.target, "target")
     model = load(find_model(arguments.source))
     if name_of(model.feedback) != "identity":
         raise ValueError(
@@ -90,7 +91,9 @@ def _official(arguments: argparse.Namespace) -> int:
 def _icot(arguments: argparse.Namespace) -> int:
     from coconut_fast.data.examples import write_examples
     from coconut_fast.data.gsm8k import read_gsm8k
+    from coconut_fast.files import check_file
 
+    check_file(arguments.target, "target")
     examples = read_gsm8k(arguments.source)
     write_examples(arguments.target, examples)
     return _wrote(f"{len(examples)} problems to {arguments.target}")

@@ -77,8 +77,12 @@ def _graphs(arguments: argparse.Namespace) -> int:
 
 
 def _count(arguments: argparse.Namespace) -> int:
+    """--count, once it is certain that the problems can be written."""
+    from coconut_fast.files import check_file
+
     if arguments.count < 1:
         raise ValueError(f"--count: found {arguments.count}, expected 1 or more")
+    check_file(arguments.file, "file")
     return arguments.count
 
 

@@ -155,6 +155,8 @@ def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken JSON on line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+        raise ValueError(f"{path}: broken JSON: {error}") from error
     if not records:
         raise ValueError(f"{path}: the list is empty; expected at least one record")
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
@@ -173,6 +175,8 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
                 f"{where}: broken JSON at column {error.colno}: {error.msg}; expected one whole record per line, "
                 'or a file that is one JSON list ("[...]")'
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{where}: broken JSON: {error}") from error
     return records
 
 
