@@ -176,9 +176,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
         model.get_parameter(name).view(-1)[5] = value
     model.save_pretrained(tmp_path)
     shown = name.removeprefix("hf.")
-    with pytest.raises(
-        ValueError, match=f"path_or_id: .*: the weight {shown} holds NaN or infinite"
-    ):
+    with pytest.raises(ValueError, match=f"path_or_id: .*: the weight {shown} holds NaN or infinite"):
         load(tmp_path)
 
 
