@@ -209,14 +209,25 @@ def test_a_row_that_stands_still_writes_nothing_to_the_cache(device) -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 def test_golden_tokens(golden: Path, architecture: str, monkeypatch) -> None:
     """The official code's greedy answers, by replayed passes; in groups that hold prompts of one form."""
-    meta = json.loads((golden / architecture / "meta.json").read_text())
-    ids = LatentTokens(start=meta["start_id"], thought=meta["latent_id"], end=meta["end_id"], eos=meta["eos_id"])
-    model = load(golden / architecture, tokens=ids)
     monkeypatch.setattr(engine, "choose_runner", lambda model: (keep.lease, "asked for"))
+    _assert_golden_tokens(golden / architecture, "cpu")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_golden_tokens_on_a_gpu(golden: Path, architecture: str) -> None:
+    _assert_golden_tokens(golden / architecture, "cuda")
+
+
+def _assert_golden_tokens(folder: Path, device: str) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    ids = LatentTokens(start=meta["start_id"], thought=meta["latent_id"], end=meta["end_id"], eos=meta["eos_id"])
+    model = load(folder, tokens=ids, device=device)
     for case in meta["cases"].values():
         rows = case["generate"]
         output = generate(model, [r["prompt"] for r in rows], max_new_tokens=24)
-        assert "fused kernels" in output.stats.reason
+        assert output.stats.backend == "graph" and "fused kernels" in output.stats.reason
         for row, answer in zip(rows, output.token_ids, strict=True):
             expected = row["tokens"][len(row["prompt"]) :]
             expected = expected[: expected.index(meta["eos_id"])] if meta["eos_id"] in expected else expected
