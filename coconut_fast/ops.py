@@ -35,6 +35,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "matmul": ("onednn", "torch"),
     "pack_matrix": ("cpu", "torch"),
     "packed_matmul": ("cpu", "torch"),
+    "few_rows_matmul": ("cpu", "torch"),
     "weight_gradient": ("cpu", "torch"),
     "gelu": ("cpu", "torch"),
     "gelu_backward": ("cpu", "torch"),

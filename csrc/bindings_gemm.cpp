@@ -61,6 +61,28 @@ static at::Tensor packed_matmul(const at::Tensor& x, const at::Tensor& packed, i
   return y;
 }
 
+static at::Tensor few_rows_matmul(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+  if (check("few_rows_matmul", "x", x) != Dtype::f32) refuse("few_rows_matmul: x is ", describe(x), "; expected Float");
+  check("few_rows_matmul", "matrix", matrix);
+  check_type("few_rows_matmul", "matrix", matrix, at::kFloat);
+  const int64_t rows = x.size(0), k = x.size(1), n = matrix.size(1);
+  if (matrix.size(0) != k) refuse("few_rows_matmul: matrix is ", describe(matrix), "; expected ", k, " rows");
+  if (bias) {
+    check_type("few_rows_matmul", "bias", *bias, at::kFloat);
+    check_shape("few_rows_matmul", "bias", *bias, {n});
+  }
+  const at::Tensor inputs = x.contiguous();
+  const at::Tensor w = matrix.stride(0) == 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+  if (!k) return bias ? bias->expand({rows, n}).clone() : at::zeros({rows, n}, x.options());
+  at::Tensor y = at::empty({rows, n}, x.options());
+  const Few product{inputs.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
+                    {w.const_data_ptr(), Dtype::f32, w.stride(0), w.stride(1)}, y.mutable_data_ptr<float>(), rows, k, n};
+  py::gil_scoped_release release;
+  at::parallel_for(0, panels_of(n), std::max<int64_t>(1, kGrain / (std::max<int64_t>(1, rows) * k * kPanelColumns)),
+                   [&](int64_t first, int64_t last) { multiply(product, first, last); });
+  return y;
+}
+
 static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& into,
                                   const std::optional<at::Tensor>& column_sums) {
   const auto dtype = check("weight_gradient", "left", left);
@@ -104,11 +126,13 @@ static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& righ
 }
 
 void bind_gemm(py::module_& m) {
-  m.def("gemm_runs", &gemm_runs, "Whether this machine runs the three functions below: AVX512-BF16 and no AMX.");
+  m.def("gemm_runs", &gemm_runs, "Whether this machine runs the functions below: AVX512-BF16 and no AMX.");
   m.def("pack_matrix", &pack_matrix, py::arg("matrix"), py::arg("dtype"),
         "A matrix (K, N) in any layout, fp32 or bf16, as packed_matmul wants it in `dtype`: (panels, values of one).");
   m.def("packed_matmul", &packed_matmul, py::arg("x"), py::arg("packed"), py::arg("n"), py::arg("bias") = py::none(),
         "x (M, K) times pack_matrix(a matrix (K, n)) plus bias (n,) -> (M, n); all of one dtype.");
+  m.def("few_rows_matmul", &few_rows_matmul, py::arg("x"), py::arg("matrix"), py::arg("bias") = py::none(),
+        "x (M, K) times a matrix (K, N) in any layout plus bias (N,) -> (M, N); fp32.");
   m.def("weight_gradient", &weight_gradient, py::arg("left"), py::arg("right"), py::arg("into") = py::none(),
         py::arg("column_sums") = py::none(),
         "left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place; the sums of right's "

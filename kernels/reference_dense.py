@@ -126,6 +126,11 @@ def packed_matmul_ref(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = N
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def few_rows_matmul_ref(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K) times a matrix (K, N) in any layout plus bias (N,)."""
+    return matmul_ref(x, matrix, bias)
+
+
 def weight_gradient_ref(
     left: Tensor, right: Tensor, into: Tensor | None = None, column_sums: Tensor | None = None
 ) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coconut_fast import ops
-from coconut_fast.model.weight import Weight
+from coconut_fast.model.weight import FEW, Weight
 from tests.compare import assert_as_good_as_torch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -39,6 +39,22 @@ def test_packed_matmul(backend: str, dtype: torch.dtype, source: torch.dtype, tu
     assert plain.dtype == biased.dtype == dtype
     assert_as_good_as_torch(plain, x @ w, exact, what="product")
     assert_as_good_as_torch(biased, torch.addmm(bias, x, w), exact + bias.double(), what="with bias")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("shape", [*SHAPES, (13, 300, 130), (3, 0, 5), (2, 129, 1)], ids=str)
+def test_few_rows_matmul(backend: str, layout: str, shape: tuple) -> None:
+    m, k, n = shape
+    x, w, bias = draw(m, k), draw(k, n, seed=1), draw(n, seed=2)
+    laid = {"rows": w, "columns": w.T.contiguous().T, "neither": draw(2 * k, 3 * n)[::2, ::3].copy_(w)}[layout]
+    exact = x.double() @ w.double()
+    plain = ops.call("few_rows_matmul", x, laid, backend=backend)
+    biased = ops.call("few_rows_matmul", x, laid, bias, backend=backend)
+    assert_as_good_as_torch(plain, x @ w, exact, what="product")
+    assert_as_good_as_torch(biased, torch.addmm(bias, x, w), exact + bias.double(), what="with bias")
+    if backend == "cpu":  # one chain of sums, like the packed product
+        packed = ops.call("pack_matrix", w, torch.float32, backend=backend)
+        assert torch.equal(biased, ops.call("packed_matmul", x, packed, n, bias, backend=backend))
 
 
 @DTYPES
@@ -95,7 +111,7 @@ def test_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) ->
     w, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (draw(k, n), draw(n, seed=1)))
     weight = Weight(w.T.contiguous() if transposed else w, bias, dtype, transposed)
     w, bias, pairs = w.to(dtype), bias.to(dtype), []
-    for rows in (3, 80):
+    for rows in (3, FEW + 5):
         x, grad = draw(rows, k, seed=2).to(dtype), draw(rows, n, seed=3).to(dtype)
         pairs.append((x, grad))
         truth = x.double() @ w.double() + bias.double()
@@ -128,6 +144,11 @@ def test_wrong_arguments_are_refused() -> None:
         "dtype is Half": lambda: ops.call("pack_matrix", torch.zeros(2, 2), torch.float16, backend="cpu"),
         "packed is BFloat16": lambda: ops.call("packed_matmul", torch.zeros(2, 4), w, 3, backend="cpu"),
         "packed is .*expected": lambda: ops.call("packed_matmul", torch.zeros(2, 6).bfloat16(), w, 3, backend="cpu"),
+        "matrix is .*3 rows": lambda: ops.call("few_rows_matmul", torch.zeros(2, 3), torch.zeros(4, 3), backend="cpu"),
+        "x is BFloat16": lambda: ops.call("few_rows_matmul", w, torch.zeros(4, 3), backend="cpu"),
+        "bias is": lambda: ops.call(
+            "few_rows_matmul", torch.zeros(2, 4), torch.zeros(4, 3), torch.zeros(2), backend="cpu"
+        ),
         "3 columns": lambda: ops.call("packed_matmul", torch.zeros(2, 3).bfloat16(), w, 3, backend="cpu"),
         "as many rows": lambda: ops.call("weight_gradient", torch.zeros(2, 3), torch.zeros(3, 3), backend="cpu"),
         "column_sums is": lambda: ops.call(

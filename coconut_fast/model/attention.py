@@ -65,7 +65,7 @@ def attend(
     }
     if reads:
         query = query.index_select(2, reads.at)
-    query_THK, key_THK, value_THK = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     query_THK = query_THK.contiguous()  # keys and values are copied to the cache as they lie
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
         orders = ragged.cache.order  # None in a sealed cache: a checkpointed pass that runs again

@@ -142,7 +142,7 @@ class Coconut(nn.Module):
                 use_cache=False,
                 ragged=ragged,
             )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Activation checkpointing per pass. What the trainer of transformers calls; its options are about layers."""

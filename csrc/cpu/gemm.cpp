@@ -16,6 +16,8 @@
 #define KERNEL_LEVEL 3
 namespace coconut_fast::avx512_bf16 {
 #include "cpu/gemm_kernel.h"
+
+#include "cpu/gemm_few_kernel.h"
 }
 #pragma GCC pop_options
 
@@ -32,6 +34,10 @@ void multiply(const Product& p, int64_t task) {
   const int64_t panels = panels_of(p.n), first = task / panels * p.block(), last = std::min(p.rows, first + p.block());
   if (p.dtype == Dtype::bf16) avx512_bf16::multiply_block<Dtype::bf16>(p, first, last, task % panels);
   else avx512_bf16::multiply_block<Dtype::f32>(p, first, last, task % panels);
+}
+
+void multiply(const Few& f, int64_t first, int64_t last) {
+  avx512_bf16::multiply_few(f, first, last);
 }
 
 void gather(const Gradient& g, int64_t task) {
@@ -51,6 +57,7 @@ namespace coconut_fast {
 bool gemm_runs() { return false; }
 void pack_panel(const Matrix&, int64_t, int64_t, int64_t, Dtype, char*) {}
 void multiply(const Product&, int64_t) {}
+void multiply(const Few&, int64_t, int64_t) {}
 void gather(const Gradient&, int64_t) {}
 void add(const Gradient&, int64_t, char*) {}
 

@@ -47,6 +47,16 @@ struct Product {
 };
 void multiply(const Product& product, int64_t task);
 
+// The same in fp32 for few rows and w (k, n) as it lies, its rows or its columns contiguous: at the speed of memory,
+// where packing for one product would take three times that. A task is a range of panels, [first, last) of panels_of(n).
+struct Few {
+  const float *x, *bias;
+  Matrix w;
+  float* y;
+  int64_t rows, k, n;
+};
+void multiply(const Few& product, int64_t first, int64_t last);
+
 // total (m, n) fp32 += left (rows, m)^T right (rows, n), both of `dtype` and row-contiguous, at most gradient_rows() of
 // them; column_sums (n,) fp32 or null += the sums of right's columns. First `gather` packs left, then `add` packs a panel
 // of right into `panel` and multiplies.

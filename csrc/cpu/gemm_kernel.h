@@ -43,6 +43,19 @@ static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
   return bits<WordVec>(_mm512_cvtne2ps_pbh(load<__m512>(x + W), load<__m512>(x)));
 }
 
+// Sixteen vectors as a matrix -> its transpose.
+static INLINE void turn(Vec (&x)[W]) {
+  const auto exchange_all = [&]<int w>(std::integral_constant<int, w>) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & w)) exchange<w>(x[i], x[i + w], std::make_integer_sequence<int, W>());
+  };
+  exchange_all(std::integral_constant<int, 1>());
+  exchange_all(std::integral_constant<int, 2>());
+  exchange_all(std::integral_constant<int, 4>());
+  exchange_all(std::integral_constant<int, 8>());
+}
+
 template <Dtype kTo>
 static INLINE uint32_t word(const Matrix& w, int64_t k, int64_t column, int64_t rows, int64_t columns) {
   if (column >= columns || k >= rows) return 0;
@@ -67,12 +80,10 @@ static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t ro
           put(s, column, row_words<kTo>(w, s * kStep, column));
         }
       } else if (inside && w.row_stride == 1) {
-        alignas(64) uint32_t turned[W][W];
-        for (int c = 0; c < W; ++c) {
-          const WordVec words = column_words<kTo>(w, step * kStep, column + c);
-          for (int s = 0; s < W; ++s) turned[s][c] = words[s];
-        }
-        for (int s = 0; s < W; ++s) put(step + s, column, load<WordVec>(turned[s]));
+        Vec words[W];
+        for (int c = 0; c < W; ++c) words[c] = bits<Vec>(column_words<kTo>(w, step * kStep, column + c));
+        turn(words);
+        for (int s = 0; s < W; ++s) put(step + s, column, bits<WordVec>(words[s]));
       } else {
         for (int64_t s = step; s < std::min(step + W, steps); ++s) {
           WordVec words;
@@ -103,14 +114,25 @@ struct Sums {
   Vec of[kTileRows][kVecs];
 };
 
-// kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel.
-template <Dtype kDtype, int kRows>
-static INLINE Sums tile(const char* x, size_t row, size_t next, const char* panel, int64_t steps) {
-  Vec sums[kRows][kVecs] = {};
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
+// `start` plus kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel, whose steps are
+// `stride` bytes apart; fetch(s) meanwhile.
+template <Dtype kDtype, int kRows, typename Fetch = Nothing>
+static INLINE Sums tile(const char* x, size_t row, size_t next, const char* panel, int64_t steps,
+                        size_t stride = kPanelColumns * 4, const Sums& start = {}, const Fetch& fetch = {}) {
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVecs; ++j) sums[m][j] = start.of[m][j];
   for (int64_t s = 0; s < steps; ++s) {
     WordVec b[kVecs];
 #pragma GCC unroll 3
     for (int j = 0; j < kVecs; ++j) b[j] = load<WordVec>(panel + j * sizeof(WordVec));
+    fetch(s);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const WordVec a = load<uint32_t>(x + m * row) - WordVec{};
@@ -118,7 +140,7 @@ static INLINE Sums tile(const char* x, size_t row, size_t next, const char* pane
       for (int j = 0; j < kVecs; ++j) sums[m][j] = multiply_add<kDtype>(sums[m][j], a, b[j]);
     }
     x += next;
-    panel += sizeof b;
+    panel += stride;
   }
   Sums result;
 #pragma GCC unroll 8
@@ -157,14 +179,19 @@ static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, 
   }
 }
 
+// `task(rows, row)` for 8 rows, a constant, at a time from `row` on; then 4, then one by one.
+template <typename Task>
+static INLINE void by_rows(int64_t row, int64_t last, const Task& task) {
+  for (; row + 8 <= last; row += 8) task(std::integral_constant<int, 8>(), row);
+  for (; row + 4 <= last; row += 4) task(std::integral_constant<int, 4>(), row);
+  for (; row < last; ++row) task(std::integral_constant<int, 1>(), row);
+}
+
 template <Dtype kDtype>
 static void multiply_block(const Product& p, int64_t first, int64_t last, int64_t panel) {
   const char* packed = p.packed + panel * panel_bytes(kDtype, p.k);
   const int64_t column = panel * kPanelColumns;
-  int64_t row = first;
-  for (; row + 8 <= last; row += 8) multiply_rows<kDtype, 8>(p, row, column, packed);
-  for (; row + 4 <= last; row += 4) multiply_rows<kDtype, 4>(p, row, column, packed);
-  for (; row < last; ++row) multiply_rows<kDtype, 1>(p, row, column, packed);
+  by_rows(first, last, [&](auto rows, int64_t row) { multiply_rows<kDtype, rows>(p, row, column, packed); });
 }
 
 // ---- gradients of weights -----------------------------------------------------------------------------------------
