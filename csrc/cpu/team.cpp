@@ -49,7 +49,7 @@ Team::~Team() {
   for (auto& thread : threads_) thread.join();
 }
 
-void Team::run(const std::function<void(int)>& job) {
+void Team::start(const std::function<void(int)>& job) {
   if (getpid() != process_)
     throw std::runtime_error("the native engine was made before this process forked; make a new one in the child");
   job_ = &job;

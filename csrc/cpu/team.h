@@ -20,13 +20,17 @@ class Team {
 
   // job(thread) on every thread, the caller being thread 0; returns when all are done. Throws std::runtime_error in a
   // process forked after the team was made: its threads are not there.
-  void run(const std::function<void(int)>& job);
+  template <class Job>
+  void run(const Job& job) {
+    start(std::cref(job));  // a function that holds no more than a reference is made without allocating memory
+  }
 
   // Inside a job: waits until every thread is here; meanwhile fetches from `at` on, up to `end`.
   void barrier();
   void barrier(const char*& at, const char* end);
 
  private:
+  void start(const std::function<void(int)>& job);
   void work(int thread);
 
   const int size_;
