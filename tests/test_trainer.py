@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from coconut_fast import generate, load
 from coconut_fast.data.batch import collate
 from coconut_fast.data.curriculum import METHODS
+from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import Problems
@@ -228,6 +229,9 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> N
 def test_refuses_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_path: problem \d+ has \d+ tokens at stage 0, expected at most the 12"):
         run(tiny(tmp_path, model={**MODEL, "n_positions": 12}))
+    write_examples(tmp_path / "long.json", [*chains(3), Example("go " + "on " * 80, ["ada to bo"], "bo")])
+    with pytest.raises(ValueError, match=r"val_path: problem 4 has \d+ tokens at stage 0, expected at most the 64"):
+        run(tiny(tmp_path, val_path=str(tmp_path / "long.json")))
     with pytest.raises(
         ValueError, match=r"train.json: record 1: the field 'edges' is missing; expected a problem with"
     ):

@@ -45,8 +45,8 @@ class StageRows(Dataset):
             for e in self.problems.fixed
         ]
 
-    def check(self, stages: Sequence[int], max_positions: int | None) -> None:
-        """ValueError for the first row of any stage that is longer than the model's positions."""
+    def check(self, stages: Sequence[int], max_positions: int | None, name: str = "train_path") -> None:
+        """ValueError for the first row of any stage that is longer than the model's positions; `name`: the setting."""
         if max_positions is None:
             return
         for idx, example in enumerate(self.problems.fixed):
@@ -58,7 +58,7 @@ class StageRows(Dataset):
                 length = len(self[idx, 0, stage][1])
                 if length > max_positions:
                     raise ValueError(
-                        f"train_path: problem {idx + 1} has {length} tokens at stage {stage}, expected at most the "
+                        f"{name}: problem {idx + 1} has {length} tokens at stage {stage}, expected at most the "
                         f"{max_positions} positions of the model"
                     )
 

@@ -71,6 +71,9 @@ class CoconutTrainer(Trainer):
         self.rows = StageRows(problems, self.curriculum, model.tokens, settings.seed)
         self.rows.check(range(self.schedule.last_stage + 1), model.max_positions)
         self.validation = validation
+        if validation is not None:
+            held_out = StageRows(validation, self.curriculum, model.tokens, settings.seed)
+            held_out.check(range(self.schedule.last_stage + 1), model.max_positions, "val_path")
         self.run = RunState()
         self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
         model.detach_after = settings.detach_after
@@ -108,6 +111,10 @@ class CoconutTrainer(Trainer):
         if self.settings.fsdp and not self.is_fsdp_enabled and self.args.world_size > 1:
             sharding.enable(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+        if self.settings.precision == "fp16" and self.accelerator.scaler is None:
+            # On a CPU accelerate would go on in fp32 without a word.
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
 
     # ---- data
 
