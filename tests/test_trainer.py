@@ -153,14 +153,25 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", None])
-@pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights", "fp16"])
 def test_precisions(tmp_path: Path, precision: str, device: str | None) -> None:
     settings = {"precision": precision, "device": device, "feedback": "projection"}
     folder = run(tiny(tmp_path, **settings, num_epochs=3, eval_examples=2))
     model = load(folder)
-    assert model.dtype == (torch.float32 if precision == "bf16" else torch.bfloat16)
+    assert model.dtype == (torch.bfloat16 if precision == "bf16_weights" else torch.float32)
     losses = [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     assert losses[-1] < losses[0]
+
+
+def test_halves_are_computed_in_halves(tmp_path: Path) -> None:
+    """accelerate goes on in fp32 where it has no scaler for a device."""
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        trainer = make_trainer(tmp_path, **EXACT, precision=precision)
+        trainer.train()
+        losses[precision] = torch.tensor([r["loss"] for r in trainer.state.log_history if "loss" in r])
+    off = {name: (values - losses["fp32"]).abs().max() for name, values in losses.items()}
+    assert 0 < off["fp16"] < off["bf16"] < 0.1
 
 
 def test_symbols(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ class CoconutTrainer(Trainer):
             raise NonFiniteError(self._non_finite_message())
 
     def _non_finite_message(self) -> str:
-        file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}.json"
+        own = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""  # each has rows of its own
+        file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}{own}.json"
         names = ("problem", "epoch", "stage")
         write_json(
             file,
