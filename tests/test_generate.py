@@ -144,6 +144,13 @@ def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
     assert torch.equal(after.thoughts[0], generate(load(tmp_path), [row], **options).thoughts[0])
 
 
+def test_tensors_are_prompts_and_numbers_may_be_large(model) -> None:
+    expected = generate(model, [[1, 2], [3, 4]], temperature=1.0, seed=2**70, max_new_tokens=4).token_ids
+    options = {"temperature": 1, "seed": 2**70, "top_k": 2**40, "max_new_tokens": 4}
+    assert generate(model, torch.tensor([[1, 2], [3, 4]]), **options).token_ids == expected
+    assert generate(model, [torch.tensor([1, 2]), (3, 4)], **options).token_ids == expected
+
+
 def test_no_prompts() -> None:
     model, _ = make_pair("gpt2")
     assert generate(model, []).token_ids == []
@@ -163,6 +170,17 @@ def test_no_prompts() -> None:
         ([[1], []], {}, "prompt 1 is empty"),
         ("", {}, "prompt 0 is empty"),
         ([1, 2], {}, "one flat list of ints"),
+        (torch.tensor([1, 2]), {}, "one flat list of ints"),
+        (None, {}, "prompts: expected a string, strings, or lists of token ids; found None"),
+        ([[1], None], {}, "prompt 1 is None, expected a string or a list of token ids"),
+        ([[1, 2.5]], {}, "prompt 0 holds something that is no token id: 'float'"),
+        ([[1, 2]], {"num_thoughts": 1.5}, "num_thoughts: expected an int, one per prompt, or None; found 1.5"),
+        ([[1, 2]], {"temperature": "hot"}, "temperature: expected a finite number of at least 0, found 'hot'"),
+        ([[1, 2]], {"temperature": float("nan")}, "temperature: expected"),
+        ([[1, 2]], {"top_p": "x"}, "top_p: expected"),
+        ([[1, 2]], {"seed": 1.5}, "seed: expected an int or None, found 1.5"),
+        ([[1, -2]], {}, "prompt 0 holds token id -2, expected 0 to"),
+        ([[1, 2]], {"num_samples": 10**9}, "batch_size: a cache of 1000000000 rows needs .* GB"),
         ([[1, VOCAB]], {}, f"prompt 0 holds token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         ([[94, 1]], {}, "prompt 0 starts with a thought"),
         ([[1] * 250], {"max_new_tokens": 8}, "more than the 256 positions"),

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import psutil
@@ -75,10 +76,12 @@ def generate(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{name}: expected an int of at least {low}, found {value!r}")
-    if not temperature >= 0 or temperature == float("inf"):
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least 0, found {temperature!r}")
-    if not 0 < top_p <= 1:
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p!r}")
+    if seed is not None and not isinstance(seed, Integral):
+        raise ValueError(f"seed: expected an int or None, found {seed!r}")
     if not isinstance(model, Coconut):
         from coconut_fast.model.checkpoints import load
 
@@ -86,7 +89,9 @@ def generate(
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
     if seed is None:
         seed = int(torch.randint(2**62, ())) if temperature else 0
-    engine = Engine(model, read, max_new_tokens, Sampling(temperature, top_k, top_p), seed, num_samples, batch_size)
+    engine = Engine(
+        model, read, max_new_tokens, Sampling(temperature, min(top_k, 2**31 - 1), top_p), seed, num_samples, batch_size
+    )
     engine.keep_thoughts = return_thoughts
     was_training = model.training
     model.eval()
@@ -132,7 +137,6 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.num_samples = num_samples
         self.keep_thoughts = False
-        self.seeds = _seeds(prompts, seed, num_samples)
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         answers = max(1, len(prompts) * num_samples)
@@ -141,6 +145,7 @@ class Engine:
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
         num_slots = batch_size * (-(-longest // 16) + 1) * 16
         check_memory(model, num_slots, batch_size)
+        self.seeds = _seeds(prompts, seed, num_samples)
         runner, reason = choose_runner(model)
         self.runner = runner(
             model,

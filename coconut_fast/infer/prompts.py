@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 from coconut_fast.model.coconut import Coconut
 
@@ -33,12 +34,17 @@ def read_prompts(
     max_new_tokens: int,
 ) -> list[Prompt]:
     """Checks everything before any work: ValueError names the prompt, what was found and what is expected."""
+    expected = "prompts: expected a string, strings, or lists of token ids; found"
     if isinstance(prompts, str):
         prompts = [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
-        raise ValueError("prompts: expected a string, strings, or lists of token ids; found one flat list of ints")
+    elif not isinstance(prompts, Iterable):
+        raise ValueError(f"{expected} {prompts!r}")
+    elif any(isinstance(p, int) or getattr(p, "shape", None) == () for p in prompts if not isinstance(p, str)):
+        raise ValueError(f"{expected} one flat list of ints")
     if num_thoughts is None or isinstance(num_thoughts, int):
         counts: list[int | None] = [num_thoughts] * len(prompts)
+    elif not isinstance(num_thoughts, Iterable):
+        raise ValueError(f"num_thoughts: expected an int, one per prompt, or None; found {num_thoughts!r}")
     else:
         counts = list(num_thoughts)
         if len(counts) != len(prompts):
@@ -53,6 +59,8 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ValueError(f"num_thoughts: expected an int of at least 0 for prompt {i}, found {count!r}")
     tokens = model.tokens
+    if not isinstance(prompt, Iterable):
+        raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
         raise ValueError(f"prompts: prompt {i} is empty")
     if isinstance(prompt, str):
@@ -60,7 +68,10 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
         if count is None and tokens.thought not in ids:
             count = model.settings.num_thoughts
     else:
-        ids = [int(t) for t in prompt]
+        try:
+            ids = [index(t) for t in prompt]
+        except TypeError as error:
+            raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
     if count is not None:
         ids = with_thoughts(model, ids, count)
     vocabulary = model.hf.get_input_embeddings().weight.shape[0]
