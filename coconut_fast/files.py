@@ -16,17 +16,20 @@ TEMPORARY = ".tmp"
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder.
+    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder or a device.
     """
     target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"cannot write a file at {target}: a folder is there")
+    if target.exists() and not target.is_file():  # the rename would put a file in a device's place
+        raise ValueError(f"cannot write a file at {target}: a {'folder' if target.is_dir() else 'device'} is there")
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the rename stays within one file system; with the process id, so that two processes
     # that write the same file do not write into each other's.
     temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with (
+            naming(target),
+            open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file,
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,6 +38,16 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block names `path`, where it names no file: a full disk does not say what did not fit."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -110,12 +110,17 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"not": object()})
     assert path.read_text() == "old"
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"), write_atomically(path):
+        raise OSError(28, "No space left on device")  # as a full disk says it, without a name
     with write_atomically(path, binary=True) as file:
         file.write(b"\0\1")
     assert path.read_bytes() == b"\0\1"
     write_json(path, {"ä": [1]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1]}
     with pytest.raises(ValueError, match="a folder is there"), write_atomically(tmp_path):
+        pass
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a device is there"), write_atomically(tmp_path / "pipe"):
         pass
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from coconut_fast.files import write_atomically
+from coconut_fast.files import naming, write_atomically
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
@@ -76,7 +76,7 @@ class Report(TrainerCallback):
             return
         record = {"step": state.global_step, **logs}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.shown |= {short: f"{logs[name]:.4g}" for name, short in SHOWN.items() if logs.get(name) is not None}
         if self.bar is not None:

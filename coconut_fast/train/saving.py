@@ -41,10 +41,13 @@ def appearing(target: Path) -> Iterator[Path]:
         os.rename(temporary, target)
         sync_folder(target.parent)
     except Exception as error:
+        free = shutil.disk_usage(target.parent).free  # torch says nothing about it
         shutil.rmtree(temporary, ignore_errors=True)
         older = [folder.name for folder in checkpoints(target.parent)]
         left = f"{older[-1]} is intact" if older else "there is no older checkpoint"
-        raise OSError(f"{target} could not be written ({_first_line(error)}); {left}") from error
+        raise OSError(
+            f"{target} could not be written ({_first_line(error)}; {free / 1e6:.1f} MB were free); {left}"
+        ) from error
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
