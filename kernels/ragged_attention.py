@@ -9,7 +9,8 @@ Shapes: query (T, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32
 row_offsets int32 (B+1,). A tile holds BLOCK_M pairs (query, head of the group), so grouped heads share their loads and
 short rows still fill tensor-core tiles; keys come through the page table in 128-bit loads.
 4 T H L K flops (half under the causal mask): bound by the tensor cores for prompts, by latency for a few queries.
-A call with one query in every row and no dropout is decode_attention's. Registers at most 242 (240 with Triton 3.7.1).
+A call with one query in every row and no dropout is decode_attention's. Registers at most 242 (240 with Triton 3.7.1);
+in fp32 heads wider than 64 may spill some words.
 The derivative is in ragged_attention_backward.py.
 """
 
@@ -130,7 +131,7 @@ def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, 
     """BLOCK_M, BLOCK_N, warps, stages for `pairs` queries x heads of a group and head vectors of `width` elements."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
-        return min(m, 32), 16 if m == 16 or width > 64 else 32, 4 if width <= 128 else 8, 1
+        return min(m, 32), 16 if m == 16 or width > 64 else 32, 4 if width <= 64 else 8, 1
     if width > 128 or (width > 64 and arch < 90):
         return min(m, 64), 32, 4, 2
     return min(m, 128), 64, 4 if m <= 64 else 8, 3 if width <= 64 else 2

@@ -11,7 +11,7 @@ kv head, runs over their queries in order, and adds its sums to the buffers once
 bits every time, and rows of one call must not share pages.
 10 T H L K flops (half under the causal mask), bound by the tensor cores for prompts. For a few queries bound by memory:
 the buffers' bytes are read and written once a call (16 bytes a position, head and component), in 128-bit accesses.
-Registers at most 255.
+Registers at most 255; in fp32 heads wider than 64 may spill some words.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, 
     """BLOCK_M, BLOCK_N, warps, stages of the dq kernel, for `pairs` queries x heads of a group."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
-        return 16, 16, 4, 1
+        return 16, 16, 4 if width <= 64 else 8, 1
     if width > 128:
         return min(m, 32), 32, 8, 1
     return min(m, 64), 64, 4 if width <= 64 else 8, 2
@@ -165,7 +165,7 @@ def _key_tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, i
     """The same for dk and dv; a program's own positions are BLOCK_N, its steps BLOCK_M."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
-        return min(m, 32), 32 if width <= 64 else 16, 4 if width <= 128 else 8, 1
+        return min(m, 32), 32 if width <= 64 else 16, 4 if width <= 64 else 8, 1
     if width > 128:
         return min(m, 32), 32, 8, 1
     if arch < 90:
