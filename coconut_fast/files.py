@@ -16,7 +16,8 @@ TEMPORARY = ".tmp"
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder or a device.
+    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder or a
+    device.
     """
     target = Path(path)
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
