@@ -122,7 +122,7 @@ static at::Tensor ragged_attention_backward(const at::Tensor& grad_out, const at
                                             const at::Tensor& page_table, const at::Tensor& rows,
                                             const at::Tensor& row_offsets, const at::Tensor& lengths,
                                             const at::Tensor& grad_keys, const at::Tensor& grad_values,
-                                            int64_t page_size, double scaling, int64_t window, double softcap,
+                                            const std::optional<at::Tensor>& grads_from, int64_t page_size, double scaling, int64_t window, double softcap,
                                             double dropout, int64_t seed, int64_t max_query, int64_t max_length) {
   const char* op = "ragged_attention_backward";
   const RaggedArguments r{query,     keys,   values,    page_table, rows,    row_offsets, lengths, page_size,
@@ -139,13 +139,18 @@ static at::Tensor ragged_attention_backward(const at::Tensor& grad_out, const at
   check_type(op, "lse", lse, sum_type(query));
   check_type(op, "grad_keys", grad_keys, sum_type(query));
   check_type(op, "grad_values", grad_values, sum_type(query));
+  if (grads_from) {
+    check_type(op, "grads_from", *grads_from, at::kInt);
+    check_shape(op, "grads_from", *grads_from, {rows.size(0)});
+  }
   at::Tensor grad_query = at::empty(query.sizes(), query.options().requires_grad(false));
   const coconut_fast::AttentionGrads grads{.grad_out = grad_out.const_data_ptr(),
                                            .out = out.const_data_ptr(),
                                            .lse = lse.const_data_ptr(),
                                            .grad_query = grad_query.mutable_data_ptr(),
                                            .grad_keys = grad_keys.mutable_data_ptr(),
-                                           .grad_values = grad_values.mutable_data_ptr()};
+                                           .grad_values = grad_values.mutable_data_ptr(),
+                                           .grads_from = grads_from ? grads_from->const_data_ptr<int32_t>() : nullptr};
   py::gil_scoped_release release;
   coconut_fast::attention_backward(attention, grads, torch_threads());
   return grad_query;
@@ -196,7 +201,7 @@ void bind_attention(py::module_& m) {
   m.def("ragged_attention_backward", &ragged_attention_backward, py::arg("grad_out"), py::arg("query"),
         py::arg("keys"), py::arg("values"), py::arg("out"), py::arg("lse"), py::arg("page_table"), py::arg("rows"),
         py::arg("row_offsets"), py::arg("lengths"), py::arg("grad_keys"), py::arg("grad_values"), py::kw_only(),
-        py::arg("page_size"), py::arg("scaling"), py::arg("window") = 0, py::arg("softcap") = 0.0,
+        py::arg("grads_from") = py::none(), py::arg("page_size"), py::arg("scaling"), py::arg("window") = 0, py::arg("softcap") = 0.0,
         py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("max_query"), py::arg("max_length"),
         "kernels/reference.py: ragged_attention_backward_ref, on CPU.");
   m.def("kv_append", &kv_append, py::arg("key"), py::arg("value"), py::arg("slots"), py::arg("keys"),

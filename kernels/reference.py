@@ -203,6 +203,7 @@ def ragged_attention_backward_ref(
     grad_keys: Tensor,
     grad_values: Tensor,
     *,
+    grads_from: Tensor | None = None,
     page_size: int,
     scaling: float,
     window: int = 0,
@@ -219,6 +220,9 @@ def ragged_attention_backward_ref(
 
         delta = dout.out,   ds_j = w_j (f_j dout.v_j - delta) * ds_j/d(scaling q.k_j)
         dq = scaling sum_j ds_j k_j,   dk_j += scaling ds_j q,   dv_j += f_j w_j dout
+
+    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are. On the CPU only, where
+    model/attention.py adds them in another call.
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, kv_heads = query.shape[1], keys.shape[1]
@@ -243,6 +247,8 @@ def ragged_attention_backward_ref(
             grad_weights, kept = grad_weights * factor, weights * factor
         grad_scores = scaling * weights * (grad_weights - delta) * slope
         grad_query[mine] = (grad_scores @ k).transpose(0, 1).to(query.dtype)
+        if grads_from is not None:
+            grad_scores, kept = (x * (j >= grads_from[b]) for x in (grad_scores, kept))
         grad_k, grad_v = grad_scores.transpose(1, 2) @ q, kept.transpose(1, 2) @ do
         grad_keys[slots] += grad_k.reshape(kv_heads, group, len(j), -1).sum(1).transpose(0, 1).to(grad_keys.dtype)
         grad_values[slots] += grad_v.reshape(kv_heads, group, len(j), -1).sum(1).transpose(0, 1).to(grad_values.dtype)

@@ -120,7 +120,8 @@ def dense_with_grads(case: Case, grad_out: Tensor) -> dict[str, Tensor]:
 def run(case: Case, grad_out: Tensor, backend: str = "cpu") -> dict[str, Tensor]:
     """The op and its derivative; the gradient buffers start at 1, not at 0, where rows have tokens, else at NaN."""
     args = (case.query, case.keys, case.values)
-    out, lse = ops.call("ragged_attention", *args, *case.where(), backend=backend, **case.keywords)
+    forward = {name: value for name, value in case.keywords.items() if name != "grads_from"}
+    out, lse = ops.call("ragged_attention", *args, *case.where(), backend=backend, **forward)
     assert torch.isfinite(out).all() and torch.isfinite(lse).all()
     work = FP64 if case.query.dtype == FP64 else FP32
     grad_keys, grad_values = (torch.where(x.isnan(), x.to(work), 1.0) for x in (case.keys, case.values))
@@ -233,6 +234,22 @@ def test_random_calls():
         check(make(queries, lengths, heads=heads, dims=dims, dtype=choose([FP32, FP64, BF16]), **options))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+def test_grads_from_leaves_gradients_of_earlier_positions_alone(options, dtype, backend):
+    case, grads_from = make([1, 1, 5, 70], [40, 200, 150, 90], dtype=dtype, **options), torch.tensor([33, 0, 150, 70])
+    grad_out = torch.randn(77, 4, 64).to(dtype)
+    whole = run(case, grad_out, backend)
+    part = run(replace(case, keywords=case.keywords | {"grads_from": grads_from.int()}), grad_out, backend)
+    assert torch.equal(part["dq"], whole["dq"])
+    for b, first in enumerate(grads_from.tolist()):
+        before, behind = case.slots(b)[:first], case.slots(b)[first:]
+        for name in ("dk", "dv"):
+            assert torch.equal(part[name][behind], whole[name][behind])
+            assert not part[name][before].any()
+
+
 def test_a_window_of_one_copies_the_value():
     case = make([40], [60], heads=(2, 1), window=1)
     out, _ = ops.ragged_attention(case.query, case.keys, case.values, *case.where(), **case.keywords)
@@ -317,28 +334,6 @@ def test_dropout_keeps_the_right_share_independently():
     assert not torch.equal(keep, dropout_keep(5 + 2**32, slots, heads, keys, 0.1).double())
 
 
-@pytest.mark.parametrize("cache_dtype", [FP32, BF16, FP16, FP64])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64])
-def test_kv_append(dtype, cache_dtype):
-    key, value = torch.randn(50, 3, 10).to(dtype), torch.randn(50, 3, 7).to(dtype) * 1e-5
-    key[0, 0, :6] = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 65519.9])
-    slots = torch.randperm(80)[:50]
-    made = []
-    for backend in ("cpu", "torch"):
-        keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
-        ops.call("kv_append", key, value, slots, keys, values, backend=backend)
-        made.append((keys, values))
-    # heads apart, as they come out of a rotation, and a part of a fused projection
-    keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
-    apart = key.transpose(0, 1).contiguous().transpose(0, 1)
-    fused = torch.cat([value, value, value], dim=1)[:, 3:6]
-    assert not apart.is_contiguous() and not fused.is_contiguous()
-    ops.call("kv_append", apart, fused, slots, keys, values, backend="cpu")
-    assert torch.equal(keys.nan_to_num(7), made[0][0].nan_to_num(7)) and torch.equal(values, made[0][1])
-    for ours, theirs in zip(*made, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-
-
 def test_empty_calls():
     case = make([0, 0], [5, 40])
     out, lse = ops.ragged_attention(case.query, case.keys, case.values, *case.where(), **case.keywords)
@@ -388,9 +383,17 @@ def test_wrong_buffers_are_refused():
         ops.ragged_attention_backward(
             out, case.query, case.keys, case.values, out, lse, *case.where(), *buffers, **case.keywords
         )
-    with pytest.raises(ValueError, match="key is .* whose last dimension is contiguous"):
-        ops.kv_append(torch.zeros(2, 64, 2).mT, torch.zeros(2, 2, 64), torch.tensor([0, 1]), case.keys, case.values)
-    with pytest.raises(ValueError, match=r"value is .* expected a CPU tensor of shape \[2, 2, 64\]"):
-        ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 63), torch.tensor([0, 1]), case.keys, case.values)
-    with pytest.raises(ValueError, match=r"slots\[1\] is 200; the cache has 192 slots"):
-        ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.tensor([0, 200]), case.keys, case.values)
+    with pytest.raises(ValueError, match=r"grads_from is .* expected .* \[2\]"):
+        buffers = [torch.zeros_like(x, dtype=FP32) for x in (case.keys, case.values)]
+        ops.ragged_attention_backward(
+            out,
+            case.query,
+            case.keys,
+            case.values,
+            out,
+            lse,
+            *case.where(),
+            *buffers,
+            grads_from=torch.zeros(3, dtype=INT),
+            **case.keywords,
+        )

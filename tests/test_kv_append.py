@@ -81,3 +81,35 @@ def test_opcheck(device) -> None:
     key = torch.randn(3, 2, 8, device=device)
     store = [torch.zeros(4, 2, 8, device=device) for _ in range(2)]
     library.opcheck(kv_append._OP, (key, key.clone(), torch.arange(3, device=device), *store))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_append_on_the_cpu(dtype, cache_dtype):
+    key, value = torch.randn(50, 3, 10).to(dtype), torch.randn(50, 3, 7).to(dtype) * 1e-5
+    key[0, 0, :6] = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 65519.9])
+    slots = torch.randperm(80)[:50]
+    made = []
+    for backend in ("cpu", "torch"):
+        keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
+        ops.call("kv_append", key, value, slots, keys, values, backend=backend)
+        made.append((keys, values))
+    # heads apart, as they come out of a rotation, and a part of a fused projection
+    keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
+    apart = key.transpose(0, 1).contiguous().transpose(0, 1)
+    fused = torch.cat([value, value, value], dim=1)[:, 3:6]
+    assert not apart.is_contiguous() and not fused.is_contiguous()
+    ops.call("kv_append", apart, fused, slots, keys, values, backend="cpu")
+    assert torch.equal(keys.nan_to_num(7), made[0][0].nan_to_num(7)) and torch.equal(values, made[0][1])
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_wrong_arguments_are_refused_on_the_cpu() -> None:
+    keys, values = torch.zeros(192, 2, 64), torch.zeros(192, 2, 64)
+    with pytest.raises(ValueError, match="key is .* whose last dimension is contiguous"):
+        ops.kv_append(torch.zeros(2, 64, 2).mT, torch.zeros(2, 2, 64), torch.tensor([0, 1]), keys, values)
+    with pytest.raises(ValueError, match=r"value is .* expected a CPU tensor of shape \[2, 2, 64\]"):
+        ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 63), torch.tensor([0, 1]), keys, values)
+    with pytest.raises(ValueError, match=r"slots\[1\] is 200; the cache has 192 slots"):
+        ops.kv_append(torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.tensor([0, 200]), keys, values)

@@ -8,10 +8,15 @@ Gradients go through the cache without copies. A pass writes its keys and values
 log-sum-exp. In backward it adds dK and dV of everything it attended to into one buffer per layer; its own rows of that
 buffer are complete when its turn comes, because all later passes had theirs before. A token threaded from each call to
 the next one of the same layer makes autograd keep that order even where a thought is detached.
+
+On a CPU a latent pass's backward is bound by memory, and two thirds of it are dK and dV of the prompt, read and written
+again for one query a row. Several latent passes therefore leave these to the backward of the first pass, which adds
+them for all their queries at once (`Ragged.joined`).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,9 +24,11 @@ from torch import nn
 from transformers import AttentionInterface
 
 from coconut_fast import ops
-from coconut_fast.model.cache import Ragged
+from coconut_fast.data.batch import RaggedBatch
+from coconut_fast.model.cache import KVCache, Ragged
 
 NAME = "coconut_fast"
+WORTH_JOINING = 8  # passes: what the joined call costs for up to 16 of them, the first 4 to 6 would have cost
 
 
 def attend(
@@ -133,26 +140,19 @@ class _CachedAttention(torch.autograd.Function):
         ragged, layer = ctx.ragged, ctx.layer
         cache = ragged.cache
         grad_keys, grad_values = cache.gradients(layer)
+        waiting = cache.waiting[layer]
+        if waiting and ctx.is_first and ragged.joined is None:  # else the first pass itself needs no gradients
+            _add_joined(cache, layer, ctx.keywords)
         if rewritten:
             ops.kv_append(*rewritten, ragged.slots, cache.keys[layer], cache.values[layer])
         if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
-            grad_query = torch.zeros_like(query)
+            grad_output, grad_query = torch.zeros_like(output), torch.zeros_like(query)
         else:
-            grad_query = ops.ragged_attention_backward(
-                grad_output.contiguous(),
-                query,
-                cache.keys[layer],
-                cache.values[layer],
-                output,
-                lse,
-                cache.page_table,
-                ragged.rows,
-                ctx.row_offsets,
-                ragged.lengths,
-                grad_keys,
-                grad_values,
-                **ctx.keywords,
-            )
+            grad_output, where = grad_output.contiguous(), (ragged.rows, ctx.row_offsets, ragged.lengths)
+            only = {} if ragged.joined is None else {"grads_from": ragged.joined}
+            grad_query = _backward(cache, layer, (grad_output, query, output, lse), where, ctx.keywords | only)
+        if ragged.joined is not None:
+            waiting.append((ragged.rows, ragged.joined, grad_output, query, output, lse))
         grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
         grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
         if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
@@ -160,7 +160,43 @@ class _CachedAttention(torch.autograd.Function):
             grad_values[ragged.slots] = 0
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
+            cache.waiting[layer] = []
         return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), *[None] * 5
+
+
+def _backward(
+    cache: KVCache, layer: int, of: tuple[torch.Tensor, ...], where: tuple[torch.Tensor, ...], keywords: dict[str, Any]
+) -> torch.Tensor:
+    """of: the output's gradient, query, output, lse; where: rows, row offsets, lengths -> the query's gradient."""
+    grad_output, query, output, lse = of
+    cached, grads = (cache.keys[layer], cache.values[layer]), cache.gradients(layer)
+    return ops.ragged_attention_backward(
+        grad_output, query, *cached, output, lse, cache.page_table, *where, *grads, **keywords
+    )
+
+
+def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
+    """How many passes behind the first leave dK and dV of its slots to it: of one token a row, and all are read."""
+    if ops.choose("ragged_attention_backward", batch.input_ids.device)[0] != "cpu":
+        return 0
+    single = (max(p.counts) == 1 and not (loss_only and p.reads) for p in batch.passes[1:])
+    count = sum(itertools.takewhile(bool, single))
+    return count if count >= WORTH_JOINING else 0
+
+
+def _add_joined(cache: KVCache, layer: int, keywords: dict[str, Any]) -> None:
+    """dK and dV of all waiting passes: one call in which a row has their tokens, one behind the other, as queries.
+
+    It adds to the slots of those tokens too, which nobody reads any more.
+    """
+    rows, firsts, *of = (torch.cat(tensors) for tensors in zip(*reversed(cache.waiting[layer]), strict=True))
+    order = rows.argsort(stable=True)
+    rows, counts = torch.unique_consecutive(rows[order], return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    lengths = firsts[order][offsets[:-1]] + counts
+    where = (rows, offsets.int(), lengths.int())
+    keywords = keywords | {"max_query": int(counts.max()), "max_length": int(lengths.max())}
+    _backward(cache, layer, tuple(tensor[order] for tensor in of), where, keywords)
 
 
 AttentionInterface.register(NAME, attend)

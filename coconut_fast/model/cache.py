@@ -32,6 +32,9 @@ class Ragged:
     dropout_seed: int = 0
     rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
     reads: Reads | None = None  # what the last layer has to compute besides keys and values; None: everything
+    # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the slots of the
+    # first; None: this pass's own backward does.
+    joined: torch.Tensor | None = None
 
 
 class KVCache:
@@ -69,6 +72,7 @@ class KVCache:
         # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
+        self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # what _add_joined adds
         self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
@@ -77,7 +81,12 @@ class KVCache:
         return self.layout.alloc(count)
 
     def append(
-        self, rows: Sequence[int], counts: Sequence[int], dropout_seed: int = 0, reads: Reads | None = None
+        self,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        dropout_seed: int = 0,
+        reads: Reads | None = None,
+        joined: torch.Tensor | None = None,
     ) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
         slots = self.reserve(rows, counts)
@@ -95,6 +104,7 @@ class KVCache:
             max_length=int(lengths.max()),
             dropout_seed=dropout_seed,
             reads=reads,
+            joined=joined,
         )
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
@@ -140,6 +150,7 @@ class KVCache:
             dtype = torch.promote_types(keys.dtype, torch.float32)
             grad_keys = self.grad_keys[layer] = torch.zeros_like(keys, dtype=dtype)
             grad_values = self.grad_values[layer] = torch.zeros_like(values, dtype=dtype)
+            self.waiting[layer] = []
         return grad_keys, grad_values
 
     def seal(self) -> None:

@@ -221,11 +221,15 @@ class Coconut(nn.Module):
         pieces = self.embed(batch.input_ids).split([p.stop - p.start for p in batch.passes])
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []
-        for p, x_TD in zip(batch.passes, pieces, strict=True):
+        num_joined = attention.num_joined(batch, loss_only)
+        first_B = torch.tensor(batch.passes[0].counts, dtype=torch.int32)
+        for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
-            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed, p.reads if loss_only else None)
+            joined_B = first_B[list(p.rows)] if 1 <= i <= num_joined else None
+            reads = p.reads if loss_only else None
+            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed, reads, joined_B)
             embeds.append(x_TD)
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
         cache.seal()

@@ -41,6 +41,9 @@ struct AttentionGrads {
   const void* lse;               // (T, heads)
   void* grad_query;              // (T, heads, key_dim) of query_dtype; every element is written
   void *grad_keys, *grad_values;  // as keys and values, fp32 (fp64 for f64); added to
+  const int32_t* grads_from;      // (batch,) or null: grad_keys and grad_values of positions before it stay as they are
+
+  int64_t from(int64_t b) const { return grads_from ? grads_from[b] : 0; }
 };
 
 // Rows of the call must not share pages.

@@ -88,10 +88,10 @@ struct GroupGrads {
   }
 };
 
-// Adds the first `count` rows of a block (up(dim, 16) wide), times factor, to one head's rows of dK or dV.
+// Adds rows [first, count) of a block (up(dim, 16) wide), times factor, to one head's rows of dK or dV.
 static INLINE void add_block(const Attention& a, const Row& row, int64_t kv_head, const float* block, int64_t dim,
-                             float factor, int64_t start, int64_t count, void* tensor) {
-  for (int64_t j = 0; j < count; ++j)
+                             float factor, int64_t start, int64_t first, int64_t count, void* tensor) {
+  for (int64_t j = first; j < count; ++j)
     add_scaled(static_cast<float*>(tensor) + (row.slot(start + j) * a.kv_heads + kv_head) * dim, factor,
                block + j * up(dim, 16), dim);
 }
@@ -128,7 +128,8 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
       pack_block<P>(a, row, kv_head, a.keys, K, start, count, keys);
       pack_block<P>(a, row, kv_head, a.values, Kv, start, count, values);
       const float* key_words = stack<P>(keys, up(count, MR), Kp, stacked);
-      for (int64_t j = start; j < start + count; ++j) {  // what add_block will wait for: a sixth of a tail's time
+      const int64_t kept_from = std::clamp<int64_t>(grads.from(t.b) - start, 0, count);
+      for (int64_t j = start + kept_from; j < start + count; ++j) {  // what add_block will wait for: a sixth of a tail's time
         const int64_t at = row.slot(j) * a.kv_heads + kv_head;
         fetch(static_cast<const float*>(grads.grad_keys) + at * K, K * 4);
         fetch(static_cast<const float*>(grads.grad_values) + at * Kv, Kv * 4);
@@ -149,7 +150,7 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
         }
         const Softener soft{a, group, group.sees_all(row, start, from, to)};
         soften(soft, block, start, from, to, mine.lse, mine.delta);
-        for (int64_t j = from; j < to; j += MR) {
+        for (int64_t j = std::max(from, kept_from / MR * MR); j < to; j += MR) {
           // Lanes before `first` stand before all of these keys.
           const int64_t first = std::max<int64_t>(0, row.first_lane(start + j) - group.first);
           strip<P, true, Start::add>(weight_rows + j * lanes / step, lanes / step, mine.dout_rows, Vp,
@@ -163,8 +164,8 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
                                       std::max(from, end));
         }
       }
-      add_block(a, row, kv_head, dkeys, K, static_cast<float>(a.scaling), start, count, grads.grad_keys);
-      add_block(a, row, kv_head, dvalues, Kv, 1.0f, start, count, grads.grad_values);
+      add_block(a, row, kv_head, dkeys, K, static_cast<float>(a.scaling), start, kept_from, count, grads.grad_keys);
+      add_block(a, row, kv_head, dvalues, Kv, 1.0f, start, kept_from, count, grads.grad_values);
     }
     for (int64_t e = lane; e < chunk.last_lane; ++e) {
       const GroupGrads<P> mine(a, kept + (e - lane) / lanes * kept_size);

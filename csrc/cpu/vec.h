@@ -72,6 +72,17 @@ static INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, l...>) {
   a = first;
 }
 
+// The sum of every vector's lanes, vector by vector.
+template <int w = 1>
+static INLINE Vec sums(Vec (&x)[W]) {
+  for (int i = 0; i < W; i += 2 * w) {
+    exchange<w>(x[i], x[i + w], std::make_integer_sequence<int, W>());
+    x[i] += x[i + w];
+  }
+  if constexpr (2 * w < W) return sums<2 * w>(x);
+  return x[0];
+}
+
 // exp to 1 ulp (Cephes' polynomial after reduction by ln 2); 0 below -87.3, inf above 88.3, NaN stays NaN.
 static INLINE Vec exp(Vec x) {
   const Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
