@@ -151,6 +151,19 @@ def test_tensors_are_prompts_and_numbers_may_be_large(model) -> None:
     assert generate(model, [torch.tensor([1, 2]), (3, 4)], **options).token_ids == expected
 
 
+def test_rows_of_longrope_end_at_its_original_length() -> None:
+    """A longer row would have the others rotated by other frequencies (transformers looks at the longest of a call)."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 9.0]}
+    model, plain = make_pair("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    short, long = make_row(5, 2, 1, 1), make_row(40, 2, 1, 2)
+    expected = reference.generate(plain, torch.tensor(short), TOKENS.thought, TOKENS.eos, 22)
+    assert generate(model, [short, make_row(12, 4, 1, 3)], max_new_tokens=12).token_ids[0] == expected[:12]
+    assert generate(model, [short], max_new_tokens=22).token_ids[0] == expected
+    with pytest.raises(ValueError, match="prompt 1 has 45 tokens .* more than the 32 positions"):
+        generate(model, [short, long], max_new_tokens=8)
+
+
 def test_no_prompts() -> None:
     model, _ = make_pair("gpt2")
     assert generate(model, []).token_ids == []

@@ -121,8 +121,19 @@ class Coconut(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Positions the model was built for; None where its configuration names no limit."""
-        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        """Positions a row may have; None where the configuration names no limit.
+
+        longrope ends at its original length: a longer row would have all rows of the call rotated by other frequencies,
+        and its cached keys not.
+        """
+        config = self.hf.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        for part in (rope, *rope.values()):  # some models have rotations by kind of layer
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                original = part["original_max_position_embeddings"]
+                limit = min(limit or original, original)
+        return limit
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(T,) ids -> (T, D) token embeddings."""
