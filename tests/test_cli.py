@@ -197,6 +197,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "prompt 0 is empty" in fails(capsys, 2, "generate", run, "")
     assert "--max-new-tokens: found -5" in fails(capsys, 2, "eval", run, data, "--max-new-tokens", "-5")
     assert "--limit: found 0" in fails(capsys, 2, "eval", run, data, "--limit", "0")
+    assert "--num-thoughts: found -2" in fails(capsys, 2, "eval", run, data, "--num-thoughts", "-2")
+    assert "--batch-size: found 0" in fails(capsys, 2, "eval", run, data, "--batch-size", "0")
     assert "--count: found 0" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "0")
     assert "--file: found a prompt as well" in fails(capsys, 2, "generate", run, "a", "--file", "b")
     assert "--device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")

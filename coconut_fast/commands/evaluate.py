@@ -48,10 +48,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from coconut_fast.evaluate.accuracy import evaluate
     from coconut_fast.files import check_folder
 
-    for name in ("limit", "max_new_tokens"):
+    for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_thoughts", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected {low} or more")
     if arguments.out is not None:
         check_folder(arguments.out, "--out")
     examples = read_examples(arguments.data)[: arguments.limit]
