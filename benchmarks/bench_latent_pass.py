@@ -135,6 +135,18 @@ def least(run: Callable[[], object], rounds: int) -> float:
     return min(times)
 
 
+def fastest(run: Callable[[], object], rounds: int, threads: int) -> tuple[float, float]:
+    """Seconds of the fastest call, and the better of the bandwidths just before and just behind it."""
+    pairs, before = [], bandwidth_now(threads)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        seconds, behind = time.perf_counter() - start, bandwidth_now(threads)
+        pairs.append((seconds, max(before, behind)))
+        before = behind
+    return min(pairs)
+
+
 def thought_of_many(packed: Packed, count: int, rounds: int = 11) -> float:
     """Seconds of `count` thoughts in one call over those of as many calls just before: the median round."""
     ratios = []
@@ -179,19 +191,13 @@ def test_pass(benchmark, figures, saved_gpt2, shape: str, weights: str, batch: i
     figures.card(f"{chain.threads} threads; kernels: {chain.isa}")
     figures.card(f"{name}: a latent pass reads {body / 1e6:.0f} MB, a token {(body + head) / 1e6:.0f} MB")
     rounds = 10 if batch == 1 else 3
-    beside: list[float] = []  # bandwidths before every round and behind the last
+    benchmark.pedantic(packed.think, args=(batch, STEPS), rounds=rounds, warmup_rounds=1)
+    passes = {"latent": packed.think, "token": packed.write}
 
-    def measure() -> None:
-        beside.append(bandwidth_now(chain.threads))
+    def measured() -> dict[str, tuple[float, float]]:
+        return {what: fastest(lambda run=run: run(batch, STEPS), rounds, chain.threads) for what, run in passes.items()}
 
-    benchmark.pedantic(packed.think, args=(batch, STEPS), setup=measure, rounds=rounds, warmup_rounds=1)
-    measure()
-    times = list(benchmark.stats.stats.data) if benchmark.stats else [least(lambda: packed.think(batch, STEPS), 1)]
-    best = times.index(min(times)) - len(times)  # from the end: the warm-up was measured too
-    latent, bandwidth = times[best] / STEPS, {"latent": max(beside[best - 1], beside[best])}
-    token = least(lambda: packed.write(batch, STEPS), rounds) / STEPS
-    measure()
-    bandwidth["token"] = max(beside[-2:])
+    ours = measured()
     peers: dict[str, dict[str, float]] = {"latent": {}, "token": {}}
     if batch == 1:
         peers = {"latent": {"hugging_face": base.latent}, "token": {"hugging_face": base.token}}
@@ -201,11 +207,11 @@ def test_pass(benchmark, figures, saved_gpt2, shape: str, weights: str, batch: i
         check(torch.tensor(theirs["state"]), base.states_ND[-1], exact, "llama.cpp")
         peers["latent"] |= {"llama_cpp": theirs["latent"], "llama_headless": theirs["latent_headless"]}
         peers["token"] |= {"llama_cpp": theirs["token"]}
-    for what, seconds, size in (("latent", latent, body), ("token", token, body + head)):
-        limit = size / bandwidth[what]
-        note = (
-            f"{limit / seconds:.0%} of the limit at {bandwidth[what] / 1e9:.1f} GB/s, {batch / seconds:.0f} {what}s/s"
-        )
+        ours = {what: min(times, ours[what]) for what, times in measured().items()}  # theirs took seconds in between
+    for what, size in (("latent", body), ("token", body + head)):
+        seconds, bandwidth = ours[what][0] / STEPS, ours[what][1]
+        limit = size / bandwidth
+        note = f"{limit / seconds:.0%} of the limit at {bandwidth / 1e9:.1f} GB/s, {batch / seconds:.0f} {what}s/s"
         figures.add(f"{name} batch {batch}: {what} pass", seconds, note=note, limit=limit, **peers[what])
     if batch == 1:
         figures.add(f"{name}: a thought of 32 / the only one", thought_of_many(packed, 32), unit="x")
