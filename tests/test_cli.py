@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,10 +20,12 @@ from torch.cuda._utils import _get_device_index
 
 from coconut_fast import doctor, load, ops
 from coconut_fast.cli import COMMANDS, main
+from coconut_fast.commands.common import find_model
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import read_examples
 from coconut_fast.model.checkpoints import REFERENCE_PREFIX
+from coconut_fast.train import saving
 from tests.conftest import ROOT
 from tests.runs import tiny
 
@@ -215,6 +218,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert f"target: {folder_there}" in fails(capsys, 2, "convert", "icot", data, tmp_path)
     (tmp_path / "bad.json").write_text('[{"question": "q", "steps": [], "answer": 5}]')
     assert "record 1, field 'answer': found a number (5)" in fails(capsys, 2, "eval", run, tmp_path / "bad.json")
+
+
+def test_an_unfinished_run_stands_for_its_best_checkpoint_else_its_last(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "unfinished"
+    shutil.copytree(trained / "runs" / "run", run)
+    assert find_model(str(run)) == str(run), "a finished one stands for itself"
+    (run / "config.json").unlink()
+    last = saving.checkpoints(run)[-1]
+    best = run / f"checkpoint-{saving.read_manifest(last)['best']['step']}"
+    assert find_model(str(run)) == best
+    prompt = ("go on from ada", "--max-new-tokens", "4")
+    assert call(capsys, "generate", run, *prompt) == call(capsys, "generate", best, *prompt)
+    manifest = json.loads((last / "checkpoint.json").read_text())
+    (last / "checkpoint.json").write_text(json.dumps({**manifest, "best": None}))  # as without validation
+    assert find_model(str(run)) == last
 
 
 def test_a_finished_run_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
