@@ -1,4 +1,4 @@
-"""What a call of the native chain does to the process around it."""
+"""The native chain as `generate` uses it: formats asked for, what stats say, and other threads meanwhile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
+from coconut_fast import generate
 from coconut_fast.infer import native
-from tests.families import make_pair
+from tests.families import make_pair, make_row
 
 CALLS = ("prefill", "think", "decode")
 
@@ -66,3 +67,50 @@ def test_other_python_threads_run_during_a_call(patient) -> None:
         over.set()
         other.join()
     assert all(chain.moved.values()), chain.moved
+
+
+PROMPTS = [make_row(9, 3, 1, seed=i) for i in range(4)]
+
+
+def test_stats_say_who_ran_and_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "read_bandwidth", lambda: 1e9)
+    model = make_pair("gpt2")[0]
+    stats = generate(model, PROMPTS, max_new_tokens=5).stats
+    assert (stats.backend, stats.reason) == ("native", "this family has a native chain on the CPU")
+    # A prompt has nine words, two markers and one more word; its third thought is fed with what follows it.
+    assert (stats.prompt_tokens, stats.thoughts, stats.latent_passes) == (4 * 12, 4 * 3, 3)
+    assert 4 <= stats.new_tokens <= 4 * 5 and 1 <= stats.token_passes <= 5
+    chain = native.packed(model).chain
+    assert stats.bytes_per_latent_pass == chain.body_bytes > 2 * 12 * 32 * 32 * 4
+    assert stats.bytes_per_token_pass == chain.body_bytes + chain.head_bytes
+    assert min(stats.prefill_seconds, stats.think_seconds, stats.write_seconds) > 0
+    per_pass = stats.think_seconds / 3
+    assert stats.seconds_per_latent_pass == per_pass
+    assert stats.bandwidth_share == pytest.approx(chain.body_bytes / per_pass / 1e9)
+    assert stats.tokens_per_second == pytest.approx((stats.new_tokens + 12) / stats.seconds)
+    other = generate(make_pair("gemma2")[0], PROMPTS, max_new_tokens=1).stats
+    assert other.backend == "eager" and "no native chain: model type 'gemma2' is not one of" in other.reason
+
+
+def test_int8_is_what_one_asks_for() -> None:
+    model = make_pair("llama")[0]
+    options = {"max_new_tokens": 2, "return_thoughts": True}
+    exact, asked = generate(model, PROMPTS, **options), generate(model, PROMPTS, weights="int8", **options)
+    assert asked.stats.reason.endswith(", int8 weights") and "int8" not in exact.stats.reason
+    assert asked.stats.bytes_per_latent_pass < exact.stats.bytes_per_latent_pass / 3
+    assert exact.thoughts is not None and asked.thoughts is not None
+    ours, theirs = torch.cat(asked.thoughts), torch.cat(exact.thoughts)
+    assert not torch.equal(ours, theirs) and (ours - theirs).norm() < 0.1 * theirs.norm()
+    again = generate(model, PROMPTS, **options)
+    assert all(map(torch.equal, again.thoughts or [], exact.thoughts)), "both formats are kept"
+    with torch.no_grad():
+        model.hf.model.layers[0].mlp.down_proj.weight.mul_(2)
+    changed = generate(model, PROMPTS, weights="int8", **options)
+    assert not torch.equal(torch.cat(changed.thoughts or []), ours), "and packed again with the weights"
+
+
+def test_formats_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights: expected fp32, bf16, int8 or None, found 'int4'"):
+        generate(make_pair("llama")[0], PROMPTS, weights="int4")
+    with pytest.raises(ValueError, match="weights: found 'int8', but only the native chain packs weights; no native"):
+        generate(make_pair("gemma2")[0], PROMPTS, weights="int8")

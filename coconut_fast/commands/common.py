@@ -30,6 +30,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the checkpoint's)")
     parser.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
+    parser.add_argument(
+        "--weights",
+        choices=("fp32", "bf16", "int8"),
+        help="what the native chain on a CPU reads (default: the checkpoint's type)",
+    )
     parser.add_argument("--batch-size", type=int, help="rows at a time (default: by device)")
 
 

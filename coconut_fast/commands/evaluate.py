@@ -65,6 +65,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             method=arguments.method,
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
+            weights=arguments.weights,
         )
     _show(results, arguments.json, arguments.out, {"data": arguments.data})
     return 0

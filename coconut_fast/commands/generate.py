@@ -72,7 +72,8 @@ def _answer(model: Any, prompts: list[str], arguments: argparse.Namespace) -> No
     from coconut_fast.infer.engine import generate
 
     names = ("num_thoughts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples", "batch_size")
-    output = generate(model, prompts, **{name: getattr(arguments, name) for name in names})
+    options = {name: getattr(arguments, name) for name in (*names, "weights")}
+    output = generate(model, prompts, **options)
     for number, text in enumerate(output.texts):
         if arguments.json:
             record = {

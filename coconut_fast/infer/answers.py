@@ -127,6 +127,7 @@ def answer(
     num_thoughts: int | None = None,
     max_new_tokens: int = 128,
     batch_size: int | None = None,
+    weights: str | None = None,
 ) -> Evaluation:
     """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for."""
     room = model.max_positions
@@ -142,6 +143,7 @@ def answer(
         num_thoughts=num_thoughts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        weights=weights,
     )
     seconds = time.perf_counter() - start
     if output.stats.interrupted:

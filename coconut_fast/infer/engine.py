@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from tqdm import tqdm
 from coconut_fast.infer import keep
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
-from coconut_fast.infer.native import NativeRunner, reason_not
+from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.coconut import Coconut
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
+WEIGHTS = ("fp32", "bf16", "int8")
 WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits
 PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
 
@@ -53,6 +55,7 @@ def generate(
     num_samples: int = 1,
     return_thoughts: bool = False,
     batch_size: int | None = None,
+    weights: str | None = None,
 ) -> GenerateOutput:
     """Answers to prompts, each after its thoughts (arXiv 2412.06769, section 3, "Inference").
 
@@ -60,7 +63,9 @@ def generate(
     num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
     without any gets the number the checkpoint was trained for. temperature 0 is greedy; otherwise every answer has its
     own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the order of prompts.
-    num_samples: answers per prompt, from one reading of it. batch_size: rows at a time.
+    num_samples: answers per prompt, from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or
+    "int8", what the native chain on a CPU reads; None: the model's own type. int8 (a scale per output) takes half the
+    time of bf16 and changes answers: measure it with `coconut-fast eval --weights int8`.
 
     Weights changed between calls are seen, except on the CPU where they were written through `.data`: there
     `model.load_state_dict(model.state_dict())` afterwards makes the change known.
@@ -82,6 +87,8 @@ def generate(
         raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p!r}")
     if seed is not None and not isinstance(seed, Integral):
         raise ValueError(f"seed: expected an int or None, found {seed!r}")
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights: expected {', '.join(WEIGHTS)} or None, found {weights!r}")
     if not isinstance(model, Coconut):
         from coconut_fast.model.checkpoints import load
 
@@ -89,9 +96,8 @@ def generate(
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
     if seed is None:
         seed = int(torch.randint(2**62, ())) if temperature else 0
-    engine = Engine(
-        model, read, max_new_tokens, Sampling(temperature, min(top_k, 2**31 - 1), top_p), seed, num_samples, batch_size
-    )
+    sampling = Sampling(temperature, min(top_k, 2**31 - 1), top_p)
+    engine = Engine(model, read, max_new_tokens, sampling, seed, num_samples, batch_size, weights)
     engine.keep_thoughts = return_thoughts
     was_training = model.training
     model.eval()
@@ -131,6 +137,7 @@ class Engine:
         seed: int,
         num_samples: int = 1,
         batch_size: int | None = None,
+        weights: str | None = None,
     ) -> None:
         self.model = model
         self.prompts = prompts
@@ -147,6 +154,10 @@ class Engine:
         check_memory(model, num_slots, batch_size)
         self.seeds = _seeds(prompts, seed, num_samples)
         runner, reason = choose_runner(model)
+        if weights is not None:
+            if runner is not NativeRunner:
+                raise ValueError(f"weights: found {weights!r}, but only the native chain packs weights; {reason}")
+            runner, reason = partial(NativeRunner, native=packed(model, weights)), f"{reason}, {weights} weights"
         self.runner = runner(
             model,
             num_slots=num_slots,

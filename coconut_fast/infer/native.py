@@ -26,7 +26,7 @@ from coconut_fast.model.plan import ModelPlan, describe
 
 MAX_ROWS = 64  # rows of one C++ call, and prompt tokens of one pass
 THOUGHT = -1  # stands among token ids where a row's thought is fed
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # and "int8", for who asks
 _SHAPE = ("layers", "dim", "heads", "kv_heads", "head_dim", "inner", "vocab", "max_positions")
 _KIND = ("norm", "eps", "activation", "gated", "rope_scaling")
 
@@ -275,19 +275,23 @@ class NativeRunner:
             draft.tokens.extend(more)
 
 
-_packed: weakref.WeakKeyDictionary[Coconut, NativeModel] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[Coconut, dict[str, NativeModel]] = weakref.WeakKeyDictionary()
 
 
-def packed(model: Coconut) -> NativeModel:
-    """The model's packed weights, made once and again after its weights or feedback changed.
+def packed(model: Coconut, weights: str | None = None) -> NativeModel:
+    """The model's packed weights, made once in each format and again after its weights or feedback changed.
 
     A change is known by addresses, version counters and optimizer steps; a write through `.data`, as some averages of
     weights are swapped in, leaves no trace in them. `copy_` under `torch.no_grad()` and `load_state_dict` do, and
     `model.load_state_dict(model.state_dict())` makes an earlier write through `.data` known.
     """
-    native = _packed.get(model)
+    kept = _packed.setdefault(model, {})
+    name = weights or FORMATS[model.dtype]
+    native = kept.get(name)
     if native is None or fingerprint(model, native.plan) != native.fingerprint:
-        native = _packed[model] = NativeModel(model)
+        if native is not None:
+            kept.clear()  # other formats are as stale
+        native = kept[name] = NativeModel(model, weights=name)
     return native
 
 
