@@ -42,10 +42,11 @@ def test_the_listener_hears() -> None:
     assert listener.heard == ["_local_scalar_dense", "index", "lift_fresh", "_local_scalar_dense"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 30, 0.9)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hugging_faces_body_keeps_to_the_device(family: str, sampling: Sampling) -> None:
-    silent(family, "identity", sampling)
+def test_hugging_faces_body_keeps_to_the_device(family: str, sampling: Sampling, dtype: torch.dtype) -> None:
+    silent(family, "identity", sampling, dtype)
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
@@ -54,8 +55,8 @@ def test_feedbacks_keep_to_the_device(feedback: str) -> None:
 
 
 @torch.inference_mode()
-def silent(family: str, feedback: str, sampling: Sampling) -> None:
-    model, _ = make_pair(family)
+def silent(family: str, feedback: str, sampling: Sampling, dtype: torch.dtype = torch.float32) -> None:
+    model, _ = make_pair(family, dtype)
     model.feedback = make_feedback(feedback, model.hf.get_input_embeddings())
     cache = KVCache(model.num_layers, num_slots=128, max_rows=4, max_length=64)
     rows = cache.alloc(2)

@@ -121,7 +121,7 @@ class HuggingFacePasses:
     def write(self, batch: StaticBatch) -> None:
         active = batch.remaining > 0
         self._pass(batch, self.model.embed(batch.tokens), active)
-        logits_BV = self.model.head(batch.hidden)
+        logits_BV = self.model.head(batch.hidden.to(self.model.dtype))  # as the body left it: the copy is exact
         if self.sampling.temperature == 0:
             chosen = logits_BV.argmax(-1)
         else:
