@@ -7,6 +7,7 @@ import torch
 
 from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention
+from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_pair, make_row
 
 # (question, thoughts, tail): the first nine latent passes have one token a row, in three rows of four
@@ -55,6 +56,16 @@ def test_the_same_gradients_in_every_kind_of_attention(joined, monkeypatch, fami
     assert joined == [9] * model.num_layers
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_autocast_gradients_are_as_good_as_without(joined, monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = (_gradients(model, monkeypatch, join) for join in (False, True))
+    assert joined == [9] * model.num_layers
+    truth = _gradients(model.double(), monkeypatch, False)
+    for name, gradient in found.items():
+        assert_as_good_as_torch(gradient, plain[name], truth[name], what=name, working=torch.bfloat16)
 
 
 def test_a_backward_after_one_that_ended_at_a_thought(joined, monkeypatch) -> None:
