@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench_graph
 from coconut_fast import ops
@@ -19,18 +20,20 @@ from coconut_fast.model.plan import describe
 from tests.families import make_hf, make_pair
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_graph_benchmark(family: str, device, monkeypatch) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.bfloat16), ("llama", torch.float32)])
+def test_graph_benchmark(family: str, dtype: torch.dtype, device, monkeypatch) -> None:
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
     monkeypatch.setattr(bench_graph, "ROOM", 32)
-    model = make_pair(family)[0].to(device)
+    model = make_pair(family, dtype)[0].to(device)
     model.tokens = replace(model.tokens, eos=None)
     found = bench_graph.measure(model, 2, rounds=1)
     assert len(found) == 10 and all(seconds > 0 for seconds in found.values())
     answers = [bench_graph.Timed(model, 2, body).answer() for body in ("fused", "hugging face")]
-    assert answers[0] == answers[1] and [len(a) for a in answers[0]] == [bench_graph.TOKENS] * 2
+    assert answers[0] == answers[1] or dtype == torch.bfloat16  # where a close call may fall either way
+    assert [len(a) for a in (*answers[0], *answers[1])] == [bench_graph.TOKENS] * 4
     body, head = bench_graph.weight_bytes(describe(model.hf))
-    assert body + head < sum(4 * p.numel() for p in model.parameters()) <= body + 2 * head + 4 * 257 * 32
+    size = dtype.itemsize
+    assert body + head < sum(size * p.numel() for p in model.parameters()) <= body + 2 * head + size * 257 * 32
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
