@@ -21,12 +21,14 @@ def report(device: str | None = None) -> str:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device: found {device!r}, expected cpu, cuda, cuda:1, ...") from error
+    absent = chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
+    where = f"{chosen} (not here: what would be chosen)" if absent else str(chosen)
     sections = {
         "versions": list(_versions()),
         "machine": list(_machine()),
         "C++ module": list(_extension()),
-        f"ops on {chosen.type}": list(_ops(chosen)),
-        f"generation on {chosen.type}": list(_runners(chosen)),
+        f"ops on {where}": list(_ops(chosen)),
+        f"generation on {where}": list(_runners(chosen)),
     }
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
 
@@ -98,7 +100,9 @@ def _runners(device: torch.device) -> Iterator[str]:
     except ImportError:
         yield _line("any model", "nothing: the C++ module, which lays out the cache, does not load")
         return
-    yield _line(", ".join(FAMILIES), f"native chain, {module.isa()}, {module.default_threads()} threads")
+    isa = module.isa()
+    tiles = "; AMX tiles, untried so far, with COCONUT_FAST_ISA=amx" if module.has_tiles() and isa != "amx" else ""
+    yield _line(", ".join(FAMILIES), f"native chain, {isa}, {module.default_threads()} threads{tiles}")
     yield _line("any other model", "eager: plain PyTorch over the ragged attention")
     yield _line("persistent kernel", _persistent(device))
 

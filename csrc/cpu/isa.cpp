@@ -4,11 +4,16 @@
 #include <stdexcept>
 #include <string>
 
+#if COCONUT_FAST_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace coconut_fast {
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 Isa detect() {
 #if COCONUT_FAST_X86
@@ -25,7 +30,27 @@ Isa detect() {
 #endif
 }
 
+// Linux lets a process use tiles, 8 KiB more to save of every thread, when it has asked; its children may then, too.
+bool may_use_tiles() {
+#if COCONUT_FAST_AMX
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = has_tiles() && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool has_tiles() {
+#if COCONUT_FAST_AMX
+  return detect() == Isa::avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8");
+#else
+  return false;
+#endif
+}
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -33,6 +58,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
   }
   return "?";
 }
@@ -43,12 +69,12 @@ Isa best_isa() {
   if (asked == nullptr || *asked == '\0') return detected;
   for (Isa isa : kAll) {
     if (std::string(asked) != isa_name(isa)) continue;
-    if (isa <= detected) return isa;
+    if (isa <= detected || (isa == Isa::amx && may_use_tiles())) return isa;
     throw std::invalid_argument(std::string("COCONUT_FAST_ISA is ") + asked + ", but this machine runs at most " +
-                                isa_name(detected));
+                                isa_name(detected) + (has_tiles() ? ": Linux refuses it the use of tiles" : ""));
   }
   throw std::invalid_argument(std::string("COCONUT_FAST_ISA is ") + asked +
-                              "; expected portable, avx2, avx512 or avx512_bf16");
+                              "; expected portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 }  // namespace coconut_fast

@@ -12,6 +12,11 @@
 #else
 #define COCONUT_FAST_X86 0
 #endif
+#if COCONUT_FAST_X86 && __GNUC__ >= 11 && defined(__linux__)
+#define COCONUT_FAST_AMX 1
+#else
+#define COCONUT_FAST_AMX 0
+#endif
 
 namespace coconut_fast {
 
@@ -21,12 +26,16 @@ enum class Isa {
   avx2,         // avx2,fma,f16c
   avx512,       // + avx512f,avx512bw,avx512dq,avx512vl
   avx512_bf16,  // + avx512bf16,avx512vnni
+  amx,          // + amx-tile,amx-bf16,amx-int8, for products of batches in the chain
 };
 
-// The best set that this build has and this machine runs. The environment variable COCONUT_FAST_ISA, read at every
-// call, asks for a lower one by name; a name that is unknown or that this machine cannot run throws
-// std::invalid_argument.
+// The best set that this build has and this machine runs, amx aside. The environment variable COCONUT_FAST_ISA, read at
+// every call, asks for another one by name; a name that is unknown or that this machine cannot run throws
+// std::invalid_argument. amx has to be asked for: its kernels have never run on a CPU that has tiles.
 Isa best_isa();
+
+// Whether amx can be asked for: the CPU has tiles, and the operating system saves them.
+bool has_tiles();
 
 const char* isa_name(Isa isa);
 

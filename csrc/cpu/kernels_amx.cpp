@@ -1,0 +1,45 @@
+// The chain's kernels for Isa::amx: those of Isa::avx512_bf16, but products of batches run on tiles.
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "cpu/kernels.h"
+
+#if COCONUT_FAST_AMX
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
+#define KERNEL_LEVEL 4
+namespace coconut_fast::amx {
+#include "cpu/vec.h"
+//
+#include "cpu/linear_amx.h"
+
+constexpr int kFewest = 8;  // rows on tiles: less than half a tile is for vectors
+
+template <Format format>
+static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
+                         Stream& stream, Ahead& ahead) {
+  if (rows >= kFewest) linear_tiles<format>(linear, chunk, input, rows, out, out_stride, stream, ahead);
+  else
+    avx512_bf16_kernels()->linear[int(format)](linear, chunk, input, rows, out, out_stride, stream, ahead);
+}
+
+static Kernels make_table() {
+  Kernels table = *avx512_bf16_kernels();
+  table.isa = Isa::amx;
+  table.linear[int(Format::bf16)] = linear_chunk<Format::bf16>;
+  table.linear[int(Format::int8)] = linear_chunk<Format::int8>;
+  return table;
+}
+}  // namespace coconut_fast::amx
+#pragma GCC pop_options
+
+const coconut_fast::Kernels* coconut_fast::amx_kernels() {
+  static const Kernels table = amx::make_table();
+  return &table;
+}
+#else
+const coconut_fast::Kernels* coconut_fast::amx_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,135 @@
+// The linear kernel of batches on AMX tiles, included inside its namespace after vec.h. No includes here.
+//
+// A tile is 16 rows of 64 bytes. Weights are packed in the order that its products want: a tile of them is 16 steps of one
+// block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of 2 tiles of
+// inputs times 2 blocks: of bf16 two tiles' rows, of int8 the two digits of one tile's rows, so that one loop serves
+// both. Each tile that is loaded takes part in two products; a product takes 16 cycles, a load from L1 8.
+//
+// Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: rows in two tiles
+// are computed twice and counted once. So one configuration lasts for a chunk, and nothing beyond the rows is touched.
+
+constexpr int kTileRows = 16;
+
+// What LDTILECFG reads.
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights.
+static INLINE void configure_tiles(int size) {
+  TileConfig config{};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = i < 6 ? size : kTileRows;
+  // GCC 11 to 13 think that the instruction reads 8 bytes, and might leave the others unwritten.
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+// What products fetch meanwhile: weights of the next unit (chunk and segment), and behind every two lines one of what
+// is ahead.
+struct TileFetch {
+  const char* weights;
+  const int lines;  // per product
+  Ahead& ahead;
+
+  INLINE void operator()() {
+    for (int i = 0; i < lines; ++i, weights += 64) __builtin_prefetch(weights, 0, 3);
+    for (int i = 0; i < lines && ahead.at < ahead.end; i += 2, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 3);
+  }
+};
+
+struct alignas(64) TileSums {
+  char tile[4][kTileRows][64];
+};
+
+#define MULTIPLY_TILES(sum, input, weight)                                    \
+  {                                                                           \
+    if constexpr (format == Format::bf16) _tile_dpbf16ps(sum, input, weight); \
+    else _tile_dpbsud(sum, input, weight);                                    \
+    fetch();                                                                  \
+  }
+
+// Inputs at `x` and, unless null, `x2` times one or two blocks of weights, over one segment: tile[2 * input + block].
+template <Format format>
+static INLINE void sum_tiles(const char* x, const char* x2, size_t stride, const char* w, size_t w_step, bool two_blocks,
+                             int steps, TileFetch& fetch, TileSums& sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int s = 0; s < steps; s += kTileRows, x += 64, w += kTileRows * w_step) {
+    _tile_loadd(4, x, stride);
+    _tile_loadd(6, w, w_step);
+    MULTIPLY_TILES(0, 4, 6)
+    if (two_blocks) {
+      _tile_loadd(7, w + 64, w_step);
+      MULTIPLY_TILES(1, 4, 7)
+    }
+    if (!x2) continue;
+    _tile_loadd(5, x2, stride);
+    MULTIPLY_TILES(2, 5, 6)
+    if (two_blocks) MULTIPLY_TILES(3, 5, 7)
+    x2 += 64;
+  }
+  _tile_stored(0, sums.tile[0], 64);
+  _tile_stored(1, sums.tile[1], 64);
+  _tile_stored(2, sums.tile[2], 64);
+  _tile_stored(3, sums.tile[3], 64);
+}
+
+#undef MULTIPLY_TILES
+
+// Lanes [i, i + W) of a row's sums, as numbers.
+template <Format format>
+static INLINE Vec tile_total(const TileSums& sums, int tile, int row, int i, const float* scale, const int32_t* offset) {
+  const char* at = sums.tile[tile][row] + i * sizeof(float);
+  if constexpr (format == Format::bf16) return load(at);
+  const IntVec high = load<IntVec>(at), low = load<IntVec>(sums.tile[tile + 2][row] + i * sizeof(float));
+  return __builtin_convertvector((high << 8) + (low + *offset), Vec) * *scale;  // exact, as Int8Dot's in linear_kernel.h
+}
+
+template <Format format>
+static void linear_tiles(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
+                         Stream& stream, Ahead& ahead) {
+  constexpr bool digits = format == Format::int8;
+  const int tiles = (rows + kTileRows - 1) / kTileRows, size = (rows + tiles - 1) / tiles;
+  const int products = digits ? 2 * tiles : tiles;  // of a tile of weights: together they fetch as much
+  const size_t w_step = linear.bytes_per_step();
+  const int segments = linear.segments();
+  const char* weights = linear.chunk(chunk);
+  configure_tiles(size);
+  for (int segment = 0; segment < segments; ++segment) {
+    const int from = segment * linear.segment, to = from + linear.segment;
+    const int steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / step_of(format);
+    const char* following = weights + steps * w_step;
+    const float* scales = nullptr;  // of the outputs
+    if (digits)
+      scales = linear.scales + (linear.grouped ? size_t(chunk) * segments + segment : chunk) * linear.width();
+    TileFetch fetch{following == stream.end ? stream.next : following, (kTileRows + products - 1) / products, ahead};
+    const auto first_row = [&](int tile) { return tile * size < rows - size ? tile * size : rows - size; };
+    const auto inputs = [&](int tile) { return input.data + first_row(tile) * input.stride + from * (digits ? 1 : 2); };
+    for (int tile = 0; tile < tiles; tile += digits ? 1 : 2)
+      for (int block = 0; block < linear.wide; block += 2) {
+        const char* x2 = digits ? inputs(tile) + input.low : tile + 1 < tiles ? inputs(tile + 1) : nullptr;
+        const int blocks = linear.wide > 1 ? 2 : 1;
+        TileSums sums;
+        ahead.advance();
+        sum_tiles<format>(inputs(tile), x2, input.stride, weights + block * 64, w_step, blocks == 2, steps, fetch, sums);
+        for (int a = 0; a < (x2 && !digits ? 2 : 1); ++a)
+          for (int row = (tile + a) * size; row < rows && row < (tile + a + 1) * size; ++row)
+            for (int i = 0; i < blocks * 16; i += W) {
+              const size_t of_row = row * input.segment_stride + segment;
+              Vec total = tile_total<format>(sums, 2 * a + i / 16, row - first_row(tile + a), i % 16,
+                                             input.scales + of_row, input.offsets + of_row);
+              if (digits) total *= load(scales + block * 16 + i);
+              float* at = out + row * out_stride + block * 16 + i;
+              store(at, segment == 0 ? total : load(at) + total);
+            }
+      }
+    weights = following;
+  }
+  _tile_release();
+}
