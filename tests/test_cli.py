@@ -165,7 +165,10 @@ def test_only_eval(
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     shown = call(capsys, "doctor", "--device", "cpu")
-    assert "ragged_attention" in shown and "torch " in shown and "ops on cpu" in shown
+    assert "ragged_attention" in shown and "torch " in shown and "ops on cpu\n" in shown
+    shown = call(capsys, "doctor", "--device", "cuda:77")
+    assert "\nops on cuda:77 (not here: what would be chosen)\n  ragged_attention" in shown
+    assert "\ngeneration on cuda:77 (not here: what would be chosen)\n" in shown
 
 
 def test_doctor_without_the_cpp_module(monkeypatch: pytest.MonkeyPatch) -> None:
