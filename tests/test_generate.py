@@ -129,6 +129,18 @@ def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
     assert generate(model, PROMPTS, max_new_tokens=1).token_ids
 
 
+def test_a_containers_limit_counts(model, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(engine, "CONTAINER", tmp_path)
+    machine = engine.free_memory()
+    for name, text in (("max", "1000000"), ("current", "990000"), ("stat", "anon 7\ninactive_file 4000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert engine.free_memory() == 14_000 < machine
+    with pytest.raises(ValueError, match=r"a cache of 5 rows needs .* GB, 0.00 GB are free"):
+        generate(model, PROMPTS)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert engine.free_memory() > 14_000
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
     """Weights packed for an engine are packed again; a fused optimizer writes behind their version counters."""

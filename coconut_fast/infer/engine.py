@@ -24,6 +24,7 @@ from coconut_fast.model.coconut import Coconut
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
+CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there
 WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits
 PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
 
@@ -245,7 +246,7 @@ def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     needed = 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     on_gpu = model.device.type == "cuda"
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if on_gpu:  # what torch has reserved but does not use, and the cache of the last call, are free to us
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused + keep.held_bytes(model)
@@ -254,6 +255,17 @@ def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
             f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "use a smaller batch_size, fewer max_new_tokens or shorter prompts"
         )
+
+
+def free_memory() -> int:
+    """Bytes that this machine has free, or the container this process is in if that is less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(stat["inactive_file"]))  # files that were read count as used
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        return free
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:
