@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import threading
 import time
@@ -107,6 +108,20 @@ def test_int8_is_what_one_asks_for() -> None:
         model.hf.model.layers[0].mlp.down_proj.weight.mul_(2)
     changed = generate(model, PROMPTS, weights="int8", **options)
     assert not torch.equal(torch.cat(changed.thoughts or []), ours), "and packed again with the weights"
+
+
+def test_a_forked_process_generates() -> None:
+    model = make_pair("gpt2")[0]
+    expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: theirs.send(generate(model, PROMPTS, max_new_tokens=4).token_ids))
+    child.start()
+    theirs.close()
+    assert ours.poll(60) and ours.recv() == expected
+    child.join()
+    assert child.exitcode == 0
+    assert generate(model, PROMPTS, max_new_tokens=4).token_ids == expected
 
 
 def test_formats_that_cannot_be_had_are_refused() -> None:

@@ -7,6 +7,7 @@ interface of `EagerRunner` on top of it. `reason_not` says why a model cannot ha
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -296,10 +297,11 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
 
 
 def fingerprint(model: Coconut, plan: ModelPlan) -> tuple[object, ...]:
-    """Differs where packed weights would, but for writes through `.data` (see `packed`)."""
+    """Differs where packed weights would, but for writes through `.data` (see `packed`), and in a forked process, which
+    has not the threads of its parent's chain."""
     buffers = [*model.feedback.parameters(), *model.feedback.buffers()]
     versions = tuple((t.data_ptr(), t._version) for t in buffers)
-    return plan.fingerprint(), type(model.feedback), versions, _optimizer_steps
+    return plan.fingerprint(), type(model.feedback), versions, _optimizer_steps, os.getpid()
 
 
 _optimizer_steps = 0
