@@ -253,6 +253,11 @@ def test_refuses_before_it_starts(tmp_path: Path) -> None:
         run(tiny(tmp_path, train_path=None))
     with pytest.raises(ValueError, match="model: gpt2 has no setting 'n_layers'; the nearest it has is 'n_layer'"):
         run(tiny(tmp_path, model={"from_config": "gpt2", "n_layers": 2}))
+    with pytest.raises(ValueError, match="model: .*field 'n_layer'.* expected int, got str"):
+        run(tiny(tmp_path, model={**MODEL, "n_layer": "two"}))
+    for name in ("n_layer", "n_head", "n_embd"):
+        with pytest.raises(ValueError, match=f"model: found {name} 0, expected 1 or more"):
+            run(tiny(tmp_path, model={**MODEL, name: 0}))
     with pytest.raises(ValueError, match="model: found from_config 'gpt9', expected a family transformers has"):
         run(tiny(tmp_path, model={"from_config": "gpt9"}))
     with pytest.raises(ValueError, match="load_model_path: no such file or directory: nowhere"):

@@ -20,6 +20,9 @@ from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 
+# Of a configuration: with none of one of these there is no model, though transformers makes one of no layers.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
 
 def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
     """The model that training starts from, in the precision its weights are kept in, on the CPU.
@@ -103,7 +106,15 @@ def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise ValueError(f"model: {family} has no setting {name!r}; the nearest it has is {near!r}")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **wanted})
+    try:
+        config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **wanted})
+    except Exception as error:  # what transformers checks a value with raises classes of its own
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
+    for name in SIZES:
+        found = getattr(config, name, None)
+        if found is not None and found < 1:
+            raise ValueError(f"model: found {config.attribute_map.get(name, name)} {found}, expected 1 or more")
+    return config
 
 
 def _add_pause(model: Coconut) -> None:
