@@ -22,9 +22,9 @@ ARM, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = pytest.mark.slow  # compiling all of csrc/cpu takes 10 to 30 s of one core
 
 
-def build(compiler: str, folder: Path) -> Path:
+def build(compiler: str, folder: Path, *more: str) -> Path:
     objects = [folder / f"{source.stem}.o" for source in (*SOURCES, DRIVER)]
-    flags = ["-std=c++20", "-O2", "-pthread", f"-I{ROOT / 'csrc'}", "-c"]
+    flags = ["-std=c++20", "-O2", "-pthread", f"-I{ROOT / 'csrc'}", *more, "-c"]
     for source, target in zip((*SOURCES, DRIVER), objects, strict=True):
         subprocess.run([compiler, *flags, str(source), "-o", str(target)], check=True, timeout=500)
     program = folder / "driver"
