@@ -145,8 +145,7 @@ def draw_learning_curves(
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.03))
     if chance is not None:
-        right.axhline(chance, color=PALE, linewidth=1, linestyle="--")
-        right.text(0, chance + 0.01, " a guess", fontsize=8, color="#7d8790")
+        right.axhline(chance, color=PALE, linewidth=1, linestyle="--", label="a guess")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
