@@ -146,6 +146,9 @@ def test_refuses_files(tmp_path: Path) -> None:
         read_recipe(tmp_path / "typo.yaml")
     with pytest.raises(ValueError, match="training_arguments: found 'nope'"):
         CoconutArguments(training_arguments={"nope": 1}).to_training_arguments()
+    for asked in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}):
+        with pytest.raises(ValueError, match="training_arguments: found torch_compile, but passes differ in shape"):
+            CoconutArguments(training_arguments=asked).to_training_arguments()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

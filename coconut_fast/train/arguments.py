@@ -225,7 +225,13 @@ class CoconutArguments:
             raise ValueError(
                 f"training_arguments: found {sorted(wrong)[0]!r}, which transformers.TrainingArguments lacks"
             )
-        return TrainingArguments(**{**chosen, **self.training_arguments})
+        made = TrainingArguments(**{**chosen, **self.training_arguments})
+        if made.torch_compile:
+            raise ValueError(
+                "training_arguments: found torch_compile, but passes differ in shape from batch to batch and run "
+                "kernels that are compiled already; leave it out"
+            )
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json and comparisons."""
