@@ -228,6 +228,26 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     assert all(r["loss"] == r["loss"] for r in records if "loss" in r), "a skipped step does not spoil the mean"
 
 
+class BadGradient(CoconutTrainer):
+    """The loss is fine, but in two steps a gradient of the first of two batches is infinite."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step in (1, 3) and not self.accelerator.sync_gradients:
+            next(self.model.parameters()).grad[0] = float("inf")
+        return loss
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path, max_grad_norm: float) -> None:
+    halves = {"batch_size_training": 8, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
+    trainer = make_trainer(tmp_path, **{**EXACT, **halves})
+    trainer.__class__ = BadGradient
+    trainer.train()
+    assert int(trainer.skipped) == 2
+    assert all(torch.isfinite(w).all() for w in weights(trainer).values())
+
+
 def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> None:
     trainer = spoiled(tmp_path, (0, 2, 3, 4), max_nonfinite=3)
     with pytest.raises(NonFiniteError, match="not finite in 3 steps in a row, up to step 5; the last batch is in"):
