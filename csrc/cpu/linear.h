@@ -7,7 +7,8 @@
 //
 // Sums. k is cut into segments (of `segment` values); within a segment one fp32 chain runs through k, and the segments'
 // sums are added in order. Every kernel of an instruction set does exactly this, however many rows it has at once, so
-// a row's result does not depend on the batch (AMX sums bf16 in its own order; int8 sums are exact integers).
+// a row's result does not depend on the batch. (Isa::amx sums bf16 of 8 rows and more in the order of tiles, and of fewer
+// in that of vectors; int8 sums are exact integers everywhere.)
 //
 // int8 weights are stored plus 128, with one scale per output (and segment, if grouped). Where the CPU multiplies bytes
 // (VNNI, AMX) inputs become 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights

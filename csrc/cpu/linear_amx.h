@@ -3,7 +3,7 @@
 // A tile is 16 rows of 64 bytes. Weights are packed in the order that its products want: a tile of them is 16 steps of one
 // block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of 2 tiles of
 // inputs times 2 blocks: of bf16 two tiles' rows, of int8 the two digits of one tile's rows, so that one loop serves
-// both. Each tile that is loaded takes part in two products; a product takes 16 cycles, a load from L1 8.
+// both. Each tile that is loaded takes part in two products: of 16 cycles, where a load's 16 lines take 8 from L1.
 //
 // Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: rows in two tiles
 // are computed twice and counted once. So one configuration lasts for a chunk, and nothing beyond the rows is touched.
