@@ -289,5 +289,5 @@ def test_failures_while_running_exit_1(
 
     monkeypatch.setattr(os, "fsync", full)
     error = fails(capsys, 1, "data", "graphs", tmp_path / "data.json", "--count", "1")
-    assert error == "coconut-fast: error: [Errno 28] No space left on device"
+    assert error == f"coconut-fast: error: [Errno 28] No space left on device: '{tmp_path / 'data.json'}'"
     assert list(tmp_path.iterdir()) == []
