@@ -1,12 +1,12 @@
 // The linear kernel of batches on AMX tiles, included inside its namespace after vec.h. No includes here.
 //
-// A tile is 16 rows of 64 bytes. Weights are packed in the order that its products want: a tile of them is 16 steps of one
-// block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of 2 tiles of
-// inputs times 2 blocks: of bf16 two tiles' rows, of int8 the two digits of one tile's rows, so that one loop serves
-// both. Each tile that is loaded takes part in two products: of 16 cycles, where a load's 16 lines take 8 from L1.
+// A tile is 16 rows of 64 bytes. Weights are packed in the order that products want: a tile of them is 16 steps of a
+// block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of two
+// tiles of inputs times two blocks: of bf16 two tiles' rows, of int8 the two digits of one tile's rows, so that one loop
+// serves both. Each tile that is loaded takes part in two products of 16 cycles; its 16 lines take 8 from L1.
 //
-// Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: rows in two tiles
-// are computed twice and counted once. So one configuration lasts for a chunk, and nothing beyond the rows is touched.
+// Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: what is in two
+// tiles is computed twice and counted once. So one configuration lasts for a chunk, and nothing behind rows is read.
 
 constexpr int kTileRows = 16;
 
@@ -28,8 +28,8 @@ static INLINE void configure_tiles(int size) {
   _tile_loadconfig(&config);
 }
 
-// What products fetch meanwhile: weights of the next unit (chunk and segment), and behind every two lines one of what
-// is ahead.
+// What products fetch meanwhile: weights of the next unit (chunk and segment), and with every two lines one of what is
+// ahead.
 struct TileFetch {
   const char* weights;
   const int lines;  // per product
@@ -54,8 +54,8 @@ struct alignas(64) TileSums {
 
 // Inputs at `x` and, unless null, `x2` times one or two blocks of weights, over one segment: tile[2 * input + block].
 template <Format format>
-static INLINE void sum_tiles(const char* x, const char* x2, size_t stride, const char* w, size_t w_step, bool two_blocks,
-                             int steps, TileFetch& fetch, TileSums& sums) {
+static INLINE void sum_tiles(const char* x, const char* x2, size_t stride, const char* w, size_t w_step,
+                             bool two_blocks, int steps, TileFetch& fetch, TileSums& sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -82,13 +82,27 @@ static INLINE void sum_tiles(const char* x, const char* x2, size_t stride, const
 
 #undef MULTIPLY_TILES
 
-// Lanes [i, i + W) of a row's sums, as numbers.
+// Adds rows [first, last) of tile[from], and of the one behind it for a second block, to the outputs; the tile has
+// `skipped` rows before them. int8: high digits; the low ones are two tiles on.
 template <Format format>
-static INLINE Vec tile_total(const TileSums& sums, int tile, int row, int i, const float* scale, const int32_t* offset) {
-  const char* at = sums.tile[tile][row] + i * sizeof(float);
-  if constexpr (format == Format::bf16) return load(at);
-  const IntVec high = load<IntVec>(at), low = load<IntVec>(sums.tile[tile + 2][row] + i * sizeof(float));
-  return __builtin_convertvector((high << 8) + (low + *offset), Vec) * *scale;  // exact, as Int8Dot's in linear_kernel.h
+static INLINE void finish_tile(const TileSums& sums, int from, int skipped, int blocks, const Input& input, int segment,
+                               const float* scales, int first, int last, float* out, size_t out_stride) {
+  for (int row = first; row < last; ++row)
+    for (int i = 0; i < blocks * 16; i += W) {
+      const int own = row - first + skipped;
+      const auto lanes = [&](int tile) { return sums.tile[tile + i / 16][own] + i % 16 * sizeof(float); };
+      Vec total;
+      if constexpr (format == Format::bf16) {
+        total = load(lanes(from));
+      } else {  // as Int8Dot in linear_kernel.h, bit for bit
+        const size_t at = row * input.segment_stride + segment;
+        const IntVec low = load<IntVec>(lanes(from + 2)) + input.offsets[at];
+        total = __builtin_convertvector((load<IntVec>(lanes(from)) << 8) + low, Vec) * input.scales[at];
+        total *= load(scales + i);
+      }
+      float* to = out + row * out_stride + i;
+      store(to, segment == 0 ? total : load(to) + total);
+    }
 }
 
 template <Format format>
@@ -96,38 +110,33 @@ static void linear_tiles(const Linear& linear, int chunk, const Input& input, in
                          Stream& stream, Ahead& ahead) {
   constexpr bool digits = format == Format::int8;
   const int tiles = (rows + kTileRows - 1) / kTileRows, size = (rows + tiles - 1) / tiles;
-  const int products = digits ? 2 * tiles : tiles;  // of a tile of weights: together they fetch as much
+  const int products = digits ? 2 * tiles : tiles;  // with each tile of weights; together they fetch another one
+  const int blocks = linear.wide > 1 ? 2 : 1, segments = linear.segments();
   const size_t w_step = linear.bytes_per_step();
-  const int segments = linear.segments();
   const char* weights = linear.chunk(chunk);
+  const auto first_row = [&](int tile) { return tile * size < rows - size ? tile * size : rows - size; };
   configure_tiles(size);
   for (int segment = 0; segment < segments; ++segment) {
     const int from = segment * linear.segment, to = from + linear.segment;
     const int steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / step_of(format);
     const char* following = weights + steps * w_step;
-    const float* scales = nullptr;  // of the outputs
+    TileFetch fetch{following == stream.end ? stream.next : following, (kTileRows + products - 1) / products, ahead};
+    const float* scales = nullptr;  // of the chunk's outputs
     if (digits)
       scales = linear.scales + (linear.grouped ? size_t(chunk) * segments + segment : chunk) * linear.width();
-    TileFetch fetch{following == stream.end ? stream.next : following, (kTileRows + products - 1) / products, ahead};
-    const auto first_row = [&](int tile) { return tile * size < rows - size ? tile * size : rows - size; };
     const auto inputs = [&](int tile) { return input.data + first_row(tile) * input.stride + from * (digits ? 1 : 2); };
     for (int tile = 0; tile < tiles; tile += digits ? 1 : 2)
       for (int block = 0; block < linear.wide; block += 2) {
-        const char* x2 = digits ? inputs(tile) + input.low : tile + 1 < tiles ? inputs(tile + 1) : nullptr;
-        const int blocks = linear.wide > 1 ? 2 : 1;
+        const char* x = inputs(tile);
+        const char* x2 = digits ? x + input.low : tile + 1 < tiles ? inputs(tile + 1) : nullptr;
         TileSums sums;
         ahead.advance();
-        sum_tiles<format>(inputs(tile), x2, input.stride, weights + block * 64, w_step, blocks == 2, steps, fetch, sums);
-        for (int a = 0; a < (x2 && !digits ? 2 : 1); ++a)
-          for (int row = (tile + a) * size; row < rows && row < (tile + a + 1) * size; ++row)
-            for (int i = 0; i < blocks * 16; i += W) {
-              const size_t of_row = row * input.segment_stride + segment;
-              Vec total = tile_total<format>(sums, 2 * a + i / 16, row - first_row(tile + a), i % 16,
-                                             input.scales + of_row, input.offsets + of_row);
-              if (digits) total *= load(scales + block * 16 + i);
-              float* at = out + row * out_stride + block * 16 + i;
-              store(at, segment == 0 ? total : load(at) + total);
-            }
+        sum_tiles<format>(x, x2, input.stride, weights + block * 64, w_step, blocks == 2, steps, fetch, sums);
+        for (int t = tile; t <= tile + (x2 && !digits); ++t) {
+          const int first = t * size, last = first + size < rows ? first + size : rows;
+          finish_tile<format>(sums, 2 * (t - tile), first - first_row(t), blocks, input, segment,
+                              digits ? scales + block * 16 : nullptr, first, last, out + block * 16, out_stride);
+        }
       }
     weights = following;
   }
