@@ -2,7 +2,7 @@
 //
 // A tile is 16 rows of 64 bytes. Weights are packed in the order that products want: a tile of them is 16 steps of a
 // block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of two
-// tiles of inputs times two blocks: of bf16 two tiles' rows, of int8 the two digits of one tile's rows, so that one loop
+// tiles of inputs times two blocks: of bf16 two tiles' rows, of int8 both digits of one tile's rows, so that one loop
 // serves both. Each tile that is loaded takes part in two products of 16 cycles; its 16 lines take 8 from L1.
 //
 // Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: what is in two
