@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from coconut_fast import Coconut, LatentTokens, generate, load
 from coconut_fast.model.coconut import Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
+from tests.conftest import ROOT
 from tests.families import FAMILIES, TOKENS, make_hf, make_row
 
 
@@ -57,6 +61,31 @@ def test_feedbacks_are_saved_with_the_model(name: str, tmp_path) -> None:
     hidden = torch.randn(3, 32)
     assert type(again.feedback) is FEEDBACKS[name]
     assert torch.equal(again.feedback(hidden), model.feedback(hidden))
+
+
+def test_a_feedback_without_its_weights_is_refused(tmp_path) -> None:
+    hf = make_hf("gpt2")
+    Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings())).save_pretrained(tmp_path)
+    (tmp_path / "feedback.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no feedback\.safetensors, the weights of its feedback 'projection'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["some-org/Model-2.5-0.5B", "model"])
+def test_a_hub_id_loads_whole(name: str, tmp_path) -> None:
+    """From the cache of the hub, laid out as a download leaves it; in a process of its own, which reads where it is."""
+    hf = make_hf("gpt2")
+    model = Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings()))
+    cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    model.save_pretrained(cached / "snapshots" / "0123abcd")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    code = f"""import torch; from coconut_fast import load
+torch.save(load({name!r}).state_dict(), {str(tmp_path / "state")!r})"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    found = torch.load(tmp_path / "state")
+    assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
 def test_rescale_gives_the_mean_norm_of_the_embeddings() -> None:
@@ -155,16 +184,35 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
     with pytest.raises(ValueError, match="missing .*h.1.mlp.c_fc.weight"):
         load(tmp_path / "missing", tokens=TOKENS)
     torch.save({**state, "base_causallm.transformer.h.1.mlp.c_fc.weight": torch.zeros(2, 2)}, tmp_path / "shape")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(
+        ValueError, match=r"does not fit .*: size mismatch for transformer.h.1.mlp.c_fc.weight: .*\]\)\.$"
+    ):
         load(tmp_path / "shape", tokens=TOKENS)
+    hf.save_pretrained(tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    for size in (0, 1000, weights.stat().st_size - 4):
+        weights.write_bytes(weights.read_bytes()[:size] if size else b"")
+        with pytest.raises(ValueError, match="torn: does not load as a causal language model: "):
+            load(tmp_path / "torn", tokens=TOKENS)
+        hf.save_pretrained(tmp_path / "torn")
     (tmp_path / "alone").mkdir()
     torch.save(state, tmp_path / "alone" / "checkpoint_1")
     with pytest.raises(ValueError, match="config.json beside it"):
         load(tmp_path / "alone" / "checkpoint_1", tokens=TOKENS)
     with pytest.raises(ValueError, match="no config.json"):
         load(tmp_path / "alone")
-    with pytest.raises(ValueError, match="no such file or directory"):
-        load(tmp_path / "nowhere")
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match="path_or_id: the tokenizer of .*torn does not load"):
+        load(tmp_path / "torn")
+    (tmp_path / "torn" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="base: the configuration of .*torn does not load"):
+        load(tmp_path / "whole", base=tmp_path / "torn")
+    (tmp_path / "nothing").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole torch checkpoint: it is empty"):
+        load(tmp_path / "nothing", tokens=TOKENS)
+    for path in (tmp_path / "nowhere", "./nowhere", "a/folder/nowhere"):
+        with pytest.raises(ValueError, match="no such file or directory"):
+            load(path)
 
 
 @pytest.mark.parametrize("name", ["hf.model.embed_tokens.weight", "hf.model.norm.weight", "feedback.3.bias"])

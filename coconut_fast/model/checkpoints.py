@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, fields
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 REFERENCE_PREFIX = "base_causallm."
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # gpt2, Qwen/Qwen2.5-0.5B
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -59,7 +62,7 @@ def load(
         home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
         hf, trained_tokens = _read_reference(path, home)
     else:
-        if not path.is_dir() and (path.is_absolute() or str(path_or_id).startswith(".") or path.suffix):
+        if not path.is_dir() and not HUB_ID.fullmatch(str(path_or_id)):
             raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
@@ -176,7 +179,7 @@ def add_latent_tokens(
 def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         where = "" if Path(path_or_id).is_dir() else "no directory of that name is here, and from the hub it "
         raise ValueError(
             f"path_or_id: {path_or_id}: {where}does not load as a causal language model: {error}"
@@ -195,7 +198,10 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     if is_coconut:
         # `embedding.weight` is the same tensor as the model's own table.
         state = {k.removeprefix(REFERENCE_PREFIX): v for k, v in state.items() if k.startswith(REFERENCE_PREFIX)}
-    config = AutoConfig.from_pretrained(home)
+    try:
+        config = AutoConfig.from_pretrained(home)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base: the configuration of {home} does not load: {error}") from error
     floating = [v.dtype for v in state.values() if v.is_floating_point()]
     hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
     table = next((k for k, v in hf.state_dict().items() if v is hf.get_input_embeddings().weight.data), None)
@@ -206,7 +212,9 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     try:
         missing, unexpected = hf.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"path_or_id: {path} does not fit {home}: {error}") from error
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"path_or_id: {path} does not fit {home}: {wrong[0] if wrong else error}{more}") from error
     # Old releases of transformers saved constant buffers; a tied head is not saved twice.
     unexpected = [k for k in unexpected if not k.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
     head = {k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight}
@@ -228,7 +236,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"path_or_id: {path} is refused: it holds more than tensors, and loading it could run code"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"path_or_id: {path} is not a whole torch checkpoint: {error or 'it ends early'}") from error
+        raise ValueError(
+            f"path_or_id: {path} is not a whole torch checkpoint: {str(error) or 'it is empty'}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"path_or_id: {path} holds a {type(state).__name__}, expected a state dict of tensors")
     return state
@@ -237,19 +247,25 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 def _read_tokenizer(home: Path | str) -> PreTrainedTokenizerBase | None:
     if isinstance(home, Path) and not any((home / f).is_file() for f in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(home)
+    try:
+        return AutoTokenizer.from_pretrained(home)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"path_or_id: the tokenizer of {home} does not load: {error}") from error
+
+
+def _find(home: Path | str, name: str) -> Path | None:
+    """A file of a model's directory or of its repository on the hub; None where it has none."""
+    if isinstance(home, Path):
+        return home / name if (home / name).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(home, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
-    if not isinstance(home, Path):
-        from transformers.utils import cached_file
-
-        found = cached_file(home, COCONUT_JSON, _raise_exceptions_for_missing_entries=False)
-        if found is None:
-            return None
-        home = Path(found).parent
-    file = home / COCONUT_JSON
-    if not file.is_file():
+    file = _find(home, COCONUT_JSON)
+    if file is None:
         return None
     try:
         saved = json.loads(file.read_text())
@@ -270,8 +286,10 @@ def _read_feedback(
     else:
         name = asked or (saved["feedback"] if saved else "identity")
         module = make_feedback(name, hf.get_input_embeddings())
-    weights = Path(home) / FEEDBACK_WEIGHTS
-    if saved and saved["feedback"] == name and weights.is_file():
+    if saved and saved["feedback"] == name and module.state_dict():
+        weights = _find(home, FEEDBACK_WEIGHTS)
+        if weights is None:
+            raise ValueError(f"path_or_id: {home} has no {FEEDBACK_WEIGHTS}, the weights of its feedback {name!r}")
         module.load_state_dict(load_file(weights))
     return module
 
