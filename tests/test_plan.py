@@ -84,6 +84,7 @@ def test_declines_with_a_reason() -> None:
     assert "is not one of gpt2" in describe(llama_like("Gemma2"))
     assert "activation 'quick_gelu'" in describe(gpt2(activation_function="quick_gelu"))
     assert "cross attention" in describe(gpt2(add_cross_attention=True))
+    assert describe(gpt2(num_hidden_layers=0)) == "the model has no layers"
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "rope type 'dynamic'" in describe(llama_like("Llama", rope_parameters=dynamic))
 

@@ -121,6 +121,8 @@ def describe(hf_model: nn.Module) -> ModelPlan | str:
     cls = type(hf_model)
     if cls.__name__ != FAMILIES[model_type] or not cls.__module__.startswith("transformers.models."):
         return f"the model is a {cls.__module__}.{cls.__name__}, not transformers' {FAMILIES[model_type]}"
+    if not hf_model.config.num_hidden_layers:
+        return "the model has no layers"
     return (_describe_gpt2 if model_type == "gpt2" else _describe_llama)(hf_model)
 
 
@@ -141,7 +143,7 @@ def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
         heads=config.num_attention_heads,
         kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
-        inner=body.h[0].mlp.c_fc.nf if len(body.h) else 4 * config.hidden_size,
+        inner=body.h[0].mlp.c_fc.nf,
         norm="layer",
         eps=config.layer_norm_epsilon,
         activation=ACTIVATIONS[config.activation_function],
