@@ -110,17 +110,15 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
 
     None where nothing was logged.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which has a window, or a notebook's display, in its charge
 
     records = read_metrics(Path(run) / METRICS)
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     scores = [(r["step"], r["eval_accuracy"]) for r in records if "eval_accuracy" in r]
     if not losses and not scores:
         return None
-    figure, left = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    left = figure.subplots()
     right = left.twinx()
     if losses:
         left.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=1, label="training loss")
@@ -133,12 +131,11 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
         left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
         height = 0.98 - 0.05 * (number % 2)  # neighbours that are close do not overlap
         left.text(start, height, f" stage {stage}", transform=left.get_xaxis_transform(), va="top", fontsize=7)
-    handles = [line for axis in (left, right) for line in axis.get_lines() if not line.get_label().startswith("_")]
+    handles = [line for axis in (left, right) for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
     left.legend(handles=handles, loc="lower left", fontsize=8)
     target = Path(run) / CURVE
     with write_atomically(target, binary=True) as file:
         figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
     return target
 
 
