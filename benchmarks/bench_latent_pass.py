@@ -29,7 +29,7 @@ from coconut_fast import Coconut
 from coconut_fast.infer import native
 
 PROMPT, STEPS, PREFILL = 64, 8, 256  # tokens before the passes, passes of a round, tokens of the prefill
-BATCHES = {"gpt2": (1, 8, 32, 64), "llama-1b": (1, 8)}
+BATCHES = {"gpt2": (1, 8, 32, 64), "llama-1b": (1, 8, 32, 64)}
 MODELS = [("gpt2", "fp32"), ("gpt2", "bf16"), ("gpt2", "int8"), ("llama-1b", "bf16"), ("llama-1b", "int8")]
 GATE = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.3}  # of the largest value: far above rounding, far below a wrong result
 
