@@ -88,17 +88,18 @@ void run(Linear linear, const float* x, int rows, float* out) {
 using namespace coconut_fast;
 
 // out (rows, n) = x (rows, k) times w (n, k) transposed. bf16, or int8 with a scale for `group` columns (0: for a row).
-// counts: blocks in a chunk; tiles loaded; products.
+// counts: blocks in a chunk; tiles loaded; products; lines fetched ahead.
 extern "C" void multiply(bool int8, int group, const float* w, int n, int k, const float* x, int rows, float* out,
                          long* counts) {
   Team team(1);
   Arena arena;
   const Format format = int8 ? Format::int8 : Format::bf16;
   const Linear linear = pack({w, Dtype::f32, k, 1}, nullptr, n, k, {format, group, false}, arena, team);
-  amx_on_cpu::state.loads = amx_on_cpu::state.products = 0;
+  amx_on_cpu::State& state = amx_on_cpu::state;
+  state.loads = state.products = state.fetches = 0;
   if (int8) run<Format::int8>(linear, x, rows, out);
   else run<Format::bf16>(linear, x, rows, out);
-  counts[0] = linear.wide, counts[1] = amx_on_cpu::state.loads, counts[2] = amx_on_cpu::state.products;
+  counts[0] = linear.wide, counts[1] = state.loads, counts[2] = state.products, counts[3] = state.fetches;
 }
 
 // The set that kernels would run on, or why there is none.

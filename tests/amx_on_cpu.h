@@ -40,7 +40,7 @@ struct Tile {
 struct State {
   bool configured;
   Tile tiles[8];
-  long loads, products;  // for the tests to count
+  long loads, products, fetches;  // for the tests to count
 
   Tile& tile(int t) {
     check(configured && tiles[t].rows > 0, "a tile that is not configured");
@@ -71,6 +71,8 @@ inline void load_config(const void* from) {
   }
   state.configured = true;
 }
+
+inline void fetch(const void*, int, int) { ++state.fetches; }
 
 inline void zero(int t) { std::memset(state.tile(t).data, 0, sizeof(Tile::data)); }
 
@@ -154,6 +156,7 @@ long ask(long call, Arguments... arguments) {  // the standard library's waiting
 #define _tile_zero amx_on_cpu::zero
 #define _tile_dpbf16ps amx_on_cpu::dpbf16ps
 #define _tile_dpbsud amx_on_cpu::dpbsud
+#define __builtin_prefetch amx_on_cpu::fetch
 #if COCONUT_FAST_AMX
 #define __builtin_cpu_supports amx_on_cpu::cpu_has
 #define syscall amx_on_cpu::ask
