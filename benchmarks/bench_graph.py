@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.conftest import Figures
 from benchmarks.peers import hugging_face, official, official_missing
 from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_for_peers
 from benchmarks.timing import gpu_limits, seconds_of, waited
@@ -131,6 +132,14 @@ def weight_bytes(plan: ModelPlan) -> tuple[int, int]:
     return body, plan.head.numel() * plan.head.element_size()
 
 
+def add_cost_of_batch(figures: Figures, model_type: str, batch: int) -> None:
+    """A latent pass of `batch` rows, as a multiple of one of a single row; nothing where that was not timed."""
+    seconds = {row["what"]: row["ours"] for row in figures.rows}
+    one, many = (seconds.get(f"{model_type} batch {size}: latent pass") for size in (1, batch))
+    if batch > 1 and one and many:
+        figures.add(f"{model_type} batch {batch}: latent pass over that of batch 1", many / one, unit="x")
+
+
 def made(shape: str) -> PreTrainedModel:
     """A random bf16 model, drawn on the device: a host would take far longer for a billion numbers."""
     with torch.device(DEVICE):
@@ -169,6 +178,7 @@ def test_passes(benchmark, figures, model: Coconut, batch: int) -> None:
             hf_body_graph=found[f"{kind}, hugging face, graph"],
             hf_body_launches=found[f"{kind}, hugging face, launches"],
         )
+    add_cost_of_batch(figures, plan.model_type, batch)
     figures.add(
         f"{name}: {THOUGHTS} thoughts + {TOKENS} tokens",
         found["answer, fused"],

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_graph
+from benchmarks.conftest import Figures
 from coconut_fast import ops
 from coconut_fast.infer import graphs
 from coconut_fast.infer.fused import FusedPasses
@@ -70,6 +71,18 @@ def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
     monkeypatch.setattr(GraphRunner, "replay", wrong)
     with pytest.raises(AssertionError, match="nothing is timed"):
         bench_graph.measure(make_pair("gpt2")[0].to(device), 2, rounds=1)
+
+
+def test_what_a_batch_costs_is_a_row_of_its_own() -> None:
+    figures = Figures()
+    figures.add("gpt2 batch 64: latent pass", 3e-4)
+    bench_graph.add_cost_of_batch(figures, "gpt2", 64)
+    assert len(figures.rows) == 1, "batch 1 was not timed"
+    figures.add("gpt2 batch 1: latent pass", 1.5e-4)
+    for batch in (1, 64):
+        bench_graph.add_cost_of_batch(figures, "gpt2", batch)
+    assert [row["ours"] for row in figures.rows[2:]] == [2.0]
+    assert figures.table()[-1] == "gpt2 batch 64: latent pass over that of batch 1  2 x"
 
 
 def test_the_peers_static_cache(device) -> None:
