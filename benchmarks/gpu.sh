@@ -4,8 +4,12 @@
 #   benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default benchmarks/results/<device>)
 #
 # Needs a python3 with a CUDA torch (2.11 to 2.13), nvcc of the same CUDA major, and this checkout; no network.
-# COCONUT_REFERENCE and COCONUT_REFERENCE_PYTHON (see benchmarks/peers) add the official code to the tables, and
-# COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, its answers to the tests.
+# COCONUT_REFERENCE, a checkout of the official code, adds it to the tables. It wants transformers 4.46.2, so it has a
+# python of its own, COCONUT_REFERENCE_PYTHON: a folder of 62 MB, made where there is a network, beside the torch here.
+#   pip install --no-compile --no-deps --target ref transformers==4.46.2 'tokenizers<0.21' 'huggingface_hub<1' \
+#       requests urllib3 idna certifi charset-normalizer
+#   printf '#!/bin/sh\nPYTHONPATH=$(dirname "$0") exec python3 "$@"\n' >ref/python && chmod +x ref/python
+# COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, adds its answers to the tests.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured and stops no other. Nothing
 # runs beyond GPU_SECONDS (default 540).
 set -uo pipefail
