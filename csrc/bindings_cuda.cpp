@@ -46,7 +46,7 @@ static void persistent_launch(const std::map<std::string, at::Tensor>& tensors,
   for (const auto& [name, tensor] : tensors) {
     if (!tensor.is_cuda() || tensor.device() != device || !tensor.is_contiguous())
       refuse(op, ": ", name, " is ", describe(tensor), tensor.is_contiguous() ? "" : ", not contiguous",
-             "; expected a contiguous tensor on ", device, ", a CUDA device");
+             "; expected a contiguous tensor on ", device.is_cuda() ? device.str() : "a CUDA device");
     if (!set_pointer(arguments, name.c_str(), tensor.data_ptr())) refuse(op, ": there is no tensor ", name);
     const at::ScalarType expected = dtype_of(name, storage);
     if (tensor.scalar_type() != expected) refuse(op, ": ", name, " is ", describe(tensor), "; expected ", expected);
