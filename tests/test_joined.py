@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from coconut_fast.data.batch import IGNORE, collate
-from coconut_fast.model import attention
+from coconut_fast.model import attention, coconut
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_pair, make_row
 
@@ -66,6 +69,21 @@ def test_autocast_gradients_are_as_good_as_without(joined, monkeypatch) -> None:
     truth = _gradients(model.double(), monkeypatch, False)
     for name, gradient in found.items():
         assert_as_good_as_torch(gradient, plain[name], truth[name], what=name, working=torch.bfloat16)
+
+
+@pytest.mark.parametrize("worth", [2, 10**9], ids=["joined", "apart"])
+def test_a_backward_that_ended_at_a_thought_leaves_nothing_behind(worth: int, monkeypatch) -> None:
+    """What waits for the first pass, or for all uses of a weight, must not keep the graph, which keeps it."""
+    monkeypatch.setattr(attention, "WORTH_JOINING", worth)
+    caches = []
+    make = coconut.KVCache
+    monkeypatch.setattr(coconut, "KVCache", lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
+    output = make_pair("gpt2")[0](batch=collate(ROWS, TOKENS.thought, LABELS))
+    torch.autograd.grad(output.loss, output.hidden_TD[4], retain_graph=True)
+    assert all(bool(waiting) == (worth == 2) for waiting in caches[0]().waiting)
+    del output
+    gc.collect()
+    assert caches[0]() is None
 
 
 def test_a_backward_after_one_that_ended_at_a_thought(joined, monkeypatch) -> None:

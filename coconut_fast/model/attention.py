@@ -28,7 +28,7 @@ from coconut_fast.data.batch import RaggedBatch
 from coconut_fast.model.cache import KVCache, Ragged
 
 NAME = "coconut_fast"
-WORTH_JOINING = 8  # passes: what the joined call costs for up to 16 of them, the first 4 to 6 would have cost
+WORTH_JOINING = 8  # passes: a joined call of up to 16 costs as much as 4 to 6 of them would by themselves
 
 
 def attend(
@@ -152,7 +152,9 @@ class _CachedAttention(torch.autograd.Function):
             only = {} if ragged.joined is None else {"grads_from": ragged.joined}
             grad_query = _backward(cache, layer, (grad_output, query, output, lse), where, ctx.keywords | only)
         if ragged.joined is not None:
-            waiting.append((ragged.rows, ragged.joined, grad_output, query, output, lse))
+            # Without their graph, which holds the cache: where no first pass clears the list, both would stay forever.
+            of = (grad_output, query, output, lse)
+            waiting.append((ragged.rows, ragged.joined, *(x.detach() for x in of)))
         grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
         grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
         if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero

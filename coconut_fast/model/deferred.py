@@ -177,7 +177,8 @@ class _Use(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alias: Tensor, uses: _Uses, cheap: _Cheap | None) -> Tensor:  # type: ignore[override]
-        flat = x.reshape(-1, x.shape[-1])
+        # Detached: a view of x holds the graph, which a backward that ends early would leave in `noted`.
+        flat = x.detach().reshape(-1, x.shape[-1])
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
         ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
         y = uses.multiplied.times(flat)
