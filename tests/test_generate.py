@@ -161,6 +161,7 @@ def test_tensors_are_prompts_and_numbers_may_be_large(model) -> None:
     options = {"temperature": 1, "seed": 2**70, "top_k": 2**40, "max_new_tokens": 4}
     assert generate(model, torch.tensor([[1, 2], [3, 4]]), **options).token_ids == expected
     assert generate(model, [torch.tensor([1, 2]), (3, 4)], **options).token_ids == expected
+    assert generate(model, (range(i, i + 2) for i in (1, 3)), **options).token_ids == expected
 
 
 def test_rows_of_longrope_end_at_its_original_length() -> None:

@@ -39,7 +39,9 @@ def read_prompts(
         prompts = [prompts]
     elif not isinstance(prompts, Iterable):
         raise ValueError(f"{expected} {prompts!r}")
-    elif any(isinstance(p, int) or getattr(p, "shape", None) == () for p in prompts if not isinstance(p, str)):
+    else:
+        prompts = list(prompts)
+    if any(isinstance(p, int) or getattr(p, "shape", None) == () for p in prompts):
         raise ValueError(f"{expected} one flat list of ints")
     if num_thoughts is None or isinstance(num_thoughts, int):
         counts: list[int | None] = [num_thoughts] * len(prompts)
