@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"  # the end of a file's name while it is written
+UNFINISHED = ".unfinished-"  # the start of a directory's, while it is written or removed
 
 
 @contextmanager
@@ -52,9 +54,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the temporary files of writers that were killed; `folder` must have no other writer now."""
+    """Removes what writers that were killed left in `folder`, which must have no other writer now."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+    for path in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from coconut_fast.files import UNFINISHED
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import make_feedback, name_of
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
@@ -110,7 +111,7 @@ def save(model: Coconut, directory: str | Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Within a run's directory, where its next start sweeps away what a killed process left under this name.
     place = target if target.is_dir() else target.parent
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=place))
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=place))
     try:
         write(model, temporary)
         for file in temporary.iterdir():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_fast.data.curriculum import METHODS
-from coconut_fast.files import check_folder, write_json
+from coconut_fast.files import check_folder, remove_unfinished, write_json
 from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
@@ -34,7 +34,7 @@ def run(settings: CoconutArguments) -> Path:
     check_folder(folder, "save_path")
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
-        saving.sweep(folder)
+        remove_unfinished(folder)
     examples = read_file(settings.train_path, "train_path", DEBUG_TRAIN if settings.debug else None)
     limit = DEBUG_VAL if settings.debug else settings.eval_examples
     held_out = read_file(settings.val_path, "val_path", limit) if settings.val_path else []

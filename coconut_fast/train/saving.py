@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coconut_fast.files import remove_unfinished, sync_folder, write_json
+from coconut_fast.files import UNFINISHED, sync_folder, write_json
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
-UNFINISHED = ".unfinished-"  # being written, or being deleted; swept away when a run starts
 
 
 class CheckpointError(ValueError):
@@ -85,15 +84,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(
         (path for path in found if path.name.startswith(PREFIX)), key=lambda p: int(p.name.removeprefix(PREFIX))
     )
-
-
-def sweep(run: Path) -> None:
-    """Removes what a killed process left half-written or half-deleted: checkpoints, and files of the run itself."""
-    if run.is_dir():
-        for path in run.iterdir():
-            if path.name.startswith(UNFINISHED):
-                shutil.rmtree(path, ignore_errors=True)
-        remove_unfinished(run)
 
 
 def thin_out(run: Path, keep_last: int, best_step: int | None) -> None:
