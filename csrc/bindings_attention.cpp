@@ -122,8 +122,9 @@ static at::Tensor ragged_attention_backward(const at::Tensor& grad_out, const at
                                             const at::Tensor& page_table, const at::Tensor& rows,
                                             const at::Tensor& row_offsets, const at::Tensor& lengths,
                                             const at::Tensor& grad_keys, const at::Tensor& grad_values,
-                                            const std::optional<at::Tensor>& grads_from, int64_t page_size, double scaling, int64_t window, double softcap,
-                                            double dropout, int64_t seed, int64_t max_query, int64_t max_length) {
+                                            const std::optional<at::Tensor>& grads_from, int64_t page_size,
+                                            double scaling, int64_t window, double softcap, double dropout,
+                                            int64_t seed, int64_t max_query, int64_t max_length) {
   const char* op = "ragged_attention_backward";
   const RaggedArguments r{query,     keys,   values,    page_table, rows,    row_offsets, lengths, page_size,
                           window,    max_query, max_length, scaling,    softcap, dropout,     seed};
@@ -201,8 +202,9 @@ void bind_attention(py::module_& m) {
   m.def("ragged_attention_backward", &ragged_attention_backward, py::arg("grad_out"), py::arg("query"),
         py::arg("keys"), py::arg("values"), py::arg("out"), py::arg("lse"), py::arg("page_table"), py::arg("rows"),
         py::arg("row_offsets"), py::arg("lengths"), py::arg("grad_keys"), py::arg("grad_values"), py::kw_only(),
-        py::arg("grads_from") = py::none(), py::arg("page_size"), py::arg("scaling"), py::arg("window") = 0, py::arg("softcap") = 0.0,
-        py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("max_query"), py::arg("max_length"),
+        py::arg("grads_from") = py::none(), py::arg("page_size"), py::arg("scaling"), py::arg("window") = 0,
+        py::arg("softcap") = 0.0, py::arg("dropout") = 0.0, py::arg("seed") = 0, py::arg("max_query"),
+        py::arg("max_length"),
         "kernels/reference.py: ragged_attention_backward_ref, on CPU.");
   m.def("kv_append", &kv_append, py::arg("key"), py::arg("value"), py::arg("slots"), py::arg("keys"),
         py::arg("values"), "kernels/reference.py: kv_append_ref, on CPU.");

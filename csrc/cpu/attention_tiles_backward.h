@@ -129,7 +129,8 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
       pack_block<P>(a, row, kv_head, a.values, Kv, start, count, values);
       const float* key_words = stack<P>(keys, up(count, MR), Kp, stacked);
       const int64_t kept_from = std::clamp<int64_t>(grads.from(t.b) - start, 0, count);
-      for (int64_t j = start + kept_from; j < start + count; ++j) {  // what add_block will wait for: a sixth of a tail's time
+      // What add_block will wait for: a sixth of a tail's time.
+      for (int64_t j = start + kept_from; j < start + count; ++j) {
         const int64_t at = row.slot(j) * a.kv_heads + kv_head;
         fetch(static_cast<const float*>(grads.grad_keys) + at * K, K * 4);
         fetch(static_cast<const float*>(grads.grad_values) + at * Kv, Kv * 4);
