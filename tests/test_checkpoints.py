@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -69,6 +70,10 @@ def test_a_feedback_without_its_weights_is_refused(tmp_path) -> None:
     (tmp_path / "feedback.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no feedback\.safetensors, the weights of its feedback 'projection'"):
         load(tmp_path)
+    for broken in (b"torn", save({"0.weight": torch.zeros(32, 31)})):
+        (tmp_path / "feedback.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"feedback\.safetensors does not load as a feedback 'projection': Error"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["some-org/Model-2.5-0.5B", "model"])
@@ -234,6 +239,7 @@ def test_unknown_tokens_are_refused(tmp_path) -> None:
         load(tmp_path)
     with pytest.raises(ValueError, match="tokens.end: expected an id below the model's 96 embeddings, found 99"):
         load(tmp_path, tokens=LatentTokens(start=1, thought=2, end=99, eos=0))
-    (tmp_path / "coconut.json").write_text(json.dumps({"tokens": {}}))
-    with pytest.raises(ValueError, match="coconut.json: expected"):
-        load(tmp_path)
+    for wrong in (json.dumps({"tokens": {}}), "[]", "\xff"):
+        (tmp_path / "coconut.json").write_text(wrong, encoding="latin-1")
+        with pytest.raises(ValueError, match="coconut.json: expected"):
+            load(tmp_path)

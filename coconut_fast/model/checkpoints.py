@@ -274,7 +274,7 @@ def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
         saved["settings"] = {k: v for k, v in saved["settings"].items() if k in known}
         LatentTokens(**saved["tokens"])
         saved["feedback"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected tokens, settings and feedback as JSON, found {error!r}") from error
     return saved
 
@@ -291,7 +291,11 @@ def _read_feedback(
         weights = _find(home, FEEDBACK_WEIGHTS)
         if weights is None:
             raise ValueError(f"path_or_id: {home} has no {FEEDBACK_WEIGHTS}, the weights of its feedback {name!r}")
-        module.load_state_dict(load_file(weights))
+        try:
+            module.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"path_or_id: {weights} does not load as a feedback {name!r}: {reason}") from error
     return module
 
 
