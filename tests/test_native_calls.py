@@ -115,7 +115,10 @@ def test_a_forked_process_generates() -> None:
     expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
     ours, theirs = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=lambda: theirs.send(generate(model, PROMPTS, max_new_tokens=4).token_ids))
+    child = context.Process(
+        target=lambda: theirs.send(generate(model, PROMPTS, max_new_tokens=4).token_ids),
+        daemon=True,  # one that hangs fails the test, and not the end of the run
+    )
     child.start()
     theirs.close()
     assert ours.poll(60) and ours.recv() == expected
