@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from coconut_fast import ops
-from paged import Paged, paged, truth_of
+from tests.paged import Paged, paged, truth_of
 
 CUDA = torch.cuda.is_available()
 

@@ -17,8 +17,8 @@ from coconut_fast.infer.prefill import prefill
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.plan import ModelPlan, describe
-from persistent_vm import Machine
-from test_native import chains
+from tests.persistent_vm import Machine
+from tests.test_native import chains
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 2, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import dropout_keep
-from compare import assert_as_good_as_torch
+from tests.compare import assert_as_good_as_torch
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PAGE = 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coconut_fast import ops
-from gpu_cases import CASES, assert_compiles
+from tests.gpu_cases import CASES, assert_compiles
 
 # of each op its last case, which has the most options or rows
 NAMES = {name.split(",")[0]: name for name in CASES}

@@ -8,8 +8,8 @@ from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import decode_attention_ref
-from compare import assert_as_good_as_torch
-from paged import paged, truth_of
+from tests.compare import assert_as_good_as_torch
+from tests.paged import paged, truth_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
 

@@ -19,7 +19,7 @@ from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, Static
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
-from compare import assert_as_good_as_torch
+from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, make_hf, make_pair
 
 # A sliding window of 7, biases, QK norm and grouped heads are among them.

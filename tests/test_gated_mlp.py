@@ -7,8 +7,8 @@ import torch
 from torch import library
 
 from coconut_fast import ops
-from compare import assert_as_good_as_torch
-from paged import truth_of
+from tests.compare import assert_as_good_as_torch
+from tests.paged import truth_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -14,9 +14,9 @@ from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels import reference
-from compare import assert_as_good_as_torch
-from gpu_cases import CASES, CUDA, EVERY_DTYPE, assert_compiles, cache_of, function_of, fused, same
-from paged import truth_of
+from tests.compare import assert_as_good_as_torch
+from tests.gpu_cases import CASES, CUDA, EVERY_DTYPE, assert_compiles, cache_of, function_of, fused, same
+from tests.paged import truth_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_aot import OPS
+from tests.test_aot import OPS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
 STUB = """#!{python}

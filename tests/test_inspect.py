@@ -15,7 +15,7 @@ from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts
 from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.build import build
-from runs import MODEL, tiny
+from tests.runs import MODEL, tiny
 
 #   0 -> 1 -> 2 -> 5        3 -> 4 is the other part; 6 stands alone
 #        1 -> 5

@@ -8,8 +8,8 @@ from torch import library
 
 from coconut_fast import ops
 from coconut_fast.kernels.reference import kv_append_ref
-from compare import assert_as_good_as_torch
-from paged import truth_of
+from tests.compare import assert_as_good_as_torch
+from tests.paged import truth_of
 
 
 def inputs(

@@ -18,8 +18,8 @@ from coconut_fast.infer.sampling import sample
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import LatentTokens
-from compare import assert_as_good_as_torch
-from test_plan import gpt2, llama_like
+from tests.compare import assert_as_good_as_torch
+from tests.test_plan import gpt2, llama_like
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 5, 0]

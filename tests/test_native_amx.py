@@ -17,9 +17,9 @@ import torch
 
 from coconut_fast import doctor, ops
 from coconut_fast.infer import native
-from compare import assert_as_good_as_torch
-from test_native import chains, native_chains, quantised, random_model, wrap
-from test_portable import BOUNDS, CHAINS, build, results
+from tests.compare import assert_as_good_as_torch
+from tests.test_native import chains, native_chains, quantised, random_model, wrap
+from tests.test_portable import BOUNDS, CHAINS, build, results
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"

@@ -15,8 +15,8 @@ from coconut_fast.infer.passes import StaticBatch
 from coconut_fast.infer.persistent import Launch, PersistentChain, schedule
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
-from compare import assert_as_good_as_torch
-from persistent_setup import (
+from tests.compare import assert_as_good_as_torch
+from tests.persistent_setup import (
     COUNTS,
     MODELS,
     PROMPTS,
@@ -28,8 +28,8 @@ from persistent_setup import (
     plan_of,
     start,
 )
-from test_native import random_model, wrap
-from test_plan import gpt2, llama_like
+from tests.test_native import random_model, wrap
+from tests.test_plan import gpt2, llama_like
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from coconut_fast.infer.persistent import FIELDS, OPCODES, schedule
-from compare import assert_as_good_as_torch
-from persistent_setup import MODELS, last_states, machine, plan_of, start
-from persistent_vm import Deadlock, Race, validate
-from test_native import random_model, wrap
+from tests.compare import assert_as_good_as_torch
+from tests.persistent_setup import MODELS, last_states, machine, plan_of, start
+from tests.persistent_vm import Deadlock, Race, validate
+from tests.test_native import random_model, wrap
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -27,7 +27,7 @@ def test_the_schedule_thinks_as_the_model_does(name: str) -> None:
 @pytest.mark.parametrize("split", [4, 5, 64])
 @pytest.mark.parametrize("name", ["gpt2", "mistral"])
 def test_any_split_gives_the_same_attention(name: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persistent_vm.SPLIT", split)
+    monkeypatch.setattr("tests.persistent_vm.SPLIT", split)
     hf = random_model(name)
     model = wrap(hf)
     program = schedule(plan_of(model), batch=3, blocks=40, splits=-(-64 // split))

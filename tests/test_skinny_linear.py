@@ -7,7 +7,7 @@ import torch
 from torch import library
 
 from coconut_fast import ops
-from compare import assert_as_good_as_torch
+from tests.compare import assert_as_good_as_torch
 
 CASES = [  # rows, in, out, keywords
     (1, 100, 7, {}),
