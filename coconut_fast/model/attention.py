@@ -146,14 +146,14 @@ class _CachedAttention(torch.autograd.Function):
         if rewritten:
             ops.kv_append(*rewritten, ragged.slots, cache.keys[layer], cache.values[layer])
         if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
-            grad_output, grad_query = torch.zeros_like(output), torch.zeros_like(query)
+            grad_query = torch.zeros_like(query)
         else:
             grad_output, where = grad_output.contiguous(), (ragged.rows, ctx.row_offsets, ragged.lengths)
             only = {} if ragged.joined is None else {"grads_from": ragged.joined}
             grad_query = _backward(cache, layer, (grad_output, query, output, lse), where, ctx.keywords | only)
         if ragged.joined is not None:
             # Without their graph, which holds the cache: where no first pass clears the list, both would stay forever.
-            of = (grad_output, query, output, lse)
+            of = (torch.zeros_like(output) if grad_output is None else grad_output, query, output, lse)
             waiting.append((ragged.rows, ragged.joined, *(x.detach() for x in of)))
         grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
         grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
