@@ -21,7 +21,8 @@ from coconut_fast.model.plan import describe
 from tests.families import make_hf, make_pair
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.bfloat16), ("llama", torch.float32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_graph_benchmark(family: str, dtype: torch.dtype, device, monkeypatch) -> None:
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
     monkeypatch.setattr(bench_graph, "ROOM", 32)

@@ -20,10 +20,12 @@ from torch.cuda._utils import _get_device_index
 
 from coconut_fast import doctor, load, ops
 from coconut_fast.cli import COMMANDS, main
+from coconut_fast.commands.common import WEIGHTS as CLI_WEIGHTS
 from coconut_fast.commands.common import find_model
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import read_examples
+from coconut_fast.infer import engine
 from coconut_fast.model.checkpoints import REFERENCE_PREFIX
 from coconut_fast.train import saving
 from tests.conftest import ROOT
@@ -79,6 +81,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 def test_spelled_out_choices_are_complete() -> None:
     assert set(CLI_METHODS) == set(METHODS)
+    assert CLI_WEIGHTS == engine.WEIGHTS
     assert len(COMMANDS) == 7
 
 

@@ -199,6 +199,7 @@ def test_no_prompts() -> None:
         (torch.tensor([1, 2]), {}, "one flat list of ints"),
         (None, {}, "prompts: expected a string, strings, or lists of token ids; found None"),
         ([[1], None], {}, "prompt 1 is None, expected a string or a list of token ids"),
+        ([iter([1])], {}, "prompt 0 is <.*iterator .*, expected a string or a list of token ids"),
         ([[1, 2.5]], {}, "prompt 0 holds something that is no token id: 'float'"),
         ([[1, 2]], {"num_thoughts": 1.5}, "num_thoughts: expected an int, one per prompt, or None; found 1.5"),
         ([[1, 2]], {"temperature": "hot"}, "temperature: expected a finite number of at least 0, found 'hot'"),

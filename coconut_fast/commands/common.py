@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from coconut_fast.model.coconut import Coconut
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("fp32", "bf16", "int8")
 MODEL_HELP = "a run's directory, a model directory, an official checkpoint file, or a hub id"
 
 
@@ -32,7 +33,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
     parser.add_argument(
         "--weights",
-        choices=("fp32", "bf16", "int8"),
+        choices=WEIGHTS,
         help="what the native chain on a CPU reads (default: the checkpoint's type)",
     )
     parser.add_argument("--batch-size", type=int, help="rows at a time (default: by device)")

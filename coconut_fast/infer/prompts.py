@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 
@@ -61,7 +61,7 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ValueError(f"num_thoughts: expected an int of at least 0 for prompt {i}, found {count!r}")
     tokens = model.tokens
-    if not isinstance(prompt, Iterable):
+    if not isinstance(prompt, Collection):
         raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
         raise ValueError(f"prompts: prompt {i} is empty")
