@@ -18,10 +18,11 @@ from transformers.activations import NewGELUActivation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
-from coconut_fast import Coconut, data, ops
-from coconut_fast.data.batch import collate
+from coconut_fast import Coconut, ops
 from coconut_fast.kernels import matmul
+from coconut_fast.model import batch as ragged_batch
 from coconut_fast.model import deferred, weight
+from coconut_fast.model.batch import collate
 
 
 def plain_gelu(model: Coconut) -> None:
@@ -39,7 +40,7 @@ def keep_everything(model: Coconut) -> None:
 
 
 def read_everything(model: Coconut) -> None:
-    data.batch._reads = lambda counts, unread: None
+    ragged_batch._reads = lambda counts, unread: None
 
 
 def products_by_onednn(model: Coconut) -> None:

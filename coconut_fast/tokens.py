@@ -1,4 +1,4 @@
-"""The special tokens of latent reasoning, as the field writes them."""
+"""The special tokens of latent reasoning, as the field writes them, and the label of a token without a loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ START_LATENT = "<|start-latent|>"
 LATENT = "<|latent|>"
 END_LATENT = "<|end-latent|>"
 PAUSE = "<|pause|>"
+IGNORE = -100  # as everywhere in PyTorch
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coconut_fast.data.batch import IGNORE, collate, from_padded
+from coconut_fast.model.batch import collate, from_padded
+from coconut_fast.tokens import IGNORE
 
 T = 9  # the thought
 

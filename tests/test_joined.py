@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 
-from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention, coconut
+from coconut_fast.model.batch import collate
+from coconut_fast.tokens import IGNORE
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_pair, make_row
 

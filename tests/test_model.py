@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from coconut_fast import generate, reference
-from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.model import attention, coconut
+from coconut_fast.model.batch import collate
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.last_layer import decoder_layers, token_wise
+from coconut_fast.tokens import IGNORE
 from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, TOKENS, make_pair, make_row
 

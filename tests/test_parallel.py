@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coconut_fast.data.batch import IGNORE, collate
+from coconut_fast.model.batch import collate
+from coconut_fast.tokens import IGNORE
 from tests.families import TOKENS, make_pair, make_row
 
 ROWS = [make_row(5, 4, 3, 1), make_row(17, 0, 3, 2), make_row(9, 2, 5, 3), [7, 94, 8, 94, 94, 6, 5, 4]]

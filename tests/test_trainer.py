@@ -12,9 +12,9 @@ import transformers
 from transformers import TrainingArguments
 
 from coconut_fast import generate, load
-from coconut_fast.data.batch import collate
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example, write_examples
+from coconut_fast.model.batch import collate
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import Problems

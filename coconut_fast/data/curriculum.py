@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from coconut_fast.data.examples import TokenizedExample
-from coconut_fast.tokens import LatentTokens
-
-IGNORE = -100
+from coconut_fast.tokens import IGNORE, LatentTokens
 
 
 @dataclass(frozen=True, slots=True)

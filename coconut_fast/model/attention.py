@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from coconut_fast import ops
-from coconut_fast.data.batch import RaggedBatch
+from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import KVCache, Ragged
 
 NAME = "coconut_fast"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from coconut_fast import ops
-from coconut_fast.data.batch import Reads
+from coconut_fast.model.batch import Reads
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.activations import NewGELUActivation
 
 from coconut_fast import ops
-from coconut_fast.data.batch import RaggedBatch, from_padded
 from coconut_fast.model import attention
+from coconut_fast.model.batch import RaggedBatch, from_padded
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity

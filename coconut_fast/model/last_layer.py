@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from coconut_fast.data.batch import Reads
+from coconut_fast.model.batch import Reads
 
 
 def decoder_layers(hf: PreTrainedModel) -> nn.ModuleList | None:

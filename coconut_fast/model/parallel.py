@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coconut_fast.data.batch import RaggedBatch
+from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import KVCache
 
 if TYPE_CHECKING:

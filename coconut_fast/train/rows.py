@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from coconut_fast.data.batch import IGNORE, collate
 from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
-from coconut_fast.tokens import LatentTokens
+from coconut_fast.model.batch import collate
+from coconut_fast.tokens import IGNORE, LatentTokens
 from coconut_fast.train.problems import Problems
 
 Key = tuple[int, int, int]  # problem, epoch, stage

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-IGNORE = -100  # a label that no loss is taken on, as everywhere in PyTorch
+from coconut_fast.tokens import IGNORE
 
 
 @dataclass(frozen=True)
