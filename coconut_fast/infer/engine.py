@@ -100,14 +100,15 @@ def generate(
     sampling = Sampling(temperature, min(top_k, 2**31 - 1), top_p)
     engine = Engine(model, read, max_new_tokens, sampling, seed, num_samples, batch_size, weights)
     engine.keep_thoughts = return_thoughts
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         engine.run()
     except KeyboardInterrupt:
         engine.stats.interrupted = True
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
     return engine.output()
 
 

@@ -20,7 +20,7 @@ from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
-from coconut_fast.model.checkpoints import check_finite
+from coconut_fast.model.checks import check_finite
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Pause, Rescale
 from coconut_fast.model.plan import ModelPlan, describe

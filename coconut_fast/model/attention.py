@@ -50,14 +50,17 @@ def attend(
     """
     if ragged is None:
         raise ValueError(
-            f"attn_implementation={NAME!r} computes ragged batches only: call the Coconut module around this model, "
-            "or use model.set_attn_implementation('sdpa') to run the Hugging Face model by itself"
+            f"attn_implementation={NAME!r} was called without the keyword `ragged`: either the Hugging Face model was "
+            "called by itself (model.set_attn_implementation('sdpa') allows that), or its code does not hand keywords "
+            "on to attention"
         )
     if attention_mask is not None:
         raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} uses attention sinks, which attn_implementation={NAME!r} lacks")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if ragged.calls is not None:
+        ragged.calls.append((layer, sliding_window))
     reads = ragged.reads if layer == len(ragged.cache.keys) - 1 else None
     asked = reads or ragged
     keywords = {
@@ -73,7 +76,9 @@ def attend(
     if reads:
         query = query.index_select(2, reads.at)
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    query_THK = query_THK.contiguous()  # keys and values are copied to the cache as they lie
+    query_THK = query_THK.contiguous()
+    # Keys and values are copied to the cache as they lie, if a head's values lie side by side.
+    key_THK, value_THK = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_THK, value_THK))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
         orders = ragged.cache.order  # None in a sealed cache: a checkpointed pass that runs again
         before = orders[layer] if orders is not None else None

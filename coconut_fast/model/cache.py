@@ -35,6 +35,7 @@ class Ragged:
     # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the slots of the
     # first; None: this pass's own backward does.
     joined: torch.Tensor | None = None
+    calls: list[tuple[int, int | None]] | None = None  # where given, every call notes its layer and its window
 
 
 class KVCache:

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from coconut_fast.files import UNFINISHED
+from coconut_fast.model.checks import check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import make_feedback, name_of
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
@@ -55,7 +56,8 @@ def load(
     (see FEEDBACKS) or a module, default what the checkpoint was saved with. base: the directory or hub id that a torch
     file takes its configuration and tokenizer from, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing or unexpected
-    weights, weights that are NaN or infinite, and special tokens that cannot be known.
+    weights, weights that are NaN or infinite, special tokens that cannot be known, and a model that cannot run ragged
+    (see model/checks.py).
     """
     path = Path(path_or_id)
     trained_tokens = False
@@ -90,19 +92,8 @@ def load(
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
     model = model.to(device or "cpu").eval()
     check_finite(model, f"path_or_id: {path_or_id}")
-    _check_head(model)
+    check_ragged(model, f"path_or_id: {path_or_id}")
     return model
-
-
-def check_finite(model: Coconut, what: str) -> None:
-    """ValueError, opened by `what`, that names the first weight with a NaN or infinite value."""
-    for name, tensor in model.named_parameters():
-        if not tensor.numel() or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            continue
-        # 30 times as fast as isfinite of every value, which took GPT-2 half a second.
-        low, high = torch.aminmax(tensor.detach())
-        if not torch.isfinite(low) or not torch.isfinite(high):
-            raise ValueError(f"{what}: the weight {name.removeprefix('hf.')} holds NaN or infinite values")
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -304,22 +295,3 @@ def _check_tokens(tokens: LatentTokens, hf: PreTrainedModel) -> None:
     for name, value in asdict(tokens).items():
         if value is not None and not 0 <= value < rows:
             raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value}")
-
-
-@torch.no_grad()
-def _check_head(model: Coconut) -> None:
-    """Our head on our hidden states must be the model's own logits; a model that scales them otherwise is refused."""
-    from coconut_fast.model.cache import KVCache
-
-    cache = KVCache(model.num_layers, num_slots=2, max_rows=1, device=model.device)
-    ragged = cache.append(cache.alloc(1), [2])
-    ids = torch.tensor([model.tokens.thought, 0], device=model.device)
-    positions = torch.arange(2, device=model.device)
-    x_TD = model.embed(ids)
-    ours = model.head(model.body(x_TD, positions, ragged))
-    theirs = model.hf(inputs_embeds=x_TD[None], position_ids=positions[None], use_cache=False, ragged=ragged).logits[0]
-    if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02 * float(theirs.float().abs().max())):
-        raise ValueError(
-            f"{type(model.hf).__name__} computes its logits in a way that is not known here; "
-            "models are supported whose logits are head(hidden), scaled or soft-capped by their configuration"
-        )

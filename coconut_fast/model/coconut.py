@@ -91,8 +91,13 @@ class Coconut(nn.Module):
     ) -> None:
         super().__init__()
         hf.set_attn_implementation(attention.NAME)
+        if hf.config.get_text_config()._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"hf: {type(hf).__name__} cannot run ragged: its attention does not go through transformers' interface"
+            )
         _fuse_gelu(hf)
         self.hf = hf
+        self.training = hf.training
         self.feedback = feedback if feedback is not None else Identity()
         self.tokens = tokens
         self.tokenizer: Any = tokenizer

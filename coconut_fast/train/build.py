@@ -15,6 +15,7 @@ from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.model.checkpoints import add_latent_tokens, load
+from coconut_fast.model.checks import check_ragged
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import PAUSE
@@ -71,7 +72,9 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     if PAUSE in tokenizer.get_vocab():
         tokens = dataclasses.replace(tokens, pause=tokenizer.convert_tokens_to_ids(PAUSE))
     module = make_feedback(feedback, hf.get_input_embeddings())
-    return Coconut(hf, tokens, tokenizer=tokenizer, feedback=module)
+    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module)
+    check_ragged(model.eval(), "model")
+    return model
 
 
 def make_tokenizer(name: str | None, examples: Sequence[Example]) -> Any:

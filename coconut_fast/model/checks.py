@@ -1,0 +1,99 @@
+"""What a model has to show before it is handed out: finite weights, and that its own code can run ragged.
+
+Any architecture may be asked for, and some would answer wrongly without a word: rows lie end to end on one token axis,
+and only attention knows where one ends. Convolutions and recurrences run over the ends; attention that does not go
+through transformers' interface sees all rows as one; some models count positions by themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import Coconut
+
+
+def check_finite(model: Coconut, what: str) -> None:
+    """ValueError, opened by `what`, that names the first weight with a NaN or infinite value."""
+    for name, tensor in model.named_parameters():
+        if not tensor.numel() or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            continue
+        # 30 times as fast as isfinite of every value, which took GPT-2 half a second.
+        low, high = torch.aminmax(tensor.detach())
+        if not torch.isfinite(low) or not torch.isfinite(high):
+            raise ValueError(f"{what}: the weight {name.removeprefix('hf.')} holds NaN or infinite values")
+
+
+@torch.no_grad()
+def check_ragged(model: Coconut, what: str) -> None:
+    """ValueError, opened by `what`, for a model that does not compute rows of a batch as it computes each alone.
+
+    Two rows in one call and the same rows alone, one of them in two pieces, have to agree, with every layer calling our
+    attention once; and our head has to make the model's own logits of them.
+    """
+    name = type(model.hf).__name__
+    try:
+        calls: list[tuple[int, int | None]] = []
+        together_TD, theirs_TV = _run_together(model, calls)
+        alone_TD = _run_alone(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's code raises over arguments it does not know
+        raise ValueError(f"{what}: {name} cannot run ragged: {error}") from error
+    if sorted(layer for layer, _ in calls) != list(range(model.num_layers)):
+        raise ValueError(f"{what}: {name} cannot run ragged: it has layers without attention, or with their own")
+    exact = together_TD.dtype in (torch.float32, torch.float64)
+    if not _is_close(together_TD, alone_TD, 1e-3 if exact else 0.1):
+        raise ValueError(f"{what}: {name} cannot run ragged: a row depends on the rows beside it")
+    if _has_window(model) and not any(window for _, window in calls):
+        raise ValueError(f"{what}: {name} cannot run ragged: it does not tell attention of its sliding window")
+    if not _is_close(model.head(together_TD), theirs_TV, 0.02):
+        raise ValueError(
+            f"{what}: {name} computes its logits in a way that is not known here; "
+            "models are supported whose logits are head(hidden), scaled or soft-capped by their configuration"
+        )
+
+
+# Two rows, of three tokens and of two.
+_POSITIONS = (0, 1, 2, 0, 1)
+
+
+def _inputs(model: Coconut) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([model.tokens.thought, 0, 1, 1, 0], device=model.device)
+    return model.embed(ids), torch.tensor(_POSITIONS, device=model.device)
+
+
+def _run_together(model: Coconut, calls: list[tuple[int, int | None]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (5, D), and logits (5, V) as the model's own code makes them; notes every call of attention."""
+    cache = KVCache(model.num_layers, num_slots=64, max_rows=4, device=model.device)
+    x_TD, positions_T = _inputs(model)
+    hidden_TD = model.body(x_TD, positions_T, replace(cache.append(cache.alloc(2), [3, 2]), calls=calls))
+    ragged = cache.append(cache.alloc(2), [3, 2])
+    output = model.hf(inputs_embeds=x_TD[None], position_ids=positions_T[None], use_cache=False, ragged=ragged)
+    return hidden_TD, output.logits[0]
+
+
+def _run_alone(model: Coconut) -> torch.Tensor:
+    """The same hidden states, (5, D)."""
+    cache = KVCache(model.num_layers, num_slots=32, max_rows=2, device=model.device)
+    x_TD, positions_T = _inputs(model)
+    first, second = cache.alloc(2)
+    pieces = ((first, slice(0, 2)), (first, slice(2, 3)), (second, slice(3, 5)))
+    return torch.cat(
+        [model.body(x_TD[at], positions_T[at], cache.append([row], [at.stop - at.start])) for row, at in pieces]
+    )
+
+
+def _is_close(ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> bool:
+    return float((ours - theirs).float().norm()) <= bound * float(theirs.float().norm())
+
+
+def _has_window(model: Coconut) -> bool:
+    """Whether some layer attends to fewer positions than the model has."""
+    config = model.hf.config.get_text_config()
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not window or (model.max_positions and window >= model.max_positions):
+        return False
+    return kinds is None or "sliding_attention" in kinds
