@@ -232,3 +232,49 @@ def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:
     ours, _ = make_pair("gpt2")
     with pytest.raises(ValueError, match="set_attn_implementation"):
         ours.hf(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"input_ids": [[1, 96]]}, "input_ids: found 96, expected 0 to 95"),
+        ({"input_ids": [[1, -1]]}, "input_ids: found -1, expected 0 to 95"),
+        ({"input_ids": [[1, 2]], "labels": [[-100, 97]]}, "labels: found 97, expected 0 to 95"),
+        ({"input_ids": [[1, 2]], "position_ids": [[0, 256]]}, "position_ids: found 256, expected 0 to 255"),
+        ({"input_ids": [[1] * 257]}, "position_ids: found 256, expected 0 to 255"),
+        ({"input_ids": [[1.0, 2.0]]}, "input_ids: expected integers, found torch.float32"),
+    ],
+)
+def test_what_the_model_has_not_is_refused(keywords, message):
+    model, _ = make_pair("llama")
+    with pytest.raises(ValueError, match=message):
+        model(**{name: torch.tensor(value) for name, value in keywords.items()})
+
+
+def test_a_replaced_forward_in_the_last_layer_is_kept():
+    """accelerate's hooks and others' patches are attributes of the instance."""
+    model, _ = make_pair("gpt2")
+    mlp = model.hf.transformer.h[-1].mlp
+    plain = mlp.forward
+    mlp.forward = patched = lambda x: 2 * plain(x)
+    ids = torch.tensor([make_row(20, 3, 2, 1)])
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = ids[:, -2:]
+    whole = model(ids, labels=labels).loss
+    assert torch.allclose(model(ids, labels=labels, loss_only=True).loss, whole)
+    assert vars(mlp)["forward"] is patched
+
+
+def test_a_result_may_be_written_in_place():
+    """Gemma 3n multiplies the output of a projection in place."""
+    model, _ = make_pair("llama")
+    for layer in model.hf.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, y: y.mul_(2.0))
+    ids = torch.tensor([make_row(9, 2, 2, 1)])
+    model(ids, labels=ids).loss.backward()
+    deferred = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.defer_weight_gradients = False
+    model(ids, labels=ids).loss.backward()
+    for p, grad in zip(model.parameters(), deferred, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)

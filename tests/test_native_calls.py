@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import sys
 import threading
@@ -10,9 +11,9 @@ import time
 import pytest
 import torch
 
-from coconut_fast import generate
+from coconut_fast import generate, reference
 from coconut_fast.infer import native
-from tests.families import make_pair, make_row
+from tests.families import TOKENS, make_pair, make_row
 
 CALLS = ("prefill", "think", "decode")
 
@@ -132,3 +133,67 @@ def test_formats_that_cannot_be_had_are_refused() -> None:
         generate(make_pair("llama")[0], PROMPTS, weights="int4")
     with pytest.raises(ValueError, match="weights: found 'int8', but only the native chain packs weights; no native"):
         generate(make_pair("gemma2")[0], PROMPTS, weights="int8")
+
+
+def _answers(model) -> list[list[int]]:
+    return generate(model, [make_row(6, 3, 0, seed) for seed in range(4)], max_new_tokens=6).token_ids
+
+
+def _like_the_oracle(model) -> None:
+    plain = copy.deepcopy(model.hf)
+    plain.set_attn_implementation("eager")
+    rows = [torch.tensor(make_row(6, 3, 0, seed)) for seed in range(4)]
+    assert _answers(model) == [reference.generate(plain, row, TOKENS.thought, TOKENS.eos, 6) for row in rows]
+
+
+def _new_head(model) -> None:
+    model.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.hf.lm_head.weight))
+
+
+def _another_model(model) -> None:
+    model.hf = make_pair("gpt2", seed=7)[0].hf
+
+
+def _fewer_layers(model) -> None:
+    model.hf.transformer.h = model.hf.transformer.h[:1]
+    model.hf.config.num_hidden_layers = 1
+
+
+@torch.no_grad()
+def _final_bias(model) -> None:
+    model.hf.transformer.ln_f.bias.normal_(std=5.0)
+
+
+@pytest.mark.parametrize("change", [_new_head, _another_model, _fewer_layers, _final_bias])
+def test_a_changed_model_answers_with_its_new_weights(change) -> None:
+    model, _ = make_pair("gpt2", tie_word_embeddings=False)
+    before = _answers(model)
+    change(model)
+    _like_the_oracle(model)
+    assert _answers(model) != before
+
+
+def test_code_of_the_users_own_is_not_passed_over() -> None:
+    """A hook on the feedback is how one intervenes on a thought."""
+    model, _ = make_pair("gpt2")
+    assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
+    hook = model.feedback.register_forward_hook(lambda module, inputs, thought: thought * 0)
+    stats = generate(model, [[1, 2, 94, 3]], max_new_tokens=1).stats
+    assert stats.backend == "eager" and "module feedback has a forward hook" in stats.reason
+    hook.remove()
+
+    class Other(type(model)):
+        def head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+            return super().head(hidden_ND).index_fill(1, torch.tensor([5]), -torch.inf)
+
+    model.__class__ = Other
+    stats = generate(model, [[1, 2]], max_new_tokens=1).stats
+    assert stats.backend == "eager" and "Other has a head of its own" in stats.reason
+
+
+def test_a_model_made_in_inference_mode_generates() -> None:
+    expected = _answers(make_pair("gpt2")[0])
+    with torch.inference_mode():
+        model, _ = make_pair("gpt2")
+        assert _answers(model) == expected
+    assert _answers(model) == expected

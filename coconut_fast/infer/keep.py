@@ -71,7 +71,10 @@ def held_bytes(model: Coconut) -> int:
 
 
 def hooked(model: Coconut) -> str | None:
-    """What its modules do in Python that a replay would not repeat; None: nothing."""
+    """What its modules do in Python that an engine of our own would not repeat; None: nothing."""
+    for name in ("embed", "body", "head"):
+        if getattr(type(model), name) is not getattr(Coconut, name):
+            return f"{type(model).__name__} has a {name} of its own"
     return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
 
 

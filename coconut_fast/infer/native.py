@@ -16,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
+from coconut_fast.infer import keep
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
@@ -23,7 +24,7 @@ from coconut_fast.model.cache import KVCache
 from coconut_fast.model.checks import check_finite
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Pause, Rescale
-from coconut_fast.model.plan import ModelPlan, describe
+from coconut_fast.model.plan import ModelPlan, describe, versions
 
 MAX_ROWS = 64  # rows of one C++ call, and prompt tokens of one pass
 THOUGHT = -1  # stands among token ids where a row's thought is fed
@@ -43,6 +44,9 @@ def reason_not(model: Coconut) -> str | None:
     plan = describe(model.hf)
     if isinstance(plan, str):
         return plan
+    own_code = keep.hooked(model)
+    if own_code:
+        return own_code
     try:
         ops.extension()
     except ImportError as error:
@@ -84,12 +88,12 @@ class NativeModel:
             self.chain.set_feedback(float(model.feedback.mean_norm), None)
         elif isinstance(model.feedback, Pause):
             self.chain.set_feedback(0.0, model.feedback.embedding.detach().float().contiguous())
-        self.fingerprint = fingerprint(model, plan)
+        self.fingerprint = fingerprint(model)
 
     def make_cache(self, *, num_slots: int, max_rows: int, max_length: int | None = None) -> KVCache:
         """A cache with storage for every layer."""
         cache = KVCache(self.plan.layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length)
-        example = torch.empty(0, self.plan.kv_heads, self.plan.head_dim, dtype=self.dtype)
+        example = torch.empty(0, self.plan.kv_heads, self.plan.head_dim, dtype=self.dtype, device="cpu")
         for layer in range(self.plan.layers):
             cache.storage(layer, example, example)
         return cache
@@ -120,7 +124,7 @@ class NativeModel:
 
         With `keep`: what was fed back, (sum of counts, D), row after row.
         """
-        fed = torch.empty(sum(counts), self.plan.dim) if keep else None
+        fed = _states(sum(counts), self.plan.dim) if keep else None
         done = 0
         for part in _parts(len(rows)):
             total = sum(counts[part])
@@ -178,7 +182,7 @@ class NativeModel:
                     sampling.temperature,
                     sampling.top_k,
                     sampling.top_p,
-                    torch.tensor([_signed(s) for s in seeds[part]], dtype=torch.int64),
+                    torch.tensor([_signed(s) for s in seeds[part]], dtype=torch.int64, device="cpu"),
                     _int32(first_steps[part]),
                     hidden_BD[part],
                 )
@@ -222,7 +226,7 @@ class NativeRunner:
 
         The last thought of a piece is fed in the same pass as the tokens behind it, so k thoughts cost k passes.
         """
-        hidden_BD = torch.zeros(len(rows), self.native.plan.dim)
+        hidden_BD = _states(len(rows), self.native.plan.dim)
         for r in range(max(len(p.pieces) for p in prompts)):
             members = [i for i, p in enumerate(prompts) if r < len(p.pieces)]
             pieces = [prompts[i].pieces[r] for i in members]
@@ -251,7 +255,7 @@ class NativeRunner:
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """Up to `steps` more tokens of each draft."""
         writing = [d for d in drafts if not d.done(self.model.tokens.eos)]
-        unused_BD = torch.empty(len(writing), self.native.plan.dim)
+        unused_BD = _states(len(writing), self.native.plan.dim)
         limits = [min(steps, d.limit - len(d.tokens)) for d in writing]
         with self.clock("write", passes=max(limits, default=0)):
             self._decode(writing, unused_BD, limits)
@@ -289,19 +293,20 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
     kept = _packed.setdefault(model, {})
     name = weights or FORMATS[model.dtype]
     native = kept.get(name)
-    if native is None or fingerprint(model, native.plan) != native.fingerprint:
+    if native is None or fingerprint(model) != native.fingerprint:
         if native is not None:
             kept.clear()  # other formats are as stale
         native = kept[name] = NativeModel(model, weights=name)
     return native
 
 
-def fingerprint(model: Coconut, plan: ModelPlan) -> tuple[object, ...]:
+def fingerprint(model: Coconut) -> tuple[object, ...]:
     """Differs where packed weights would, but for writes through `.data` (see `packed`), and in a forked process, which
     has not the threads of its parent's chain."""
-    buffers = [*model.feedback.parameters(), *model.feedback.buffers()]
-    versions = tuple((t.data_ptr(), t._version) for t in buffers)
-    return plan.fingerprint(), type(model.feedback), versions, _optimizer_steps, os.getpid()
+    plan = describe(model.hf)  # anew: a weight that was replaced is another tensor
+    weights = plan if isinstance(plan, str) else plan.fingerprint()
+    buffers = versions([*model.feedback.parameters(), *model.feedback.buffers()])
+    return weights, type(model.feedback), buffers, _optimizer_steps, os.getpid()
 
 
 _optimizer_steps = 0
@@ -329,7 +334,7 @@ def _appended(cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> Ite
 
     Gives how long the rows were before, int32 (B,).
     """
-    starts = cache.layout.lengths[torch.tensor(list(rows), dtype=torch.int64)].clone()
+    starts = cache.layout.lengths[torch.tensor(list(rows), dtype=torch.int64, device="cpu")].clone()
     cache.reserve(rows, counts)
     try:
         yield starts
@@ -344,7 +349,12 @@ def _for_chain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _int32(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+    return torch.tensor(list(values), dtype=torch.int32, device="cpu")
+
+
+def _states(rows: int, dim: int) -> torch.Tensor:
+    """Zeros, (rows, D), as the chain takes them whatever the caller's default dtype and device are."""
+    return torch.zeros(rows, dim, dtype=torch.float32, device="cpu")
 
 
 def _signed(seed: int) -> int:

@@ -49,8 +49,10 @@ class StaticBatch:
 
     def fill(self, rows: Sequence[int], lengths: Sequence[int], passes: Sequence[int]) -> None:
         """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes."""
-        values = torch.zeros(3, self.size, dtype=torch.int32)
-        values[:, : len(rows)] = torch.tensor([list(rows), list(lengths), list(passes)], dtype=torch.int32)
+        values = torch.zeros(3, self.size, dtype=torch.int32, device="cpu")
+        values[:, : len(rows)] = torch.tensor(
+            [list(rows), list(lengths), list(passes)], dtype=torch.int32, device="cpu"
+        )
         for static, value in zip((self.rows, self.lengths, self.remaining), values, strict=True):
             static.copy_(value, non_blocking=True)
         self.positions.copy_(values[1] - 1, non_blocking=True)

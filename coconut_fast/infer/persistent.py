@@ -96,9 +96,9 @@ def schedule(plan: ModelPlan, *, batch: int, blocks: int, splits: int) -> torch.
         DOWN: plan.dim,
     }
     phases = [(FEED, 0), *((op, layer) for layer in range(plan.layers) for op in (QKV, ATTEND, OUT, UP, DOWN))]
-    program = torch.zeros(blocks, len(phases), len(FIELDS), dtype=torch.int32)
+    program = torch.zeros(blocks, len(phases), len(FIELDS), dtype=torch.int32, device="cpu")
     for i, (op, layer) in enumerate(phases):
-        bounds = torch.arange(blocks + 1) * tiles[op] // blocks
+        bounds = torch.arange(blocks + 1, device="cpu") * tiles[op] // blocks
         program[:, i, 0] = op
         program[:, i, 1] = layer
         program[:, i, 2] = bounds[:-1]

@@ -179,6 +179,9 @@ def from_padded(
     for name, tensor in {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected the shape of input_ids {shape}, found {tuple(tensor.shape)}")
+    for name, tensor in {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}.items():
+        if tensor is not None and tensor.is_floating_point():
+            raise ValueError(f"{name}: expected integers, found {tensor.dtype}")
     ids = input_ids.cpu().numpy()
     columns: list[Any] = [np.arange(shape[1])] * shape[0]
     if attention_mask is not None:
@@ -195,6 +198,18 @@ def from_padded(
         columns=columns,
         width=shape[1],
     )
+
+
+def check_range(batch: RaggedBatch, vocabulary: int, max_positions: int | None) -> None:
+    """ValueError for token ids, labels and positions that a model with so many does not have. On the CPU."""
+    targets = torch.cat([p.targets for p in batch.passes])
+    limits = {"input_ids": (batch.input_ids, vocabulary), "labels": (targets, vocabulary)}
+    if max_positions is not None:
+        limits["position_ids"] = (batch.position_ids, max_positions)
+    for name, (values, limit) in limits.items():
+        wrong = values[(values < 0) | (values >= limit)]
+        if len(wrong):
+            raise ValueError(f"{name}: found {int(wrong[0])}, expected 0 to {limit - 1}")
 
 
 def _shifted(labels: Sequence[int]) -> np.ndarray:

@@ -91,10 +91,10 @@ class KVCache:
     ) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
         slots = self.reserve(rows, counts)
-        index = torch.tensor(list(rows), dtype=torch.int32)
+        index = torch.tensor(list(rows), dtype=torch.int32, device="cpu")
         lengths = self.layout.lengths[index]
-        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor(list(counts), dtype=torch.int32).cumsum(0)
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32, device="cpu")
+        offsets[1:] = torch.tensor(list(counts), dtype=torch.int32, device="cpu").cumsum(0)
         return Ragged(
             cache=self,
             rows=index.to(self.device, non_blocking=True),

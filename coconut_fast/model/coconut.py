@@ -22,7 +22,7 @@ from transformers.activations import NewGELUActivation
 
 from coconut_fast import ops
 from coconut_fast.model import attention
-from coconut_fast.model.batch import RaggedBatch, from_padded
+from coconut_fast.model.batch import RaggedBatch, check_range, from_padded
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
@@ -40,7 +40,6 @@ class Settings:
     suffix: str = "\n"  # what follows the question's text
     method: str = "coconut"
     stage: int | None = None
-    c_thought: int = 1
     curriculum: dict[str, Any] | None = None  # the CurriculumConfig of its training, where it differs from the default
     symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, where they were
 
@@ -201,11 +200,14 @@ class Coconut(nn.Module):
         The loss is the cross-entropy of the labelled tokens (-100: none), summed and divided by `num_items` (default:
         their number). A row's result does not depend on the rows beside it. loss_only: the last layer computes what
         the loss and the thoughts are made of and nothing else, as in training; the output then has no logits.
+        Raises ValueError for tensors of another shape, and for ids, labels or positions that the model has not.
         """
         if batch is None:
             if input_ids is None:
                 raise ValueError("forward: expected input_ids or batch, found neither")
-            batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels).to(self.device)
+            batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels)
+            check_range(batch, self.hf.get_input_embeddings().weight.shape[0], self.max_positions)
+            batch = batch.to(self.device)
         # A checkpointed pass runs again without the mode; sharded weights are not at hand when their gradient is due.
         deferred = self.defer_weight_gradients and torch.is_grad_enabled() and not self.checkpoint_passes
         deferred = deferred and not any(isinstance(p, DTensor) for p in self.parameters())
@@ -227,7 +229,7 @@ class Coconut(nn.Module):
             device=batch.input_ids.device,
         )
         # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
-        dropout_seed = int(torch.randint(2**31, ())) if self.training else 0
+        dropout_seed = int(torch.randint(2**31, (), device="cpu")) if self.training else 0
         if self.parallel_rounds is not None:
             refined = refine(self, batch, cache, self.parallel_rounds, dropout_seed, loss_only)
             cache.seal()
@@ -238,7 +240,7 @@ class Coconut(nn.Module):
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []
         num_joined = attention.num_joined(batch, loss_only)
-        first_B = torch.tensor(batch.passes[0].counts, dtype=torch.int32)
+        first_B = torch.tensor(batch.passes[0].counts, dtype=torch.int32, device="cpu")
         for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))

@@ -182,7 +182,8 @@ class _Use(torch.autograd.Function):
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))
         ctx.uses, ctx.cheap, ctx.shape, ctx.compute = uses, cheap, x.shape, x.dtype
         y = uses.multiplied.times(flat)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not `view`: a model may write into the result in place, which autograd forbids for views of such functions.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]

@@ -41,14 +41,16 @@ def only_reads(hf: PreTrainedModel, reads: Reads | None) -> Iterator[None]:
     if reads is None or layers is None:
         yield
         return
-    modules = token_wise(layers[-1])
-    for module in modules:
+    own = {module: vars(module).get("forward") for module in token_wise(layers[-1])}  # a user's or a library's
+    for module in own:
         module.forward = functools.partial(_read, module.forward, reads.at)
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in own.items():
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _read(whole: Callable[..., torch.Tensor], at: torch.Tensor, x_1TD: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ for), so a plan made before training sees the trained weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -107,9 +108,13 @@ class ModelPlan:
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced or written in place: how an engine knows that its packed copy is stale."""
-        ends = [self.embed, self.positions, self.final_norm, self.head]
-        tensors = [*self.blocks.parameters(), *(t for t in ends if t is not None)]
-        return tuple((t.data_ptr(), t._version) for t in tensors)
+        ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
+        return versions([*self.blocks.parameters(), *(t for t in (*ends, self.head, self.head_bias) if t is not None)])
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Address and version of each; tensors made in inference mode count no versions."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def describe(hf_model: nn.Module) -> ModelPlan | str:

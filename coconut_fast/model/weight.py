@@ -49,7 +49,7 @@ class Weight:
         for x, grad in pairs:
             left, right = (grad, x) if self.transposed else (x, grad)
             if together:
-                sums = torch.empty(right.shape[1]) if sums is None else sums
+                sums = torch.empty(right.shape[1], dtype=torch.float32, device="cpu") if sums is None else sums
                 total = ops.weight_gradient(left, right, total, sums)
                 continue
             total = ops.weight_gradient(left, right, total) if self.own else ops.matmul(left.T, right, into=total)
