@@ -23,6 +23,7 @@ from coconut_fast.cli import COMMANDS, main
 from coconut_fast.commands.common import WEIGHTS as CLI_WEIGHTS
 from coconut_fast.commands.common import find_model
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
+from coconut_fast.commands.generate import read_prompts_file
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import read_examples
 from coconut_fast.infer import engine
@@ -114,6 +115,11 @@ def test_generate(
     (tmp_path / "prompts.txt").write_text("go on from ada\n\ngo on on from bo\n")
     both = call(capsys, "generate", model, "--file", tmp_path / "prompts.txt", "--max-new-tokens", "4")
     assert both.startswith(one)
+    (tmp_path / "odd.txt").write_bytes("go on\x0cfrom ada\r\ngo \u2028 on from bo\r\n".encode())
+    assert read_prompts_file(str(tmp_path / "odd.txt")) == ["go on\x0cfrom ada", "go \u2028 on from bo"]
+    (tmp_path / "prompts.jsonl").write_text('{"question": "go on from ada"}\n')
+    assert call(capsys, "generate", model, "--file", tmp_path / "prompts.jsonl", "--max-new-tokens", "4") == one
+    assert "is not valid Unicode" in fails(capsys, 2, "generate", model, "go \udcff from ada")
     record = json.loads(
         call(capsys, "generate", model, "go on from ada", "--num-thoughts", "3", "--json", "--max-new-tokens", "2")
     )
@@ -132,6 +138,9 @@ def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     ours, back = load(model).state_dict(), load(tmp_path / "back").state_dict()
     assert all(torch.equal(ours[name], back[name]) for name in ours)
     assert load(tmp_path / "back").settings.num_thoughts == 2
+    call(capsys, "convert", "model", model, tmp_path / "other", "--num-thoughts", "1")
+    printed = json.loads(call(capsys, "eval", tmp_path / "other", trained / "val.json", "--limit", "2", "--json"))
+    assert printed["other"]["mean_thoughts"] == 1, "instead of the number it was trained with"
     (tmp_path / "icot.txt").write_text("How many?||<<1+1=2>> #### 2\n")
     call(capsys, "convert", "icot", tmp_path / "icot.txt", tmp_path / "icot.json")
     assert read_examples(tmp_path / "icot.json")[0].answer == "2"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from coconut_fast.data.curriculum import CurriculumConfig
-from coconut_fast.data.examples import Example
+from coconut_fast.data.examples import Example, tokenize_examples
 from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.evaluate.accuracy import evaluate
 from coconut_fast.evaluate.table import result_table, write_results
 from coconut_fast.infer.answers import Evaluation, Prediction, answer, extract_answer, make_problems
+from coconut_fast.infer.prompts import read_prompts
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.build import build
 from coconut_fast.train.state import describe
@@ -107,3 +109,43 @@ def test_tables_and_files(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["data"] == "test.json" and saved["results"]["ours"]["accuracy"] == 0.5
     assert [json.loads(line)["correct"] for line in (tmp_path / "ours.jsonl").read_text().splitlines()] == [True, False]
+
+
+def test_a_long_problem_takes_nothing_from_the_others(model: Coconut) -> None:
+    short = chains(4)
+    alone = evaluate(model, short, num_thoughts=2, max_new_tokens=20).predictions
+    long = Example(" ".join(["go"] * 55), [], "ada")
+    assert evaluate(model, [*short, long], num_thoughts=2, max_new_tokens=20).predictions[:4] == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("### C#", "C#", True),
+        ("### A#", "C#", False),
+        ("", "C#", False),
+        ("### [A]", "[A]", True),
+        ("### 1", "[A]", False),
+    ],
+)
+def test_answers_with_marks_inside(model, monkeypatch, text: str, answer: str, right: bool) -> None:
+    from coconut_fast.infer import answers
+
+    output = SimpleNamespace(texts=[text], token_ids=[[5]], num_thoughts=[0], stats=SimpleNamespace(interrupted=False))
+    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: output)
+    assert evaluate(model, [Example("go on from cy", [], answer)], method="cot").predictions[0].correct is right
+
+
+def test_methods_without_thoughts_are_given_none(model: Coconut) -> None:
+    with pytest.raises(ValueError, match="num_thoughts: found 3, expected none: method 'cot' has no thoughts"):
+        evaluate(model, chains(2), method="cot", num_thoughts=3)
+
+
+@pytest.mark.parametrize("method", ["coconut", "pause", "pause_as_thought", "cot", "icot"])
+def test_generate_asks_a_question_as_evaluation_does(tmp_path: Path, method: str) -> None:
+    examples, config = chains(6), CurriculumConfig(method, c_thought=2, max_latent_stage=2)
+    model = build(tiny(tmp_path, method=method), examples).eval()
+    describe(model, config, stage=3)
+    problems = make_problems(model, examples, tokenize_examples(examples, model.tokenizer), 3, config)
+    read = read_prompts(model, [e.question for e in examples], None, 1)
+    assert [list(p.ids) for p in read] == [p.prompt for p in problems]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,12 +187,15 @@ def test_no_prompts() -> None:
     ("prompts", "options", "message"),
     [
         ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens: expected an int of at least 1, found 0"),
+        ([[1, 2]], {"max_new_tokens": [1, 2]}, r"max_new_tokens: expected one per prompt \(1\), found 2"),
+        ([[1, 2]], {"max_new_tokens": [True]}, "max_new_tokens of prompt 0: expected an int of at least 1, found True"),
+        ([[1, 2]], {"num_thoughts": 10**12}, "prompt 0 has 1000000000000 tokens .* more than the 256 positions"),
         ([[1, 2]], {"temperature": -1.0}, "temperature: expected"),
         ([[1, 2]], {"top_p": 0.0}, "top_p: expected"),
         ([[1, 2]], {"top_k": -1}, "top_k: expected"),
         ([[1, 2]], {"num_samples": 0}, "num_samples: expected"),
         ([[1, 2]], {"batch_size": 0}, "batch_size: expected"),
-        ([[1, 2]], {"num_thoughts": -1}, "num_thoughts: expected an int of at least 0 for prompt 0"),
+        ([[1, 2]], {"num_thoughts": -1}, "num_thoughts: expected an int of at least 0, found -1"),
         ([[1, 2]], {"num_thoughts": [1, 2]}, r"num_thoughts: expected one per prompt \(1\), found 2"),
         ([[1], []], {}, "prompt 1 is empty"),
         ("", {}, "prompt 0 is empty"),
@@ -201,7 +205,7 @@ def test_no_prompts() -> None:
         ([[1], None], {}, "prompt 1 is None, expected a string or a list of token ids"),
         ([iter([1])], {}, "prompt 0 is <.*iterator .*, expected a string or a list of token ids"),
         ([[1, 2.5]], {}, "prompt 0 holds something that is no token id: 'float'"),
-        ([[1, 2]], {"num_thoughts": 1.5}, "num_thoughts: expected an int, one per prompt, or None; found 1.5"),
+        ([[1, 2]], {"num_thoughts": 1.5}, "num_thoughts: expected an int of at least 0, found 1.5"),
         ([[1, 2]], {"temperature": "hot"}, "temperature: expected a finite number of at least 0, found 'hot'"),
         ([[1, 2]], {"temperature": float("nan")}, "temperature: expected"),
         ([[1, 2]], {"top_p": "x"}, "top_p: expected"),
@@ -232,3 +236,59 @@ def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:
             for found, alone in zip(threads.map(ask, halves), expected, strict=True):
                 assert found.token_ids == alone.token_ids
                 assert all(map(torch.equal, found.thoughts, alone.thoughts))
+
+
+def test_an_answer_may_end_at_the_last_position() -> None:
+    """The last token of an answer is never read, so it needs no position."""
+    model, plain = make_pair("gpt2", n_positions=16)
+    prompt = make_row(8, 2, 3, 1)
+    assert len(prompt) == 15
+    expected = reference.generate(plain, torch.tensor(prompt), TOKENS.thought, TOKENS.eos, 2)
+    assert generate(model, [prompt], max_new_tokens=2).token_ids[0] == expected
+    with pytest.raises(ValueError, match="more than the 16 positions"):
+        generate(model, [prompt], max_new_tokens=3)
+
+
+def test_each_prompt_may_have_a_limit_of_its_own(model) -> None:
+    long = [generate(model, [p], max_new_tokens=9).token_ids[0] for p in PROMPTS]
+    some = generate(model, PROMPTS, max_new_tokens=[1, 9, 4, 2, 7], batch_size=2).token_ids
+    assert some == [ids[:n] for ids, n in zip(long, (1, 9, 4, 2, 7), strict=True)]
+
+
+def test_integers_of_numpy_and_torch_are_integers(model) -> None:
+    plain = generate(model, PROMPTS[:2], num_thoughts=[3, 1], max_new_tokens=3)
+    for kind in (np.array, torch.tensor):
+        other = generate(model, PROMPTS[:2], num_thoughts=kind([3, 1]), max_new_tokens=kind(3))
+        assert other.token_ids == plain.token_ids
+
+
+def test_modules_keep_their_mode() -> None:
+    model, _ = make_pair("gpt2", resid_pdrop=0.5)
+    assert not model.training, "the mode of the model it was made of"
+    model.train()
+    model.hf.transformer.h[0].eval()  # frozen by its owner
+    before = [m.training for m in model.modules()]
+    generate(model, [[1, 2]], max_new_tokens=1)
+    assert [m.training for m in model.modules()] == before
+
+
+def test_the_least_temperature_is_greedy(model) -> None:
+    greedy = generate(model, PROMPTS, max_new_tokens=4).token_ids
+    assert generate(model, PROMPTS, max_new_tokens=4, temperature=1e-40, seed=1).token_ids == greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thoughts_are_of_the_models_type(dtype: torch.dtype) -> None:
+    thoughts = generate(make_pair("llama", dtype)[0], PROMPTS, max_new_tokens=1, return_thoughts=True).thoughts
+    assert {t.dtype for t in thoughts} == {dtype}
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_no_default_of_the_caller_is_in_the_way(model, default: torch.dtype) -> None:
+    expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            assert generate(model, PROMPTS, max_new_tokens=4).token_ids == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

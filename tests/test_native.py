@@ -314,9 +314,9 @@ def test_runner_does_what_the_eager_runner_does() -> None:
     model = wrap(random_model("qwen3"))
     options = {"num_slots": 512, "max_rows": 8, "max_length": 128, "sampling": Sampling(1.0, top_p=0.8)}
     prompts = [
-        Prompt((5, 6, 7), (Piece((5, 6, 7), 0),)),
-        Prompt((8, 3, 3, 9, 3, 4), (Piece((8,), 2), Piece((9,), 1), Piece((4,), 0))),
-        Prompt((11, 12, 3, 3, 3, 4, 4), (Piece((11, 12), 3), Piece((4, 4), 0))),
+        Prompt((5, 6, 7), (Piece((5, 6, 7), 0),), 4),
+        Prompt((8, 3, 3, 9, 3, 4), (Piece((8,), 2), Piece((9,), 1), Piece((4,), 0)), 4),
+        Prompt((11, 12, 3, 3, 3, 4, 4), (Piece((11, 12), 3), Piece((4, 4), 0)), 4),
     ]
     results = []
     for runner in (EagerRunner(model, **options), native.NativeRunner(model, **options)):

@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHTS,
         help="what the native chain on a CPU reads (default: the checkpoint's type)",
     )
-    parser.add_argument("--batch-size", type=int, help="rows at a time (default: by device)")
+    parser.add_argument("--batch-size", type=int, help="rows at a time (default: 32 on a CPU, 256 on a GPU)")
 
 
 def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
@@ -83,6 +83,8 @@ def set_progress_bars() -> None:
 
 def quiet() -> None:
     """No chatter of libraries between our own lines."""
+    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()

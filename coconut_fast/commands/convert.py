@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from coconut_fast.commands.common import add_command, quiet
+from coconut_fast.commands.common import MODEL_HELP, add_command, find_model, quiet
 
 
 def add(commands: Any) -> None:
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "any model that loads (an official checkpoint, say) -> a directory that transformers reads too",
         "coconut-fast convert model ckpts/checkpoint_40 models/prosqa --base openai-community/gpt2 --num-thoughts 6",
     )
-    model.add_argument("source", help="an official checkpoint file, a directory, or a hub id")
+    model.add_argument("source", help=MODEL_HELP)
     model.add_argument("target", help="directory to write")
     model.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
     model.add_argument("--num-thoughts", type=int, help="thoughts it was trained with, to be remembered with it")
@@ -59,9 +59,10 @@ def _model(arguments: argparse.Namespace) -> int:
     check_folder(arguments.target, "target")
     if arguments.num_thoughts is not None and arguments.num_thoughts < 0:
         raise ValueError(f"--num-thoughts: found {arguments.num_thoughts}, expected 0 or more")
-    model = load(arguments.source, base=arguments.base)
+    model = load(find_model(arguments.source), base=arguments.base)
     if arguments.num_thoughts is not None:
         model.settings.num_thoughts = arguments.num_thoughts
+        model.settings.curriculum = model.settings.stage = None  # which would say another number
     model.save_pretrained(arguments.target)
     return _wrote(arguments.target)
 
@@ -69,7 +70,6 @@ def _model(arguments: argparse.Namespace) -> int:
 def _official(arguments: argparse.Namespace) -> int:
     import torch
 
-    from coconut_fast.commands.common import find_model
     from coconut_fast.files import check_file, write_atomically
     from coconut_fast.model.checkpoints import REFERENCE_PREFIX, load
     from coconut_fast.model.feedback import name_of

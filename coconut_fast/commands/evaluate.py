@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         "--num-thoughts", type=int, help="thoughts per question (default: as the checkpoint was trained)"
     )
     parser.add_argument("--method", choices=METHODS, help="how questions are put, where the checkpoint does not know")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer (default 128)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
     parser.add_argument("--limit", type=int, help="the first n problems only")
     parser.add_argument("--out", help="directory for results.json and one JSON line per problem")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")

@@ -19,13 +19,18 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("prompt", nargs="?", help="a question; without it and --file, prompts are read one by one")
-    parser.add_argument("--file", help="prompts: one per line, or JSON lines with a question")
+    parser.add_argument("--file", help="prompts: one per line, or the questions of a JSON list or of JSON lines")
     parser.add_argument("--num-thoughts", type=int, help="thoughts per prompt (default: as the checkpoint was trained)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default 64)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="nucleus sampling: from the fewest likeliest tokens whose probabilities reach this sum (1: all)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each call)")
     parser.add_argument("--num-samples", type=int, default=1, help="answers per prompt")
     parser.add_argument("--json", action="store_true", help="one JSON object per answer, with its token ids")
     add_model_options(parser)
@@ -58,11 +63,12 @@ def read_prompts_file(path: str) -> list[str]:
     """Prompts of a file: the questions of JSON lines (or of a JSON list), else its lines that are not blank."""
     from pathlib import Path
 
-    from coconut_fast.data.examples import read_examples, read_text
+    from coconut_fast.data.examples import read_questions, read_text
 
     if path.endswith((".json", ".jsonl")):
-        return [example.question for example in read_examples(path)]
-    prompts = [line for line in read_text(Path(path)).splitlines() if line.strip()]
+        return read_questions(path)
+    # Not splitlines(), which also cuts at characters that may stand in a prompt (form feeds, U+2028).
+    prompts = [line.removesuffix("\r") for line in read_text(Path(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--file: {path} is empty, expected one prompt per line")
     return prompts

@@ -59,15 +59,28 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
     ".jsonl" or its first character is not "[". ValueError on any problem, and on a file without records.
     """
     path = Path(path)
+    bar = tqdm(_records(path), desc=f"read {path.name}", unit="problem", delay=2)
+    return [parse_record(record, where) for where, record in bar]
+
+
+def read_questions(path: str | os.PathLike[str]) -> list[str]:
+    """The questions of such a file, whose records need no more than that."""
+    questions = []
+    for where, record in _records(Path(path)):
+        if not isinstance(record, dict) or "question" not in record:
+            raise ValueError(f"{where}: found {_kind(record)}, expected an object with a question")
+        questions.append(_checked_text(record["question"], f"{where}, field 'question'"))
+    return questions
+
+
+def _records(path: Path) -> list[tuple[str, Any]]:
+    """(where it stands, decoded JSON) of every record."""
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; expected a JSON list of records, or one record per line")
     if path.suffix == ".jsonl" or not text.lstrip().startswith("["):
-        records = _json_lines(path, text)
-    else:
-        records = _json_list(path, text)
-    bar = tqdm(records, desc=f"read {path.name}", unit="problem", delay=2)
-    return [parse_record(record, where) for where, record in bar]
+        return _json_lines(path, text)
+    return _json_list(path, text)
 
 
 def parse_record(record: Any, where: str) -> Example:

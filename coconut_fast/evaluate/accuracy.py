@@ -49,6 +49,8 @@ def trained_curriculum(
     if method is not None and method not in METHODS:
         raise ValueError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")
     asked = method or saved.method
+    if num_thoughts is not None and METHODS[asked].slot != "thought":
+        raise ValueError(f"num_thoughts: found {num_thoughts}, expected none: method {asked!r} has no thoughts")
     if saved.curriculum is not None and saved.stage is not None and asked == saved.method:
         return CurriculumConfig(**saved.curriculum), saved.stage
     if METHODS[asked].slot is None:

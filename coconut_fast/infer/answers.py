@@ -1,8 +1,9 @@
 """Problems in, judged answers out: prompts of a stage, batched generation, one stated rule for what the answer is.
 
-The answer is the text after the last "#", commas removed, stripped of space at both ends; the same is done to the
-expected answer (the official rule; without any "#" the whole text counts; graph problems in symbols write "[A]" for
-it). A prediction is right where both are equal. Thoughts count as generated tokens, end-of-text does not.
+The answer is the text after the last "#" (graph problems in symbols write "[A]" for it), or all of it where there is
+none. It is right where it equals the expected answer, both without commas and without space at their ends (the official
+rule; an expected answer that itself holds a "#" is compared from that many further left). Thoughts count as generated
+tokens, end-of-text does not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from coconut_fast.data.curriculum import CurriculumConfig, question_row
 from coconut_fast.data.examples import Example, TokenizedExample
 from coconut_fast.infer.engine import generate
+from coconut_fast.infer.prompts import with_thoughts
 from coconut_fast.model.coconut import Coconut
 
 
@@ -88,9 +90,14 @@ class Evaluation:
         return [asdict(p) for p in self.predictions]
 
 
-def extract_answer(text: str) -> str:
-    """The text after the last "#" (in symbols: "[A]"), commas removed, stripped."""
-    return text.replace("[A]", "#").split("#")[-1].replace(",", "").strip()
+def extract_answer(text: str, mark: str = "#", inside: int = 0) -> str:
+    """The text after the last mark, or after the one before as many as the answer has inside; see `clean`."""
+    return clean(mark.join(text.split(mark)[-1 - inside :]))
+
+
+def clean(answer: str) -> str:
+    """Commas removed, stripped."""
+    return answer.replace(",", "").strip()
 
 
 def make_problems(
@@ -107,14 +114,14 @@ def make_problems(
     problems = []
     for example, ids in zip(examples, tokenized, strict=True):
         prompt = question_row(ids, stage, config, model.tokens)
-        accepted: tuple[str, ...] = (extract_answer("#" + example.answer),)
+        accepted: tuple[str, ...] = (clean(example.answer),)
         length = None
         if config.target != "chain" and stage <= config.max_latent_stage and stage < len(ids.steps_ids):
             prompt = prompt[: len(prompt) - ids.cue]
             asked = [ids.steps_ids[stage]]
             if config.target == "random_frontier" and ids.frontiers is not None:
                 asked = [[node] for node in ids.frontiers[stage]]
-            accepted = tuple(extract_answer(model.tokenizer.decode(nodes)) for nodes in asked)
+            accepted = tuple(clean(model.tokenizer.decode(nodes)) for nodes in asked)
             length = len(asked[0])
         problems.append(Problem(ids.idx, example.question, prompt, accepted, length))
     return problems
@@ -129,19 +136,15 @@ def answer(
     batch_size: int | None = None,
     weights: str | None = None,
 ) -> Evaluation:
-    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for."""
-    room = model.max_positions
-    if room is not None and problems:
-        longest = max(len(p.prompt) for p in problems) + (num_thoughts or 0)
-        max_new_tokens = max(1, min(max_new_tokens, room - longest))
-    if problems and all(p.length for p in problems):
-        max_new_tokens = min(max_new_tokens, max(p.length or 0 for p in problems))
+    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for behind each prompt."""
+    mark = "#" if model.settings.symbols is None else "[A]"
+    limits = [_limit(model, problem, num_thoughts, max_new_tokens) for problem in problems]
     start = time.perf_counter()
     output = generate(
         model,
         [p.prompt for p in problems],
         num_thoughts=num_thoughts,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=limits,
         batch_size=batch_size,
         weights=weights,
     )
@@ -154,7 +157,7 @@ def answer(
         if problem.length is not None:
             ids = ids[: problem.length]
             text = model.tokenizer.decode(ids)
-        found = extract_answer(text or "")
+        found = extract_answer(text or "", mark, problem.accepted[0].count(mark))
         predictions.append(
             Prediction(
                 idx=problem.idx,
@@ -168,3 +171,12 @@ def answer(
             )
         )
     return Evaluation(predictions, seconds)
+
+
+def _limit(model: Coconut, problem: Problem, num_thoughts: int | None, max_new_tokens: int) -> int:
+    """Tokens that are wanted of a problem's answer and have room behind its prompt; the last one is never read."""
+    wanted = min(problem.length or max_new_tokens, max_new_tokens)
+    if model.max_positions is None:
+        return wanted
+    prompt = problem.prompt if num_thoughts is None else with_thoughts(model, problem.prompt, num_thoughts)
+    return max(1, min(wanted, model.max_positions - len(prompt) + 1))

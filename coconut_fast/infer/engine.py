@@ -18,7 +18,7 @@ from coconut_fast.infer import keep
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
-from coconut_fast.infer.prompts import Prompt, read_prompts
+from coconut_fast.infer.prompts import Prompt, read_prompts, whole
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.coconut import Coconut
 
@@ -39,7 +39,8 @@ class GenerateOutput:
     texts: list[str | None]  # without special tokens; None for models without a tokenizer
     token_ids: list[list[int] | None]  # without end-of-text
     num_thoughts: list[int]
-    thoughts: list[torch.Tensor | None] | None  # (k, D) each: the hidden states fed back; None unless asked for
+    # (k, D) each: the hidden states fed back, one tensor for all samples of a prompt; None unless asked for.
+    thoughts: list[torch.Tensor | None] | None
     stats: GenerateStats = field(repr=False)
 
 
@@ -48,7 +49,7 @@ def generate(
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     num_thoughts: int | Sequence[int] | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Sequence[int] = 64,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -62,7 +63,8 @@ def generate(
 
     model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
     num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
-    without any gets the number the checkpoint was trained for. temperature 0 is greedy; otherwise every answer has its
+    without any is asked as the checkpoint was trained, with its thoughts or pauses. max_new_tokens: the longest answer,
+    for all or one per prompt. temperature 0 is greedy; otherwise every answer has its
     own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the order of prompts.
     num_samples: answers per prompt, from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or
     "int8", what the native chain on a CPU reads; None: the model's own type. int8 (a scale per output) takes half the
@@ -74,14 +76,8 @@ def generate(
     Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
     id, and for arguments out of range. Ctrl-C returns what is finished.
     """
-    for name, value, low in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("num_samples", num_samples, 1),
-        ("top_k", top_k, 0),
-        ("batch_size", 1 if batch_size is None else batch_size, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: expected an int of at least {low}, found {value!r}")
+    num_samples, top_k = whole("num_samples", num_samples, 1), whole("top_k", top_k, 0)
+    batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
     if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least 0, found {temperature!r}")
     if not isinstance(top_p, Real) or not 0 < top_p <= 1:
@@ -96,9 +92,10 @@ def generate(
         model = load(model)
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
     if seed is None:
-        seed = int(torch.randint(2**62, ())) if temperature else 0
-    sampling = Sampling(temperature, min(top_k, 2**31 - 1), top_p)
-    engine = Engine(model, read, max_new_tokens, sampling, seed, num_samples, batch_size, weights)
+        seed = int(torch.randint(2**62, (), device="cpu")) if temperature else 0
+    # Below 1e-30 nothing but the likeliest token has a chance, and 1 / temperature no place in fp32.
+    sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
+    engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights)
     engine.keep_thoughts = return_thoughts
     in_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -134,7 +131,6 @@ class Engine:
         self,
         model: Coconut,
         prompts: list[Prompt],
-        max_new_tokens: int,
         sampling: Sampling,
         seed: int,
         num_samples: int = 1,
@@ -143,14 +139,13 @@ class Engine:
     ) -> None:
         self.model = model
         self.prompts = prompts
-        self.max_new_tokens = max_new_tokens
         self.num_samples = num_samples
         self.keep_thoughts = False
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         answers = max(1, len(prompts) * num_samples)
         batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
-        longest = max((len(p.ids) for p in prompts), default=0) + max_new_tokens
+        longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
         num_slots = batch_size * (-(-longest // 16) + 1) * 16
         check_memory(model, num_slots, batch_size)
@@ -207,9 +202,10 @@ class Engine:
             shared = [row] + [self.runner.cache.fork([row])[0] for _ in range(self.num_samples - 1)]
             for sample, answer_row in enumerate(shared):
                 number = i * self.num_samples + sample
-                drafts[number] = Draft(answer_row, self.seeds[number], self.max_new_tokens, [])
+                drafts[number] = Draft(answer_row, self.seeds[number], self.prompts[i].max_new_tokens, [])
             if kept is not None:
-                self.thoughts[i] = torch.stack(kept[n]) if kept[n] else hidden_BD.new_zeros(0, hidden_BD.shape[1])
+                none = torch.zeros(0, hidden_BD.shape[1], dtype=self.model.dtype, device=hidden_BD.device)
+                self.thoughts[i] = torch.stack(kept[n]) if kept[n] else none
         self.runner.first(hidden_BD.repeat_interleave(self.num_samples, 0), list(drafts.values()))
         self.stats.prompt_tokens += sum(len(p.ids) - p.num_thoughts for p in prompts)
         self.stats.thoughts += sum(p.num_thoughts for p in prompts)

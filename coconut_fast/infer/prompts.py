@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
+from typing import Any
 
+from coconut_fast.data.curriculum import CurriculumConfig, question_row
+from coconut_fast.data.examples import TokenizedExample
+from coconut_fast.data.graphs import ANSWER
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.tokens import LATENT
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Piece:
 class Prompt:
     ids: tuple[int, ...]  # as the model sees them, thoughts marked by their token
     pieces: tuple[Piece, ...]
+    max_new_tokens: int  # of each answer
 
     @property
     def num_thoughts(self) -> int:
@@ -31,7 +37,7 @@ def read_prompts(
     model: Coconut,
     prompts: str | Sequence[str | Sequence[int]],
     num_thoughts: int | Sequence[int] | None,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
 ) -> list[Prompt]:
     """Checks everything before any work: ValueError names the prompt, what was found and what is expected."""
     expected = "prompts: expected a string, strings, or lists of token ids; found"
@@ -43,38 +49,48 @@ def read_prompts(
         prompts = list(prompts)
     if any(isinstance(p, int) or getattr(p, "shape", None) == () for p in prompts):
         raise ValueError(f"{expected} one flat list of ints")
-    if num_thoughts is None or isinstance(num_thoughts, int):
-        counts: list[int | None] = [num_thoughts] * len(prompts)
-    elif not isinstance(num_thoughts, Iterable):
-        raise ValueError(f"num_thoughts: expected an int, one per prompt, or None; found {num_thoughts!r}")
-    else:
-        counts = list(num_thoughts)
-        if len(counts) != len(prompts):
-            raise ValueError(f"num_thoughts: expected one per prompt ({len(prompts)}), found {len(counts)}")
-    return [
-        _read(model, i, prompt, count, max_new_tokens)
-        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
-    ]
+    limits = _each("max_new_tokens", max_new_tokens, 1, len(prompts))
+    counts = [None] * len(prompts) if num_thoughts is None else _each("num_thoughts", num_thoughts, 0, len(prompts))
+    return [_read(model, i, *of) for i, of in enumerate(zip(prompts, counts, limits, strict=True))]
+
+
+def whole(name: str, value: Any, low: int) -> int:
+    """An int of at least `low` from what Python, numpy or torch call an integer; ValueError, naming it, otherwise."""
+    try:
+        number = index(value)
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or number < low:
+        raise ValueError(f"{name}: expected an int of at least {low}, found {value!r}")
+    return number
+
+
+def _each(name: str, value: Any, low: int, prompts: int) -> list[int]:
+    """One int per prompt."""
+    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        return [whole(name, value, low)] * prompts
+    values = list(value)
+    if len(values) != prompts:
+        raise ValueError(f"{name}: expected one per prompt ({prompts}), found {len(values)}")
+    return [whole(f"{name} of prompt {i}", v, low) for i, v in enumerate(values)]
 
 
 def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None, max_new_tokens: int) -> Prompt:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-        raise ValueError(f"num_thoughts: expected an int of at least 0 for prompt {i}, found {count!r}")
-    tokens = model.tokens
+    tokens, limit = model.tokens, model.max_positions
     if not isinstance(prompt, Collection):
         raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
         raise ValueError(f"prompts: prompt {i} is empty")
     if isinstance(prompt, str):
-        ids = _tokenize(model, prompt)
+        ids = _tokenize(model, i, prompt)
         if count is None and tokens.thought not in ids:
-            count = model.settings.num_thoughts
+            ids = as_trained(model, ids)
     else:
         try:
             ids = [index(t) for t in prompt]
         except TypeError as error:
             raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
-    if count is not None:
+    if count is not None and (limit is None or count <= limit):
         ids = with_thoughts(model, ids, count)
     vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     if not ids:
@@ -84,13 +100,24 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
         raise ValueError(f"prompts: prompt {i} holds token id {wrong}, expected 0 to {vocabulary - 1}")
     if ids[0] == tokens.thought:
         raise ValueError(f"prompts: prompt {i} starts with a thought; a thought needs a token in front of it")
-    limit = model.max_positions
-    if limit is not None and len(ids) + max_new_tokens > limit:
+    length = max(len(ids), count or 0)
+    if limit is not None and length + max_new_tokens - 1 > limit:  # an answer's last token is never read
         raise ValueError(
-            f"prompts: prompt {i} has {len(ids)} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
+            f"prompts: prompt {i} has {length} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
             f"is more than the {limit} positions of the model"
         )
-    return Prompt(tuple(ids), cut(ids, tokens.thought))
+    return Prompt(tuple(ids), cut(ids, tokens.thought), max_new_tokens)
+
+
+def as_trained(model: Coconut, ids: list[int]) -> list[int]:
+    """A question as the checkpoint was trained to be asked: with its thoughts or pauses, framed as they were."""
+    saved, tokens = model.settings, model.tokens
+    if saved.curriculum is None or saved.stage is None or tokens.start in ids:
+        return ids if saved.num_thoughts is None else with_thoughts(model, ids, saved.num_thoughts)
+    config = replace(CurriculumConfig(**saved.curriculum), pad_latent_to_max=True)
+    cue = [] if saved.symbols is None else [ANSWER]
+    question = TokenizedExample(ids, [], cue, cue=len(cue))
+    return question_row(question, saved.stage, config, tokens)
 
 
 def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
@@ -130,9 +157,12 @@ def cut(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def _tokenize(model: Coconut, text: str) -> list[int]:
+def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("prompts: this model has no tokenizer; pass lists of token ids")
-    has_thoughts = "<|latent|>" in text
+    has_thoughts = LATENT in text
     suffix = "" if has_thoughts or text.endswith(model.settings.suffix) else model.settings.suffix
-    return model.tokenizer.encode(text + suffix, add_special_tokens=True)
+    try:
+        return model.tokenizer.encode(text + suffix, add_special_tokens=True)
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair, as undecodable bytes of a shell become
+        raise ValueError(f"prompts: prompt {i} is not valid Unicode: {text!r}") from error
