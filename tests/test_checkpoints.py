@@ -30,7 +30,7 @@ def _tokenizer(*words: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_loss_free(family: str, tmp_path) -> None:
-    model = Coconut(make_hf(family), TOKENS, settings=Settings(num_thoughts=3, c_thought=2, method="coconut"))
+    model = Coconut(make_hf(family), TOKENS, settings=Settings(num_thoughts=3, suffix=" ", method="coconut"))
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.tokens == model.tokens
@@ -167,9 +167,14 @@ def test_trained_rows_of_special_tokens_survive_a_tokenizer_without_them(tmp_pat
     tokenizer.save_pretrained(tmp_path / "base")
     state = {f"base_causallm.{k}": v for k, v in hf.state_dict().items()}
     torch.save(state, tmp_path / "checkpoint_7")
-    model = load(tmp_path / "checkpoint_7", base=tmp_path / "base")
-    assert torch.equal(model.hf.get_input_embeddings().weight, hf.get_input_embeddings().weight)
-    assert model.tokens == LatentTokens(start=5, end=6, thought=7, eos=0)
+    hf.config.vocab_size = len(tokenizer)
+    hf.config.save_pretrained(tmp_path / "before")  # as the base is published
+    tokenizer.save_pretrained(tmp_path / "before")
+    torch.save(hf.state_dict(), tmp_path / "plain_7")  # of a run without thoughts
+    for name, base in (("checkpoint_7", "base"), ("checkpoint_7", "before"), ("plain_7", "before")):
+        model = load(tmp_path / name, base=tmp_path / base)
+        assert torch.equal(model.hf.get_input_embeddings().weight, hf.get_input_embeddings().weight)
+        assert model.tokens == LatentTokens(start=5, end=6, thought=7, eos=0)
 
 
 def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
@@ -215,7 +220,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
     (tmp_path / "nothing").write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole torch checkpoint: it is empty"):
         load(tmp_path / "nothing", tokens=TOKENS)
-    for path in (tmp_path / "nowhere", "./nowhere", "a/folder/nowhere"):
+    for path in (tmp_path / "nowhere", "./nowhere", "a/folder/nowhere", "tests/nowhere"):
         with pytest.raises(ValueError, match="no such file or directory"):
             load(path)
 

@@ -65,7 +65,9 @@ def load(
         home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
         hf, trained_tokens = _read_reference(path, home)
     else:
-        if not path.is_dir() and not HUB_ID.fullmatch(str(path_or_id)):
+        # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for.
+        here = path.parent != Path(".") and path.parent.is_dir()
+        if not path.is_dir() and (here or not HUB_ID.fullmatch(str(path_or_id))):
             raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
@@ -181,7 +183,8 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
 def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
     """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), and a config's home.
 
-    The second value says whether it is the former, whose rows for the special tokens are trained.
+    The second value says whether its rows for the special tokens are trained: in the former, and where it has more rows
+    than the configuration (the official code's runs without thoughts).
     """
     if isinstance(home, Path) and not (home / "config.json").is_file():
         raise ValueError(f"path_or_id: {path} needs the model's config.json beside it; there is none in {home}")
@@ -196,10 +199,11 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
         raise ValueError(f"base: the configuration of {home} does not load: {error}") from error
     floating = [v.dtype for v in state.values() if v.is_floating_point()]
     hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
-    table = next((k for k, v in hf.state_dict().items() if v is hf.get_input_embeddings().weight.data), None)
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
-    table = next((k for k in [table, *names] if k in state), None)
-    if table is not None and state[table].shape[0] != hf.get_input_embeddings().weight.shape[0]:
+    table = next((k for k in names if k in state), None)
+    rows = hf.get_input_embeddings().weight.shape[0]
+    has_more_rows = table is not None and state[table].shape[0] > rows
+    if table is not None and state[table].shape[0] != rows:
         hf.resize_token_embeddings(state[table].shape[0], mean_resizing=False)
     try:
         missing, unexpected = hf.load_state_dict(state, strict=False)
@@ -217,7 +221,7 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
             f"missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
         )
     hf.tie_weights()
-    return hf, is_coconut
+    return hf, is_coconut or has_more_rows
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

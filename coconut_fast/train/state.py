@@ -133,7 +133,7 @@ def describe(model: Coconut, config: CurriculumConfig, stage: int) -> None:
     """Writes into the model's settings how it is being trained, for coconut.json."""
     saved = model.settings
     padded = replace(config, pad_latent_to_max=True)
-    saved.method, saved.stage, saved.c_thought = config.method, stage, config.c_thought
+    saved.method, saved.stage = config.method, stage
     thinks = METHODS[config.method].slot == "thought"
     saved.num_thoughts = num_slots(TokenizedExample([], [], []), stage, padded) if thinks else 0
     has_markers = model.tokens.start is not None and model.tokens.end is not None
