@@ -230,7 +230,6 @@ have been appended to the layout before.)")
            py::arg("hidden"))
       .def_property_readonly("isa", [](const Chain& self) { return coconut_fast::isa_name(self.isa()); })
       .def_property_readonly("threads", &Chain::threads)
-      .def_property_readonly("max_tokens", &Chain::max_tokens)
       .def_property_readonly("body_bytes", &Chain::body_bytes, "Bytes of weights a latent pass reads.")
       .def_property_readonly("head_bytes", &Chain::head_bytes, "Bytes of weights a token needs besides.");
 }

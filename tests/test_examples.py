@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from coconut_fast.data.examples import Example, read_examples, tokenize_example, tokenize_examples, write_examples
+from coconut_fast.data.examples import Example, read_examples, tokenize_examples, write_examples
 from coconut_fast.files import write_atomically, write_json
 
 GOOD = {"question": "Is Tom a cat?", "answer": "True", "steps": ["Tom is a tabby.", "Every tabby is a cat."]}
@@ -142,7 +142,6 @@ def test_tokenize_as_the_official_code():
     assert rows[0].answer_ids == [*map(ord, "### A"), 0]
     assert rows[1].steps_ids == []
     assert rows[2].steps_ids == [[ord("u"), ord("\n")]]
-    assert tokenize_example(examples[2], LetterTokenizer(), idx=2) == rows[2]
 
 
 def test_problems_tokenized_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch):

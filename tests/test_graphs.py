@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from coconut_fast.data.examples import Example, write_examples
+from coconut_fast.data.examples import Example, read_examples, write_examples
 from coconut_fast.data.graphs import (
     ANSWER,
     EDGE,
@@ -20,11 +20,11 @@ from coconut_fast.data.graphs import (
     Graph,
     graph_of,
     layered_trees,
-    read_graphs,
     symbolic_examples,
     symbolic_record,
 )
 from coconut_fast.data.prosqa import generate_prosqa
+from coconut_fast.train.problems import graphs_of
 
 #     0 -> 2 -> 4 -> 6      6 is three hops from 0, by two shortest paths; 5 leads nowhere; 1 -> 3 is the other part
 #     0 -> 2 -> 5 -> 6 -> 7
@@ -41,10 +41,14 @@ def test_frontiers_and_paths():
         DIAMOND.frontiers("some")
 
 
+def _read(path):
+    return graphs_of(read_examples(path), str(path))
+
+
 def test_frontiers_are_those_of_the_published_data(prosqa_sets):
     for name in ("valid", "test"):
         records = json.loads((prosqa_sets / f"graph4_{name}.json").read_text())
-        graphs = read_graphs(prosqa_sets / f"graph4_{name}.json")
+        graphs = _read(prosqa_sets / f"graph4_{name}.json")
         assert len(records) == len(graphs) > 200
         for record, graph in zip(records, graphs, strict=True):
             expected = {int(hop): sorted(nodes) for hop, nodes in record["neighbor_k"].items()}
@@ -148,7 +152,7 @@ def test_a_record_holds_the_graph(tmp_path):
     assert record.question.split()[0] == "<eos>" and record.question.split()[-2:] == ["[R]", str(graph.root)]
     assert len(record.steps) == 3 and record.answer == record.steps[-1] == str(graph.target)
     write_examples(tmp_path / "graphs.json", [record])
-    read = read_graphs(tmp_path / "graphs.json")[0]
+    read = _read(tmp_path / "graphs.json")[0]
     assert read.edges == graph.edges and read.frontiers() == graph.frontiers()
 
 
@@ -170,10 +174,10 @@ GOOD = {"edges": [[0, 1], [2, 3]], "root": 0, "target": 1, "neg_target": 3}
 def test_a_broken_graph_is_one_clear_error(tmp_path, change, message):
     path = tmp_path / "graphs.json"
     write_examples(path, [Example("q", [], "a", GOOD)])
-    assert read_graphs(path)[0].num_nodes == 4
+    assert _read(path)[0].num_nodes == 4
     write_examples(path, [Example("q", [], "a", {**GOOD, **change})])
     with pytest.raises(ValueError, match=message) as caught:
-        read_graphs(path)
+        _read(path)
     assert str(path) in str(caught.value)
 
 

@@ -40,7 +40,7 @@ def plan_of(model: nn.Module) -> ModelPlan:
 def test_gpt2() -> None:
     plan = plan_of(gpt2(n_inner=72, scale_attn_by_inverse_layer_idx=True))
     assert (plan.dim, plan.heads, plan.kv_heads, plan.head_dim, plan.inner) == (48, 4, 4, 12, 72)
-    assert (plan.norm, plan.activation, plan.gated, plan.tied) == ("layer", "gelu_tanh", False, True)
+    assert (plan.norm, plan.activation, plan.gated) == ("layer", "gelu_tanh", False)
     assert plan.scaling == pytest.approx((12**-0.5, 12**-0.5 / 2))
     shapes = {name: tuple(t.shape) for name, t in plan.layer(1).named().items()}
     assert shapes["qkv"] == (144, 48) and shapes["up"] == (72, 48) and shapes["down"] == (48, 72)

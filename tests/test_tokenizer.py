@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from coconut_fast.data.examples import Example, tokenize_example
+from coconut_fast.data.examples import Example, tokenize_examples
 from coconut_fast.data.graphs import TOKENS, VOCABULARY, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.data.prontoqa import generate_prontoqa
 from coconut_fast.data.prosqa import generate_prosqa
@@ -31,7 +31,7 @@ def whole(example: Example) -> str:
 def test_texts_come_back_to_the_letter(examples):
     tokenizer = word_tokenizer(examples)
     for example in examples:
-        tokenized = tokenize_example(example, tokenizer)
+        tokenized = tokenize_examples([example], tokenizer)[0]
         ids = [i for piece in [tokenized.question_ids, *tokenized.steps_ids, tokenized.answer_ids] for i in piece]
         assert tokenizer.unk_token_id not in ids
         assert ids.pop() == tokenizer.eos_token_id

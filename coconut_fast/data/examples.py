@@ -137,12 +137,6 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any) -> list[Token
     return tokenized
 
 
-def tokenize_example(example: Example, tokenizer: Any, idx: int = 0) -> TokenizedExample:
-    """One problem; see tokenize_examples."""
-    one = tokenize_examples([example], tokenizer)[0]
-    return TokenizedExample(one.question_ids, one.steps_ids, one.answer_ids, idx)
-
-
 def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:
     if not texts:
         return []

@@ -10,7 +10,6 @@ be asked for; see `target` in curriculum.py.
 from __future__ import annotations
 
 import functools
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from coconut_fast.data.examples import Example, TokenizedExample, read_examples
+from coconut_fast.data.examples import Example, TokenizedExample
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 NUM_NODES = 31
@@ -137,11 +136,6 @@ def graph_of(example: Example, where: str = "the record") -> Graph:
         return Graph(num_nodes, tuple((source, destination) for source, destination in edges), *ends)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def read_graphs(path: str | os.PathLike[str]) -> list[Graph]:
-    """The graphs of a file of ProsQA records (or of `symbolic_record`s)."""
-    return [graph_of(e, f"{path}: record {number}") for number, e in enumerate(read_examples(path), 1)]
 
 
 def symbolic_examples(

@@ -95,7 +95,6 @@ class ModelPlan:
     final_norm_bias: Tensor | None
     head: Tensor  # (V, D)
     head_bias: Tensor | None
-    tied: bool
     blocks: nn.ModuleList
 
     @property
@@ -215,7 +214,6 @@ def _embedding_and_head(embed: nn.Embedding, head: nn.Linear) -> dict[str, Any]:
         "embed": embed.weight,
         "head": head.weight,
         "head_bias": head.bias,
-        "tied": head.weight is embed.weight,
         "vocab": embed.num_embeddings,
     }
 

@@ -93,7 +93,6 @@ class Chain {
   void decode(const CacheView& cache, const RowsView& rows, const DecodeRequest& request, float* hidden);
 
   const ChainShape& shape() const { return shape_; }
-  int max_tokens() const { return max_tokens_; }
   int threads() const { return team_.size(); }
   Isa isa() const { return kernels_.isa; }
   size_t body_bytes() const;  // read by a latent pass
