@@ -1,5 +1,5 @@
 # make demo     watch a model learn to think (CPU is enough)
-# make test     linters, types, and every test that needs no GPU
+# make test     linters, types, and the tests that need neither a GPU nor minutes
 # make lint | bench | sanitize | install | clean
 # `demo`, `test` and the others install what they need into .venv first; PYTHON=python3.12 chooses another interpreter.
 

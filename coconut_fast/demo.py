@@ -8,6 +8,7 @@ Everything goes through the public machinery: recipes/demo.yaml, train, evaluate
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -163,5 +164,6 @@ def question_command(folder: Path, number: int = 0) -> tuple[list[str], str]:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """As one would type it."""
-    return shlex.join(["coconut-fast", *arguments])
+    """As one would type it here: with the path of the program, where this one was started by it (`make demo`)."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == "coconut-fast" else "coconut-fast"
+    return shlex.join([program, *arguments])
