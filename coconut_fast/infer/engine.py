@@ -115,9 +115,7 @@ def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRun
         hook = keep.hooked(model)
         if hook is None:
             return keep.lease, "chains of thoughts and tokens replay as CUDA graphs"
-        keep.forget(model)
         return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
-    keep.forget(model)  # it has left the GPU
     reason = reason_not(model)
     if reason is None:
         return NativeRunner, "this family has a native chain on the CPU"
@@ -151,6 +149,8 @@ class Engine:
         check_memory(model, num_slots, batch_size)
         self.seeds = _seeds(prompts, seed, num_samples)
         runner, reason = choose_runner(model)
+        if runner is not keep.lease:
+            keep.forget(model)  # it has left the GPU, or may not use what the last call left there
         if weights is not None:
             if runner is not NativeRunner:
                 raise ValueError(f"weights: found {weights!r}, but only the native chain packs weights; {reason}")
