@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
-from coconut_fast.train.problems import Problems
+from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import parse_overrides
 from coconut_fast.train.sharding import whole_state
 from coconut_fast.train.trainer import CoconutTrainer
@@ -28,7 +28,7 @@ def train(folder: Path, *overrides: str) -> dict[str, Any]:
     settings = tiny(folder, **changes)
     train, val = chains(37), chains(8, seed=1)
     model = build(settings, train).double()
-    trainer = CoconutTrainer(model, settings, Problems(train, model.tokenizer), Problems(val, model.tokenizer))
+    trainer = CoconutTrainer(model, settings, DataSet(train, model.tokenizer), DataSet(val, model.tokenizer))
     last = saving.checkpoints(Path(settings.output_dir))
     trainer.train(resume_from_checkpoint=last[-1] if last else None)
     records = trainer.state.log_history

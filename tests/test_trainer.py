@@ -17,7 +17,7 @@ from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
-from coconut_fast.train.problems import Problems
+from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.run import run
 from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
@@ -36,8 +36,8 @@ def make_trainer(folder: Path, dtype: torch.dtype = torch.float32, **changes: An
     settings = tiny(folder, **changes)
     train = chains(40)
     model = build(settings, train).to(dtype)
-    validation = Problems(chains(8, seed=1), model.tokenizer) if settings.val_path else None
-    return CoconutTrainer(model, settings, Problems(train, model.tokenizer), validation)
+    validation = DataSet(chains(8, seed=1), model.tokenizer) if settings.val_path else None
+    return CoconutTrainer(model, settings, DataSet(train, model.tokenizer), validation)
 
 
 def weights(trainer: CoconutTrainer) -> dict[str, torch.Tensor]:

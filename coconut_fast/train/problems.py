@@ -10,7 +10,7 @@ from coconut_fast.data.examples import Example, TokenizedExample, read_examples,
 from coconut_fast.data.graphs import Graph, graph_of, symbolic_example, symbolic_examples
 
 
-class Problems:
+class DataSet:
     """A data set. `fixed` holds every problem tokenized, as of epoch 0; `at` gives one as an epoch sees it.
 
     symbols: None for text; for graph problems how they are written (keywords of data.graphs.symbolic_examples).
@@ -49,7 +49,7 @@ def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Grap
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
 ) -> list[TokenizedExample]:
-    """Token ids of problems; see Problems. ValueError where there is no tokenizer for text, or no graph for symbols."""
+    """Token ids of problems; see DataSet. ValueError where there is no tokenizer for text, or no graph for symbols."""
     if symbols is not None:
         return symbolic_examples(graphs_of(examples), seed=seed, **symbols)
     if tokenizer is None:

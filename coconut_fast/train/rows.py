@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE, LatentTokens
-from coconut_fast.train.problems import Problems
+from coconut_fast.train.problems import DataSet
 
 Key = tuple[int, int, int]  # problem, epoch, stage
 Row = tuple[Key, list[int], list[int]]  # key, input_ids, labels
@@ -23,7 +23,7 @@ Row = tuple[Key, list[int], list[int]]  # key, input_ids, labels
 class StageRows(Dataset):
     """What the data loader indexes: `rows[problem, epoch, stage] -> (key, input_ids, labels)`."""
 
-    def __init__(self, problems: Problems, config: CurriculumConfig, tokens: LatentTokens, seed: int) -> None:
+    def __init__(self, problems: DataSet, config: CurriculumConfig, tokens: LatentTokens, seed: int) -> None:
         self.problems = problems
         self.config = config
         self.tokens = tokens

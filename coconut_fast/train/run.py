@@ -14,7 +14,7 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.build import build
-from coconut_fast.train.problems import Problems, read_file
+from coconut_fast.train.problems import DataSet, read_file
 from coconut_fast.train.reports import draw_curve
 from coconut_fast.train.schedule import EpochRecord
 from coconut_fast.train.state import remember, same_run
@@ -48,8 +48,8 @@ def run(settings: CoconutArguments) -> Path:
         symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
     model.settings.symbols = symbols
     how = {"tokenizer": model.tokenizer, "symbols": symbols, "seed": settings.seed}
-    problems = Problems(examples, **how, where=str(settings.train_path))
-    validation = Problems(held_out, **how, where=str(settings.val_path)) if held_out else None
+    problems = DataSet(examples, **how, where=str(settings.train_path))
+    validation = DataSet(held_out, **how, where=str(settings.val_path)) if held_out else None
 
     trainer = CoconutTrainer(model, settings, problems, validation)
     if main:

@@ -83,7 +83,7 @@ class StageCallback(TrainerCallback):
             trainer.optimizer.state.clear()  # what a new optimizer would start with
         sampler = trainer.sampler
         sampler.epoch, sampler.stage, sampler.lengths = len(trainer.run.history), stage, trainer.rows.lengths(stage)
-        describe(trainer.accelerator.unwrap_model(trainer.model), trainer.curriculum, stage)
+        note_training(trainer.accelerator.unwrap_model(trainer.model), trainer.curriculum, stage)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,7 +129,7 @@ class StageCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-def describe(model: Coconut, config: CurriculumConfig, stage: int) -> None:
+def note_training(model: Coconut, config: CurriculumConfig, stage: int) -> None:
     """Writes into the model's settings how it is being trained, for coconut.json."""
     saved = model.settings
     padded = replace(config, pad_latent_to_max=True)

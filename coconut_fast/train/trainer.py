@@ -35,7 +35,7 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.order import EpochBatches
-from coconut_fast.train.problems import Problems
+from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import Report
 from coconut_fast.train.rows import Collate, StageRows
 from coconut_fast.train.state import RunState, StageCallback, learning_rate_factor, remember, same_run
@@ -61,8 +61,8 @@ class CoconutTrainer(Trainer):
         self,
         model: Coconut,
         settings: CoconutArguments,
-        problems: Problems,
-        validation: Problems | None = None,
+        problems: DataSet,
+        validation: DataSet | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.settings = settings
