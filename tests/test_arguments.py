@@ -116,7 +116,8 @@ def test_overrides_win(official: Path) -> None:
         ("device=warp", "device: found 'warp', expected cpu or cuda"),
         ("seed=-1", "seed: found -1, expected 0 or more"),
         ("lr=-1", "lr: found -1.0, expected a finite number of at least 0"),
-        ("advance_at=0.9", "val_path: found none"),
+        ("advance_at=0.9", "val_path: found none, expected a file, because advance_at looks at"),
+        ("save_only_improve=true", "val_path: found none, expected a file, because save_only_improve looks at"),
     ],
 )
 def test_refuses(tmp_path: Path, override: str, message: str) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from coconut_fast import load
 from tests.conftest import ROOT
 from tests.distributed_worker import train
+from tests.runs import tiny
 
 ONE = ("batch_size_training=12",)
 TWO = ("batch_size_training=3", "gradient_accumulation_steps=2")
@@ -22,9 +25,15 @@ TWO = ("batch_size_training=3", "gradient_accumulation_steps=2")
 def train_together(folder: Path, *overrides: str) -> dict[str, Any]:
     """The result of two processes."""
     out = folder / "out.pt"
+    launch("tests.distributed_worker", str(folder), str(out), *TWO, *overrides)
+    return torch.load(out, weights_only=True)
+
+
+def launch(module: str, *arguments: str) -> None:
+    """Runs a module in two processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.distributed_worker", str(folder), str(out), *TWO, *overrides],
+        [sys.executable, *launcher, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -32,7 +41,6 @@ def train_together(folder: Path, *overrides: str) -> dict[str, Any]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +92,15 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
     )
     shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoint-12")
     assert_same_weights(train_together(tmp_path, "fsdp=true"), single)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_without_validation_leaves_its_last_model(tmp_path: Path) -> None:
+    """The first process alone writes it, with the weights spread over both."""
+    settings = tiny(tmp_path, val_path=None, num_epochs=2, fsdp=True).to_dict()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    launch("coconut_fast", "train", str(recipe))
+    folder = tmp_path / "runs" / "tiny"
+    model, last = load(folder), load(sorted(folder.glob("checkpoint-*"))[-1])
+    assert torch.equal(model.embed(torch.arange(3)), last.embed(torch.arange(3)))

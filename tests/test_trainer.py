@@ -12,6 +12,7 @@ import transformers
 from transformers import TrainingArguments
 
 from coconut_fast import generate, load
+from coconut_fast.commands.common import find_model
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
@@ -20,6 +21,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.run import run
+from coconut_fast.train.state import RunState
 from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
 
@@ -140,8 +142,30 @@ def test_a_stage_is_left_when_accuracy_passes(tmp_path: Path) -> None:
 def test_save_only_improve(tmp_path: Path) -> None:
     folder = run(tiny(tmp_path, method="no_cot", save_only_improve=True, keep_last=0, num_epochs=3))
     scores = [(r["step"], r["eval_accuracy"]) for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
-    improving = [step for i, (step, score) in enumerate(scores) if all(score > s for _, s in scores[:i])]
-    assert [c.name for c in saving.checkpoints(folder)] == [f"checkpoint-{step}" for step in improving]
+    improving = {step for i, (step, score) in enumerate(scores) if all(score > s for _, s in scores[:i])}
+    kept = sorted(improving | {scores[-1][0]})
+    assert [c.name for c in saving.checkpoints(folder)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_run_that_saves_improvements_alone_knows_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"method": "no_cot", "save_only_improve": True, "num_epochs": 3}
+    monkeypatch.setattr(RunState, "improves", lambda self, stage, accuracy, step: step == 3)
+    folder = run(tiny(tmp_path, **changes))
+    assert [c.name for c in saving.checkpoints(folder)] == ["checkpoint-3", "checkpoint-9"]
+    trained = (folder / "metrics.jsonl").read_text()
+    run(tiny(tmp_path, **changes))
+    assert (folder / "metrics.jsonl").read_text() == trained, "a finished run stays finished"
+
+
+def test_the_best_of_an_earlier_stage_is_not_the_result(tmp_path: Path) -> None:
+    """Where a run goes on without validation, the last model is."""
+    run(tiny(tmp_path, num_epochs=2))
+    folder = run(tiny(tmp_path, num_epochs=4, val_path=None))
+    model, last = load(folder), load(folder / "checkpoint-12")
+    assert (model.settings.stage, last.settings.stage) == (3, 3)
+    assert torch.equal(model.embed(torch.arange(3)), last.embed(torch.arange(3)))
+    (folder / "config.json").unlink()
+    assert find_model(str(folder)) == folder / "checkpoint-12"
 
 
 @pytest.mark.parametrize("method", METHODS)

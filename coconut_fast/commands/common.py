@@ -56,16 +56,12 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
 
 
 def find_model(path: str) -> str | Path:
-    """A run's directory that has checkpoints but is not finished stands for its best one, else its last one."""
+    """A run's directory that has checkpoints but is not finished stands for its stage's best one, else its last."""
     from coconut_fast.train import saving
 
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        found = saving.checkpoints(folder)
-        if found:
-            best = saving.read_manifest(found[-1]).get("best")
-            chosen = folder / f"{saving.PREFIX}{best['step']}" if best else found[-1]
-            return chosen if chosen.is_dir() else found[-1]
+        return saving.best_or_last(folder) or path
     return path
 
 

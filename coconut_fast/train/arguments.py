@@ -93,7 +93,7 @@ class CoconutArguments:
     num_thoughts: int | None = None  # only_eval: thoughts per question; None: as the checkpoint says
 
     # Checkpoints and reports.
-    save_only_improve: bool = False  # save after epochs that beat the stage's best accuracy; else after every epoch
+    save_only_improve: bool = False  # save after epochs that beat the stage's best accuracy, and at the end
     save_steps: int | None = None  # save every n steps as well
     keep_last: int = 2  # checkpoints kept, beside the best one; 0: all
     logging_steps: int = 10
@@ -143,8 +143,9 @@ class CoconutArguments:
             raise ValueError(
                 "final_epochs: found none, expected how many epochs lr_schedule 'cosine_final' decays over"
             )
-        if self.advance_at is not None and self.val_path is None:
-            raise ValueError("val_path: found none, expected a file, because advance_at looks at validation accuracy")
+        for name, used in (("advance_at", self.advance_at is not None), ("save_only_improve", self.save_only_improve)):
+            if used and self.val_path is None:
+                raise ValueError(f"val_path: found none, expected a file, because {name} looks at validation accuracy")
 
     def _check_device(self) -> None:
         if self.device not in (None, "cpu", "cuda"):

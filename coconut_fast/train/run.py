@@ -63,15 +63,15 @@ def run(settings: CoconutArguments) -> Path:
         if main:
             print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
     if main:
-        finish(folder, model, trainer.run.best or manifest.get("best"), settings.debug)
+        finish(folder, settings.debug)
     return folder
 
 
-def finish(folder: Path, model: Coconut, best: dict[str, Any] | None, debug: bool) -> None:
+def finish(folder: Path, debug: bool) -> None:
     """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
-    if not debug:
-        chosen = folder / f"{saving.PREFIX}{best['step']}" if best else None
-        (load(chosen) if chosen is not None and chosen.is_dir() else model).save_pretrained(folder)
+    chosen = None if debug else saving.best_or_last(folder)
+    if chosen is not None:  # from the disk: the model in memory may be spread over processes
+        load(chosen).save_pretrained(folder)
     draw_curve(folder)
 
 

@@ -86,6 +86,23 @@ def checkpoints(run: Path) -> list[Path]:
     )
 
 
+def best_or_last(run: Path) -> Path | None:
+    """The checkpoint that stands for a run: the best one of its newest one's stage, else the newest; None: none yet.
+
+    The best of an earlier stage outlives it where a run goes on without validation.
+    """
+    found = checkpoints(run)
+    if not found:
+        return None
+    manifest = read_manifest(found[-1])
+    best = manifest["best"]
+    if best is not None and best["stage"] == manifest["stage"]:
+        chosen = run / f"{PREFIX}{best['step']}"
+        if chosen.is_dir():
+            return chosen
+    return found[-1]
+
+
 def thin_out(run: Path, keep_last: int, best_step: int | None) -> None:
     """Keeps the last `keep_last` checkpoints (0: all) and the best one."""
     found = checkpoints(run)

@@ -123,9 +123,10 @@ class StageCallback(TrainerCallback):
         accuracy = metrics["eval_accuracy"]
         run.history[-1] = EpochRecord(trainer.stage, accuracy)
         improved = run.improves(trainer.stage, accuracy, state.global_step)
-        if trainer.settings.save_only_improve:
-            control.should_save = improved and not trainer.settings.debug
-        if trainer.schedule.next_stage(run.history) is None:
+        over = trainer.schedule.next_stage(run.history) is None
+        if trainer.settings.save_only_improve:  # the end of a run is always saved, so that it is known to be over
+            control.should_save = (improved or over) and not trainer.settings.debug
+        if over:
             control.should_training_stop = True
 
 
