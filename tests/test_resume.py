@@ -124,6 +124,7 @@ def stopped(undisturbed: Path, tmp_path: Path) -> Path:
     shutil.copytree(undisturbed.parents[1], tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / "tiny"
     shutil.rmtree(run / "checkpoint-12")
+    (run / "coconut.json").unlink()
     return run
 
 

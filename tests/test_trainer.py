@@ -21,6 +21,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.run import run
+from coconut_fast.train.saving import CheckpointError
 from coconut_fast.train.state import RunState
 from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
@@ -128,6 +129,20 @@ def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
     assert torch.equal(model.embed(torch.arange(3)), load(folder / f"checkpoint-{best}").embed(torch.arange(3)))
     assert generate(model, "go on from ada", max_new_tokens=4).num_thoughts == [2]
     assert run(tiny(tmp_path, epochs_per_stage=2, num_epochs=6, keep_last=1)) == folder, "a finished run stays finished"
+
+
+def test_a_run_keeps_its_records(tmp_path: Path) -> None:
+    """Whatever another call with its name asks for."""
+    folder = run(tiny(tmp_path, num_epochs=2))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match="lr was 0.01 there and is 0.5 now"):
+        run(tiny(tmp_path, num_epochs=3, lr=0.5))
+    assert run(tiny(tmp_path, num_epochs=1, debug=True)) == tmp_path / "runs" / "tiny-debug"
+    for checkpoint in saving.checkpoints(folder):
+        saving.remove(checkpoint)
+    with pytest.raises(ValueError, match="name: .*tiny holds the model of a run without its checkpoints"):
+        run(tiny(tmp_path, num_epochs=2))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_stage_is_left_when_accuracy_passes(tmp_path: Path) -> None:
@@ -247,7 +262,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     assert_equal(seen[4], seen[3])
     assert int(trainer.skipped) == 3
     assert all(torch.isfinite(w).all() for w in weights(trainer).values())
-    records = read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "runs" / "tiny-debug" / "metrics.jsonl")
     assert records[-2]["skipped_steps"] == 3
     assert all(r["loss"] == r["loss"] for r in records if "loss" in r), "a skipped step does not spoil the mean"
 
@@ -277,7 +292,7 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> N
     with pytest.raises(NonFiniteError, match="not finite in 3 steps in a row, up to step 5; the last batch is in"):
         trainer.train()
     assert trainer.report.bar is None, "the error stands on a line of its own"
-    batch = json.loads((tmp_path / "runs" / "tiny" / "nonfinite-step-5.json").read_text())
+    batch = json.loads((tmp_path / "runs" / "tiny-debug" / "nonfinite-step-5.json").read_text())
     assert len(batch) == 16 and batch[0].keys() == {"problem", "epoch", "stage", "input_ids", "labels"}
 
 

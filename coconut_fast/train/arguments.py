@@ -23,7 +23,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
 class CoconutArguments:
     """Settings of a run; ValueError (naming the setting) where one makes no sense."""
 
-    # The run. Everything it writes goes to save_path/name.
+    # The run. Everything it writes goes to save_path/name (save_path/name-debug with debug).
     name: str = "coconut"
     project: str = "coconut"  # of the tracker
     save_path: str = "runs"
@@ -158,7 +158,7 @@ class CoconutArguments:
 
     @property
     def output_dir(self) -> str:
-        return os.path.join(self.save_path, self.name)
+        return os.path.join(self.save_path, self.name + ("-debug" if self.debug else ""))
 
     def curriculum(self) -> CurriculumConfig:
         """How rows are made."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.files import check_folder, remove_unfinished, write_json
-from coconut_fast.model.checkpoints import load
+from coconut_fast.model.checkpoints import COCONUT_JSON, load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
 from coconut_fast.train.arguments import CoconutArguments
@@ -41,6 +41,11 @@ def run(settings: CoconutArguments) -> Path:
 
     found = [] if settings.debug else saving.checkpoints(folder)
     last = found[-1] if found else None
+    if last is None and not settings.debug and (folder / COCONUT_JSON).exists():
+        raise ValueError(
+            f"name: {folder} holds the model of a run without its checkpoints, expected one of them to go on from; "
+            "move it away, or use another name for a new run"
+        )
     manifest: dict[str, Any] = saving.read_manifest(last) if last else {}
     model = load(last) if last else build(settings, examples)
     symbols = None
@@ -52,16 +57,16 @@ def run(settings: CoconutArguments) -> Path:
     validation = DataSet(held_out, **how, where=str(settings.val_path)) if held_out else None
 
     trainer = CoconutTrainer(model, settings, problems, validation)
+    if last:
+        same_run(manifest["run"], remember(trainer), last)
     if main:
         write_json(folder / "run.json", {**settings.to_dict(), "removal_smoothing": str(settings.removal_smoothing)})
         print(summary(trainer, last), file=sys.stderr)
     history = [EpochRecord(**record) for record in manifest.get("history", [])]
     if trainer.schedule.next_stage(history) is not None:
         trainer.train(resume_from_checkpoint=last)
-    elif last:
-        same_run(manifest["run"], remember(trainer), last)
-        if main:
-            print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
+    elif main:
+        print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
     if main:
         finish(folder, settings.debug)
     return folder
