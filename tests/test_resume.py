@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from coconut_fast.data.examples import read_examples, write_examples
 from coconut_fast.train import saving
 from coconut_fast.train.recipe import make_arguments
 from coconut_fast.train.reports import read_metrics
@@ -203,6 +204,13 @@ def test_settings_of_another_run_are_named(stopped: Path, changes: dict[str, Any
     error = start(stopped.parents[1], **changes)
     assert error is not None and error[0] == "CheckpointError" and named in error[1], error
     assert_same(digest(stopped), before)
+
+
+def test_other_data_are_named(stopped: Path) -> None:
+    """As many problems, of as many tokens."""
+    write_examples(stopped.parents[1] / "train.json", read_examples(stopped.parents[1] / "train.json")[::-1])
+    error = start(stopped.parents[1])
+    assert error is not None and error[0] == "CheckpointError" and "another run: train_path_digest was" in error[1]
 
 
 def test_a_run_may_be_made_longer_and_cut_otherwise(stopped: Path) -> None:

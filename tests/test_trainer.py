@@ -20,6 +20,7 @@ from coconut_fast.train import saving
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
 from coconut_fast.train.saving import CheckpointError
 from coconut_fast.train.state import RunState
@@ -296,12 +297,32 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> N
     assert len(batch) == 16 and batch[0].keys() == {"problem", "epoch", "stage", "input_ids", "labels"}
 
 
+@pytest.mark.parametrize(
+    ("steps", "changes", "stage"),
+    [(30, {"uniform_prob": 1.0}, 0), (2, {"replay_prob": 1.0, "c_thought": 30}, 2)],
+    ids=["a long chain", "many thoughts"],
+)
+def test_rows_are_short_enough_whatever_they_draw(
+    tmp_path: Path, steps: int, changes: dict[str, Any], stage: int
+) -> None:
+    examples = [Example("go on from ada", ["ada to bo"] * steps, "bo")]
+    settings = tiny(tmp_path, **changes)
+    model = build(settings, examples)
+    rows = StageRows(DataSet(examples, model.tokenizer), settings.curriculum(), model.tokens, seed=0)
+    assert all(len(rows[0, 0, stage][1]) <= 64 for stage in range(4)), "in epoch 0 every row draws a stage that fits"
+    with pytest.raises(ValueError, match=rf"train_path: problem 1 has \d+ tokens at stage {stage}, expected at most"):
+        rows.check(range(4), 64)
+
+
 def test_refuses_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_path: problem \d+ has \d+ tokens at stage 0, expected at most the 12"):
         run(tiny(tmp_path, model={**MODEL, "n_positions": 12}))
     write_examples(tmp_path / "long.json", [*chains(3), Example("go " + "on " * 80, ["ada to bo"], "bo")])
     with pytest.raises(ValueError, match=r"val_path: problem 4 has \d+ tokens at stage 0, expected at most the 64"):
         run(tiny(tmp_path, val_path=str(tmp_path / "long.json")))
+    write_examples(tmp_path / "thought.json", [*chains(3), Example("<|latent|> go on", ["ada to bo"], "bo")])
+    with pytest.raises(ValueError, match=r"thought.json: record 4: the question starts with a thought, expected a"):
+        run(tiny(tmp_path, train_path=str(tmp_path / "thought.json")))
     with pytest.raises(
         ValueError, match=r"train.json: record 1: the field 'edges' is missing; expected a problem with"
     ):

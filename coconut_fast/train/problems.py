@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from array import array
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from coconut_fast.data.examples import Example, TokenizedExample, read_examples, tokenize_examples
@@ -28,6 +31,7 @@ class DataSet:
         self.examples = examples
         self.symbols = symbols
         self.seed = seed
+        self.where = where
         self.graphs = graphs_of(examples, where) if symbols is not None else []
         self.fixed = tokenize(examples, tokenizer, symbols, seed)
 
@@ -39,6 +43,15 @@ class DataSet:
         if self.symbols is None:
             return self.fixed[idx]
         return symbolic_example(self.graphs[idx], idx, seed=self.seed, epoch=epoch, **self.symbols)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these problems, in this order and as this tokenizer reads them, from any others."""
+        found = hashlib.blake2b(digest_size=8)
+        for example in self.fixed:
+            for ids in (example.question_ids, *example.steps_ids, example.answer_ids):
+                found.update(array("q", [len(ids), *ids]))
+        return found.hexdigest()
 
 
 def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Graph]:

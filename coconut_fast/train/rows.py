@@ -6,7 +6,9 @@ same in any process, in any order and after a resume.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -46,16 +48,27 @@ class StageRows(Dataset):
         ]
 
     def check(self, stages: Sequence[int], max_positions: int | None, name: str = "train_path") -> None:
-        """ValueError for the first row of any stage that is longer than the model's positions; `name`: the setting."""
-        if max_positions is None:
-            return
+        """ValueError for the first row of any stage that no epoch could run; `name`: the setting.
+
+        That is one longer than the model's positions, or one that starts with a thought. What a row draws is one of
+        the stages before its own, or a shorter rest of its chain, so a row of each stage without chance is the longest.
+        """
+        certain = replace(self.config, uniform_prob=0.0, replay_prob=0.0, removal_smoothing=math.inf)
         for idx, example in enumerate(self.problems.fixed):
+            if example.question_ids[:1] == [self.tokens.thought]:
+                raise ValueError(
+                    f"{self.problems.where}: record {idx + 1}: the question starts with a thought, expected a token "
+                    "in front of it"
+                )
+            if max_positions is None:
+                continue
             chain = sum(map(len, example.steps_ids))
             slots = self.config.c_thought * self.config.max_latent_stage + 2
             if len(example.question_ids) + len(example.answer_ids) + chain + slots <= max_positions:
                 continue  # short enough whatever the stage
             for stage in stages:
-                length = len(self[idx, 0, stage][1])
+                rng = row_rng(self.seed, 0, idx)
+                length = len(training_row(example, stage, certain, self.tokens, rng)[0])
                 if length > max_positions:
                     raise ValueError(
                         f"{name}: problem {idx + 1} has {length} tokens at stage {stage}, expected at most the "

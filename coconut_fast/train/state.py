@@ -171,10 +171,10 @@ def _cosine(progress: float) -> float:
 def remember(trainer: CoconutTrainer) -> dict[str, Any]:
     """What makes a run the same run: every setting that its steps depend on, and its data."""
     settings = {k: v for k, v in trainer.settings.to_dict().items() if k not in MAY_CHANGE}
-    examples = trainer.rows.problems.fixed
-    tokens = sum(len(e.question_ids) + len(e.answer_ids) + sum(map(len, e.steps_ids)) for e in examples)
     settings["removal_smoothing"] = str(settings["removal_smoothing"])  # JSON has no infinity
-    return {**settings, "rows_per_update": trainer.sampler.rows_per_update, "problems": len(examples), "tokens": tokens}
+    problems = trainer.rows.problems
+    data = {"problems": len(problems), "train_path_digest": problems.digest}  # wherever the file lies now
+    return {**settings, "rows_per_update": trainer.sampler.rows_per_update, **data}
 
 
 def same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
