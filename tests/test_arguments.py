@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,38 @@ def test_official_flags(flags: dict[str, bool], method: str) -> None:
     assert make_arguments(flags).method == method
 
 
+@pytest.mark.parametrize(
+    ("file", "overrides", "method"),
+    [
+        ({"coconut": True}, {"no_thoughts": False}, "coconut"),
+        ({"coconut": True}, {"cot": False}, "coconut"),
+        ({"coconut": True, "no_thoughts": True}, {"no_thoughts": False}, "coconut"),
+        ({"coconut": True}, {"coconut": False}, "pause_as_thought"),
+        ({"cot": True}, {"coconut": True}, "coconut"),
+        ({"cot": True}, {"method": "icot", "cot": False}, "icot"),
+        ({"method": "icot"}, {"no_cot": False}, "icot"),
+        ({"method": "icot"}, {"no_cot": True}, "no_cot"),
+        ({}, {"cot": False}, "coconut"),
+    ],
+)
+def test_official_flags_as_overrides(file: dict[str, Any], overrides: dict[str, Any], method: str) -> None:
+    assert make_arguments(file, overrides).method == method
+
+
+def test_a_flag_that_would_leave_no_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="override: cot: found false, but settings has method cot; expected another"):
+        make_arguments({"method": "cot"}, {"cot": False})
+
+
 def test_official_values() -> None:
     assert make_arguments({"bf16": True}).precision == "bf16_weights"
     assert make_arguments({"reset_optimizer": False}).reset_optimizer == "never"
     assert make_arguments({"lr": "1e-5"}).lr == 1e-5  # YAML 1.1 reads it as text
+    nested = {"from_config": "gpt2", "layer_norm_epsilon": "1e-5", "rope": {"factor": "-2.5E+3", "kind": "1x"}}
+    read = {"from_config": "gpt2", "layer_norm_epsilon": 1e-5, "rope": {"factor": -2500.0, "kind": "1x"}}
+    assert make_arguments({"model": nested}).model == read
+    overrides = parse_overrides(["model.layer_norm_epsilon=1e-6"])
+    assert make_arguments({"model": nested}, overrides).model == {**read, "layer_norm_epsilon": 1e-6}
     with pytest.raises(ValueError, match="found no_cot and cot set, expected at most one"):
         make_arguments({"cot": True, "no_cot": True})
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from coconut_fast.train.arguments import CoconutArguments
 
 FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets the earlier ones win
 RENAMED = {"model_id": "model"}
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-5, which YAML 1.1 reads as text
 TYPES = typing.get_type_hints(CoconutArguments)
 WORDS = {
     bool: "true or false",
@@ -56,12 +58,14 @@ def make_arguments(
     nested = {key: value for key, value in overrides.items() if "." in key}
     changes = _translate({key: value for key, value in overrides.items() if "." not in key}, "override")
     merged = {**translated, **changes}
+    if "method" not in overrides and (method := _method_of_flags(file, overrides, where)) is not None:
+        merged["method"] = method
     for key, value in nested.items():
         name, inner = key.split(".", 1)
         name = RENAMED.get(name, name)
         if not isinstance(merged.get(name, {} if name == "training_arguments" else None), dict):
             raise ValueError(f"override: {key}: {name} is not a mapping here, so it has no {inner!r}")
-        merged[name] = {**merged.get(name, {}), inner: value}
+        merged[name] = {**merged.get(name, {}), inner: _number(value)}
     return CoconutArguments(**merged)
 
 
@@ -106,9 +110,6 @@ def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
         result["model"] = found["model_id"]
     if "bf16" in found:
         result["precision"] = "bf16_weights" if _typed("bf16", found["bf16"], bool, where) else "fp32"
-    flags = {flag: _typed(flag, found[flag], bool, where) for flag in FLAGS if flag in found}
-    if flags and "method" not in found:
-        result["method"] = _method(flags, where)
     if isinstance(result.get("reset_optimizer"), bool):
         result["reset_optimizer"] = "epoch" if result["reset_optimizer"] else "never"
     return {key: _typed(key, value, TYPES[key], where) for key, value in result.items()}
@@ -123,7 +124,27 @@ def _nearest(key: str, known: list[str]) -> str:
     return max(known, key=likeness)
 
 
-def _method(flags: dict[str, bool], where: str) -> str:
+def _method_of_flags(file: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> str | None:
+    """What the official flags make of the method; None: they leave it as it is.
+
+    Flags that an override sets decide alone. One that it takes back leaves those of the file, where these decide.
+    """
+    theirs, ours = _flags(file, where), _flags(overrides, "override")
+    if any(ours.values()):
+        return _method(ours, "override")
+    if theirs and "method" not in file:
+        return _method({**theirs, **ours}, where)
+    method = file.get("method", CoconutArguments.method)
+    if ours.get(method) is False:
+        raise ValueError(f"override: {method}: found false, but {where} has method {method}; expected another method=")
+    return None
+
+
+def _flags(found: Mapping[str, Any], where: str) -> dict[str, bool]:
+    return {flag: _typed(flag, found[flag], bool, where) for flag in FLAGS if flag in found}
+
+
+def _method(flags: Mapping[str, bool], where: str) -> str:
     chosen = [flag for flag in FLAGS if flags.get(flag)]
     others = [flag for flag in chosen if flag != "coconut"]
     if len(others) > 1:
@@ -146,8 +167,19 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
         if wanted is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, wanted) and not (isinstance(value, bool) and wanted is int):
-            return value
+            return _numbers(value)
         if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)  # `name: 3`
     expected = " or ".join(WORDS[k] for k in kinds if k in WORDS)
     raise ValueError(f"{where}: {key}: found {value!r}, expected {expected}")
+
+
+def _numbers(value: Any) -> Any:
+    """Whatever is nested in a mapping or a list, with numbers where YAML 1.1 reads text."""
+    if isinstance(value, dict):
+        return {key: _number(inner) for key, inner in value.items()}
+    return [_number(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else _numbers(value)
