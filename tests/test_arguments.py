@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
-from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.arguments import FOLLOWED, OURS, CoconutArguments
 from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,10 +126,10 @@ def test_overrides_win(official: Path) -> None:
     assert read_recipe(official, ["coconut=false", "cot=true"]).method == "cot"
     scratch = make_arguments(
         {"model": {"from_config": "gpt2", "n_layer": 2}},
-        parse_overrides(["model.n_layer=4", "training_arguments.torch_compile=false"]),
+        parse_overrides(["model.n_layer=4", "training_arguments.tf32=false"]),
     )
     assert scratch.model == {"from_config": "gpt2", "n_layer": 4}
-    assert scratch.training_arguments == {"torch_compile": False}
+    assert scratch.training_arguments == {"tf32": False}
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,30 @@ def test_refuses_files(tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("batch_size: 4\n")
     with pytest.raises(ValueError, match="typo.yaml: unknown key 'batch_size'; .* 'batch_size_training'"):
         read_recipe(tmp_path / "typo.yaml")
-    with pytest.raises(ValueError, match="training_arguments: found 'nope'"):
-        CoconutArguments(training_arguments={"nope": 1}).to_training_arguments()
-    for asked in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}):
-        with pytest.raises(ValueError, match="training_arguments: found torch_compile, but passes differ in shape"):
-            CoconutArguments(training_arguments=asked).to_training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gradient_accumulation_steps", "expected our own setting instead: gradient_accumulation_steps"),
+        ("learning_rate", "expected our own setting instead: lr"),
+        ("output_dir", "expected our own setting instead: save_path and name"),
+        ("optim", "which this trainer does not follow; expected some of activation_checkpointing, "),
+        ("nope", "which this trainer does not follow"),
+        ("torch_compile", "but passes differ in shape"),
+        ("torch_compile_backend", "but passes differ in shape"),
+    ],
+)
+def test_training_arguments_that_are_ours_or_nobodys_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"training_arguments: found '?{name}'?, {message}"):
+        CoconutArguments(training_arguments={name: 1})
+
+
+def test_training_arguments_that_are_followed_have_no_other_name() -> None:
+    known = TrainingArguments.__dataclass_fields__
+    defaults = {name: known[name].default for name in FOLLOWED if name in known}
+    CoconutArguments(training_arguments=defaults, device="cpu").to_training_arguments()
+    assert not {*FOLLOWED} & {*OURS, *CoconutArguments.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -91,6 +91,12 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, name: str) -> 
     assert_equal(*results, 1e-11)
 
 
+def test_training_arguments_reach_the_optimizer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, **EXACT, training_arguments={"adam_epsilon": "1e-3"})
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["eps"] == 1e-3
+
+
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     results = []
     for batch_size, accumulation in ((16, 1), (4, 4)):

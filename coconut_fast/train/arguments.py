@@ -17,6 +17,34 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_weights")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
+# Of transformers.TrainingArguments, what the trainer follows beside our own settings ...
+FOLLOWED = (
+    "activation_checkpointing", "gradient_checkpointing", "adam_epsilon", "tf32", "full_determinism",
+    "torch_empty_cache_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "ddp_backend", "ddp_timeout",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+)  # fmt: skip
+# ... and what has another name among them.
+OURS = {
+    "output_dir": "save_path and name",
+    "run_name": "name",
+    "data_seed": "seed",
+    "use_cpu": "device",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_schedule",
+    "warmup_ratio": "warmup_steps",
+    "num_train_epochs": "num_epochs",
+    "max_steps": "num_epochs and epoch_size",
+    "per_device_train_batch_size": "batch_size_training",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "bf16": "precision",
+    "fp16": "precision",
+    "eval_strategy": "val_path",
+    "save_strategy": "save_steps",
+    "save_total_limit": "keep_last",
+    "dataloader_num_workers": "num_workers",
+    "fsdp_config": "fsdp",
+}
 
 
 @dataclass
@@ -99,7 +127,7 @@ class CoconutArguments:
     logging_steps: int = 10
     report_to: str | list[str] = "none"  # trackers of transformers: wandb, tensorboard, trackio, ...
     num_workers: int = 0  # processes that prepare batches
-    training_arguments: dict[str, Any] = field(default_factory=dict)  # any other transformers.TrainingArguments
+    training_arguments: dict[str, Any] = field(default_factory=dict)  # of transformers.TrainingArguments: see FOLLOWED
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -135,6 +163,7 @@ class CoconutArguments:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number of at least 0")
         self._check_device()
+        self._check_training_arguments()
         if isinstance(self.model, dict) and "from_config" not in self.model:
             raise ValueError(
                 f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
@@ -155,6 +184,22 @@ class CoconutArguments:
 
             if not torch.cuda.is_available():
                 raise ValueError("device: found 'cuda', but torch sees no GPU here")
+
+    def _check_training_arguments(self) -> None:
+        for name in self.training_arguments:
+            if name.startswith("torch_compile"):
+                raise ValueError(
+                    f"training_arguments: found {name}, but passes differ in shape from batch to batch and run "
+                    "kernels that are compiled already; leave it out"
+                )
+            ours = name if name in self.__dataclass_fields__ else OURS.get(name)
+            if ours is not None:
+                raise ValueError(f"training_arguments: found {name!r}, expected our own setting instead: {ours}")
+            if name not in FOLLOWED:
+                raise ValueError(
+                    f"training_arguments: found {name!r}, which this trainer does not follow; expected some of "
+                    f"{', '.join(FOLLOWED)}"
+                )
 
     @property
     def output_dir(self) -> str:
@@ -226,13 +271,7 @@ class CoconutArguments:
             raise ValueError(
                 f"training_arguments: found {sorted(wrong)[0]!r}, which transformers.TrainingArguments lacks"
             )
-        made = TrainingArguments(**{**chosen, **self.training_arguments})
-        if made.torch_compile:
-            raise ValueError(
-                "training_arguments: found torch_compile, but passes differ in shape from batch to batch and run "
-                "kernels that are compiled already; leave it out"
-            )
-        return made
+        return TrainingArguments(**chosen, **self.training_arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json and comparisons."""

@@ -218,6 +218,7 @@ class CoconutTrainer(Trainer):
                 [p for p in (model or self.model).parameters() if p.requires_grad],
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
                 fused=True,
             )
