@@ -54,7 +54,10 @@ def test_a_list_names_the_first_stages_alone() -> None:
 
 
 def test_final_epochs_end_a_run_by_count() -> None:
-    assert play(StageSchedule(last_stage=2, epochs_per_stage=1, num_epochs=99, final_epochs=3))[0] == [0, 1, 2, 2, 2]
+    schedule = StageSchedule(last_stage=2, epochs_per_stage=1, num_epochs=99, final_epochs=3)
+    assert play(schedule)[0] == schedule.stages_by_count() == [0, 1, 2, 2, 2]
+    schedule = StageSchedule(last_stage=1, epochs_per_stage=3, num_epochs=99, final_epochs=1, advance_at=0.0)
+    assert schedule.stages_by_count() == [0, 0, 0, 1], "what it lasts at the most"
 
 
 def test_optimizer_resets() -> None:

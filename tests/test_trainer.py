@@ -161,6 +161,19 @@ def test_a_stage_is_left_when_accuracy_passes(tmp_path: Path) -> None:
     assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 1e-2, 0.5e-2]), "a cosine over the last stage alone"
 
 
+@pytest.mark.parametrize("lr_schedule", ["linear", "cosine"])
+def test_the_learning_rate_ends_where_final_epochs_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lr_schedule: str
+) -> None:
+    changes = {"final_epochs": 1, "num_epochs": 20, "lr_schedule": lr_schedule, "epoch_size": 16, "eval_examples": 2}
+    folder = run(tiny(tmp_path, **changes))
+    rates = [r["learning_rate"] for r in read_metrics(folder / "metrics.jsonl") if "learning_rate" in r]
+    assert len(rates) == 4 and rates[0] == 1e-2 and rates[-1] < 0.26e-2
+    assert "stages (stage x epochs) 0 x 1, 1 x 1, 2 x 1, 3 x 1\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"lr_schedule: found '{lr_schedule}', expected 'constant' or 'cosine_final'"):
+        tiny(tmp_path, **changes, advance_at=0.9)
+
+
 def test_save_only_improve(tmp_path: Path) -> None:
     folder = run(tiny(tmp_path, method="no_cot", save_only_improve=True, keep_last=0, num_epochs=3))
     scores = [(r["step"], r["eval_accuracy"]) for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]

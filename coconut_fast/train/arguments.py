@@ -172,6 +172,12 @@ class CoconutArguments:
             raise ValueError(
                 "final_epochs: found none, expected how many epochs lr_schedule 'cosine_final' decays over"
             )
+        ends_early = self.advance_at is not None and self.final_epochs is not None
+        if self.lr_schedule in ("linear", "cosine") and ends_early:
+            raise ValueError(
+                f"lr_schedule: found {self.lr_schedule!r}, expected 'constant' or 'cosine_final', because nobody knows "
+                "where a run with advance_at and final_epochs ends"
+            )
         for name, used in (("advance_at", self.advance_at is not None), ("save_only_improve", self.save_only_improve)):
             if used and self.val_path is None:
                 raise ValueError(f"val_path: found none, expected a file, because {name} looks at validation accuracy")
@@ -243,7 +249,7 @@ class CoconutArguments:
             "use_cpu": self.device == "cpu" or not torch.cuda.is_available(),
             "per_device_train_batch_size": self.batch_size_training,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "num_train_epochs": self.num_epochs - self.resume,
+            "num_train_epochs": len(self.schedule().stages_by_count()),
             "learning_rate": self.lr,
             "weight_decay": self.weight_decay,
             "adam_beta1": self.adam_beta1,

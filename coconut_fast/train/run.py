@@ -88,7 +88,7 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
     slot = METHODS[settings.method].slot
     slots = f", {settings.c_thought} {slot}{'s' if settings.c_thought != 1 else ''} per step" if slot else ""
-    epochs = [schedule.planned_stage(e) for e in range(schedule.first_epoch, schedule.num_epochs)]
+    epochs = schedule.stages_by_count()
     planned = ", ".join(f"{s} x {epochs.count(s)}" for s in sorted(set(epochs)))
     if schedule.advance_at is not None:
         longest = ", ".join(f"{s} x {schedule.epochs_of(s)}" for s in range(schedule.last_stage))

@@ -99,6 +99,13 @@ class StageSchedule:
         passed = metric is not None and asked is not None and metric >= asked
         return now + 1 if passed or spent >= self.epochs_of(now) else now
 
+    def stages_by_count(self) -> list[int]:
+        """The stage of each epoch of a run in which no metric ends a stage: with `advance_at`, of the longest one."""
+        history: list[EpochRecord] = []
+        while (stage := self.next_stage(history)) is not None:
+            history.append(EpochRecord(stage))
+        return [record.stage for record in history]
+
     def resets(self, history: Sequence[EpochRecord], stage: int) -> bool:
         """Whether the optimizer forgets its state before the epoch after `history`, which has `stage`."""
         if not history or self.reset_optimizer == "never":
