@@ -8,10 +8,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from coconut_fast.data.graphs import VOCABULARY, Graph, layered_trees
 from coconut_fast.inspect.probe import decode_thoughts
-from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts
+from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts, mark_stages
 from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.build import build
@@ -20,7 +21,7 @@ from tests.runs import MODEL, tiny
 #   0 -> 1 -> 2 -> 5        3 -> 4 is the other part; 6 stands alone
 #        1 -> 5
 GRAPH = Graph(7, ((0, 1), (1, 2), (2, 5), (1, 5), (3, 4)), root=0, target=5, neg_target=4)
-NAMES = tuple("abcdefg")
+NAMES = ("$_$", *"bcdefg")
 
 
 @pytest.fixture
@@ -65,6 +66,13 @@ def test_layout(graph: Graph):
         assert places[source][1] >= places[destination][1]
 
 
+def test_layout_of_a_circle_that_nothing_leads_to():
+    graph = Graph(6, ((0, 1), (2, 3), (3, 2), (3, 4)), root=0, target=1, neg_target=4)
+    places = SearchTree(graph, torch.zeros(1, 6), ("",) * 6).layout()
+    assert set(places) == set(range(6)) and len(set(places.values())) == 6
+    assert {places[node][1] for node in (2, 3, 4, 5)} == {0.0}
+
+
 def test_layout_unties_edges():
     graph = Graph(8, ((0, 1), (0, 2), (1, 4), (2, 3), (5, 6), (5, 7)), root=0, target=3, neg_target=7)
     places = SearchTree(graph, torch.zeros(1, 8), ("",) * 8).layout()
@@ -83,22 +91,36 @@ def test_thoughts_are_drawn(tmp_path: Path):
     values = torch.rand(3, 7) / 7
     tree = SearchTree(GRAPH, values, NAMES)
     one = draw_thoughts(tree, tmp_path / "a" / "one.png", title="from a: f or e?")
-    two = draw_thoughts(tree, tmp_path / "two.png", title="from a: f or e?", mass=tree.mass_by_hops(3), caption="mean")
+    two = draw_thoughts(tree, tmp_path / "two.png", title="from a: f or e?", mass=tree.mass_by_hops(3), caption="$_$")
     one_picture, two_picture = (matplotlib.image.imread(path) for path in (one, two))
     assert two_picture.shape[0] > one_picture.shape[0] > 300
     assert two_picture[..., :3].std() > 0.05
 
 
 def test_learning_curves_are_drawn(tmp_path: Path):
-    for name in ("thinks", "writes"):
+    for name in ("thinks", "$_writes$"):
         records = [
             *({"step": step, "stage": step // 20, "loss": 10 / step} for step in range(10, 60, 10)),
             {"step": 50, "stage": 2, "eval_accuracy": 0.5},
         ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    runs = {name: tmp_path / name for name in ("thinks", "writes")}
-    picture = draw_learning_curves(runs, tmp_path / "curves.png", title="two runs", chance=0.5)
+    runs = {name: tmp_path / name for name in ("thinks", "$_writes$")}
+    picture = draw_learning_curves(runs, tmp_path / "curves.png", title="two runs: $_$", chance=0.5)
     assert matplotlib.image.imread(picture)[..., :3].std() > 0.02
     with pytest.raises(ValueError, match=r"has no metrics.jsonl, expected the directory of a training run"):
         draw_learning_curves({"nothing": tmp_path / "nothing"}, tmp_path / "curves.png", title="")
+
+
+@pytest.mark.parametrize(
+    ("ends", "names"),
+    [
+        ([40, 60, 80, 100], ["stage 0", "stage 1", "stage 2", "stage 3"]),
+        ([60, 70, 80, 100], ["stage 0", "1", "2", "stage 3"]),
+        ([1, 2, 3, 4, 100], ["stage 0", "stage 4"]),
+    ],
+)
+def test_names_of_stages_have_room(ends: list[int], names: list[str]):
+    axes = Figure().subplots()
+    mark_stages(axes, [(start, stage) for stage, start in enumerate([0, *ends[:-1]])], ends[-1])
+    assert [text.get_text() for text in axes.texts] == names

@@ -138,6 +138,11 @@ def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
     assert run(tiny(tmp_path, epochs_per_stage=2, num_epochs=6, keep_last=1)) == folder, "a finished run stays finished"
 
 
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    folder = run(tiny(tmp_path, name="a$_$b", num_epochs=1, epoch_size=16, val_path=None))
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_keeps_its_records(tmp_path: Path) -> None:
     """Whatever another call with its name asks for."""
     folder = run(tiny(tmp_path, num_epochs=2))

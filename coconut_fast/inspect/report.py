@@ -14,12 +14,13 @@ from matplotlib.patheffects import withStroke
 
 from coconut_fast.files import write_atomically
 from coconut_fast.inspect.tree import SearchTree
-from coconut_fast.train.reports import METRICS, read_metrics, stage_starts
+from coconut_fast.train.reports import METRICS, literal, read_metrics, stage_starts
 
 INK, PALE, RIGHT, WRONG = "#22303c", "#b9c3cc", "#0b7a4b", "#b3372f"
 LINES = ("#e4572e", "#2e6fe4", "#8a8f98", "#7b4fb5", "#2a9d8f")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#ffdfae", "#ffb347", "#f58a3c", "#ee6a33"])
 SCALE = 0.85  # inches between neighbouring nodes
+LETTER = 0.0138  # of the learning curves' steps, which a letter of a stage's name is wide
 LEAST = 0.015  # a probability below this is not written beside its node
 
 
@@ -37,7 +38,7 @@ def draw_thoughts(
     heights = [high] if mass is None else [high, 0.34 * thoughts + 0.6]
     figure = Figure(figsize=(max(8.0, wide * thoughts), sum(heights) + 0.6), layout="constrained")
     rows = figure.add_gridspec(len(heights), thoughts, height_ratios=heights)
-    figure.suptitle(title, fontsize=14, color=INK)
+    figure.suptitle(literal(title), fontsize=14, color=INK)
     for t in range(thoughts):
         axes = figure.add_subplot(rows[0, t])
         _draw_graph(axes, tree, t, places)
@@ -74,7 +75,7 @@ def _draw_graph(axes: Any, tree: SearchTree, t: int, places: Mapping[int, tuple[
             [x], [y], s=560, color=[HEAT(value)], edgecolors=colours.get(node, PALE),
             linewidths=2.2 if special else 1.0, zorder=3,
         )  # fmt: skip
-        axes.text(x, y, tree.names[node], ha="center", va="center", fontsize=9, color=INK, zorder=4)
+        axes.text(x, y, literal(tree.names[node]), ha="center", va="center", fontsize=9, color=INK, zorder=4)
         if value >= LEAST:
             axes.text(
                 x + 0.24, y + 0.24, f"{100 * value:.0f}%", fontsize=8.5, color="#a33c10", weight="bold", zorder=5,
@@ -106,7 +107,7 @@ def _draw_mass(axes: Any, mass: torch.Tensor, caption: str) -> None:
             )
     axes.set_xticks(range(columns), ["root", *(_hops(h) for h in range(1, columns - 1)), "anywhere else"])
     axes.set_yticks(range(thoughts), [f"thought {t + 1}" for t in range(thoughts)])
-    axes.set_title(caption, fontsize=11, color=INK)
+    axes.set_title(literal(caption), fontsize=11, color=INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.set_xticks([c + 0.5 for c in range(columns - 1)], minor=True)
     axes.set_yticks([t + 0.5 for t in range(thoughts - 1)], minor=True)
@@ -126,7 +127,7 @@ def draw_learning_curves(
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    figure.suptitle(title, fontsize=13, color=INK)
+    figure.suptitle(literal(title), fontsize=13, color=INK)
     for number, (name, folder) in enumerate(runs.items()):
         records = read_metrics(Path(folder) / METRICS)
         if not records:
@@ -136,12 +137,13 @@ def draw_learning_curves(
             points = [(r["step"], r[key]) for r in records if key in r]
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), color=colour, label=name, linewidth=1.4, marker=mark, markersize=4
-                )
+                    *zip(*points, strict=True), color=colour, label=literal(name), linewidth=1.4, marker=mark,
+                    markersize=4,
+                )  # fmt: skip
         if number == 0:
             last = max(record["step"] for record in records)
             for axes in (left, right):
-                _mark_stages(axes, stage_starts(records), last)
+                mark_stages(axes, stage_starts(records), last)
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.03))
     if chance is not None:
@@ -152,14 +154,23 @@ def draw_learning_curves(
     return _write(figure, path)
 
 
-def _mark_stages(axes: Any, starts: Sequence[tuple[int, int]], last: int) -> None:
+def mark_stages(axes: Any, starts: Sequence[tuple[int, int]], last: int) -> None:
+    """A stripe for every stage; above it its name, its number alone where it is narrow, nothing where that is too."""
     ends = [step for step, _ in starts[1:]] + [last]
+    written = -float("inf")  # up to this step
     for (start, stage), end in zip(starts, ends, strict=True):
         if stage % 2:
             axes.axvspan(start, end, color="#f3f5f7", zorder=0)
+        name = f"stage {stage}"
+        if start != starts[0][0] and end - start < LETTER * last * (len(name) + 1):
+            name = str(stage)
+        middle, width = (start + end) / 2, LETTER * last * (len(name) + 1)
+        if middle - width / 2 < written:
+            continue
+        written = middle + width / 2
         axes.text(
-            (start + end) / 2, 1.01, f"stage {stage}", transform=axes.get_xaxis_transform(), ha="center", va="bottom",
-            fontsize=8, color="#7d8790",
+            middle, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8,
+            color="#7d8790",
         )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class SearchTree:
         return left | {node: (x + shift, y) for node, (x, y) in right.items()}
 
     def _depths(self, nodes: set[int]) -> dict[int, int]:
-        """Hops of each node from the nearest of `nodes` that has no parent among them."""
+        """Hops of each node from the nearest of `nodes` that has no parent among them; 0 below a circle alone."""
         edges = [(s, d) for s, d in self.graph.edges if s in nodes and d in nodes]
         depth = dict.fromkeys(nodes - {d for _, d in edges}, 0)
         queue = list(depth)
@@ -66,7 +66,7 @@ class SearchTree:
                 if source == node and destination not in depth:
                     depth[destination] = depth[node] + 1
                     queue.append(destination)
-        return depth
+        return {node: depth.get(node, 0) for node in nodes}
 
     def _places(self, depth: dict[int, int]) -> dict[int, tuple[float, float]]:
         if not depth:

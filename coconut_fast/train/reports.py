@@ -124,7 +124,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
         left.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=1, label="training loss")
     if scores:
         right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", markersize=3, label="accuracy")
-    left.set(xlabel="step", ylabel="training loss", title=Path(run).name)
+    left.set(xlabel="step", ylabel="training loss", title=literal(Path(run).name))
     left.set_ylim(bottom=0)
     right.set(ylabel="validation accuracy", ylim=(0, 1.02))
     for number, (start, stage) in enumerate(stage_starts(records)):
@@ -137,6 +137,11 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     with write_atomically(target, binary=True) as file:
         figure.savefig(file, dpi=120, format="png")
     return target
+
+
+def literal(text: str) -> str:
+    """For a picture that shows `text` as it stands: a dollar begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def stage_starts(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
