@@ -72,6 +72,8 @@ def run_demo(
     sizes: graphs per split (None: PROBLEMS). overrides: settings of all runs, "key=value" each. Returns the results on
     fresh graphs by name.
     """
+    for changes in RUNS.values():
+        read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # what is wrong is refused before any work
     sizes = sizes or PROBLEMS
     print(f"1. {sum(sizes.values())} graphs, of which {sizes['test']} are kept for the end")
     files = make_graphs(folder / "data", sizes, seed)

@@ -26,9 +26,11 @@ from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
 from coconut_fast.commands.generate import read_prompts_file
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import read_examples
+from coconut_fast.evaluate import recipe
 from coconut_fast.infer import engine
 from coconut_fast.model.checkpoints import REFERENCE_PREFIX
 from coconut_fast.train import saving
+from coconut_fast.train.build import build
 from tests.conftest import ROOT
 from tests.runs import tiny
 
@@ -168,6 +170,11 @@ def test_only_eval(
     assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 2
     error = fails(capsys, 2, "train", tmp_path / "eval.yaml", "resume=1")
     assert "num_thoughts: found none, and resume=1 would mean 1 thoughts where a fully trained model has 2" in error
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(recipe, "evaluate_recipe", lambda settings: pytest.fail("evaluated in vain"))
+    error = fails(capsys, 2, "train", tmp_path / "eval.yaml", f"save_path={tmp_path / 'file'}")
+    assert f"save_path: {tmp_path / 'file'} is a file, expected a directory or nothing" in error
+    monkeypatch.undo()
     call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1")
     assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 1
     monkeypatch.setenv("RANK", "1")  # the official way is through torchrun, whose other processes leave it to the first
@@ -206,10 +213,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = trained / "runs" / "run", trained / "val.json"
-    recipe = trained / "recipe.yaml"
+    training = trained / "recipe.yaml"
     assert "invalid choice" in fails(capsys, 2, "learn")
-    assert "unknown key 'epoch'" in fails(capsys, 2, "train", recipe, "epoch=3")
+    assert "unknown key 'epoch'" in fails(capsys, 2, "train", training, "epoch=3")
     assert "no such file or directory" in fails(capsys, 2, "eval", tmp_path / "absent", data)
+    assert "config.json; expected" in fails(capsys, 2, "eval", run, tmp_path, tmp_path / "absent.json"), "before work"
     assert "absent.json: cannot be read" in fails(capsys, 2, "eval", run, tmp_path / "absent.json")
     assert "absent.txt: cannot be read (No such file" in fails(capsys, 2, "generate", run, "--file", "absent.txt")
     assert "prompt 0 is empty" in fails(capsys, 2, "generate", run, "")
@@ -222,7 +230,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "--device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
     assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
     in_the_way = f"{data} is a file, expected a directory or nothing"
-    assert f"save_path: {in_the_way}" in fails(capsys, 2, "train", recipe, f"save_path={data / 'runs'}")
+    assert f"save_path: {in_the_way}" in fails(capsys, 2, "train", training, f"save_path={data / 'runs'}")
     assert f"--out: {in_the_way}" in fails(capsys, 2, "eval", run, data, "--out", data)
     assert f"--out: {in_the_way}" in fails(capsys, 2, "demo", "--out", data)
     assert f"target: {in_the_way}" in fails(capsys, 2, "convert", "model", run, data)
@@ -233,6 +241,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert f"target: {folder_there}" in fails(capsys, 2, "convert", "icot", data, tmp_path)
     (tmp_path / "bad.json").write_text('[{"question": "q", "steps": [], "answer": 5}]')
     assert "record 1, field 'answer': found a number (5)" in fails(capsys, 2, "eval", run, tmp_path / "bad.json")
+
+
+def test_text_for_a_model_of_symbols_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(tiny(tmp_path, tokenizer="symbols"), [])
+    model.settings.symbols = {}
+    model.save_pretrained(tmp_path / "symbols")
+    error = fails(capsys, 2, "eval", tmp_path / "symbols", trained / "val.json")
+    assert f"{trained / 'val.json'}: record 1: the field 'edges' is missing" in error
 
 
 def test_an_unfinished_run_stands_for_its_best_checkpoint_else_its_last(

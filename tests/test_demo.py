@@ -39,6 +39,14 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (out / "coconut" / "metrics.jsonl").read_text() == trained
 
 
+def test_settings_are_refused_before_graphs_are_made(tmp_path: Path):
+    with pytest.raises(ValueError, match="seed: found -1, expected 0 or more"):
+        demo.run_demo(tmp_path / "demo", seed=-1)
+    with pytest.raises(ValueError, match="override: unknown key 'epoch'"):
+        demo.run_demo(tmp_path / "demo", overrides=["epoch=1"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_splits_share_no_problem(tmp_path: Path):
     files = demo.make_graphs(tmp_path, {"train": 300, "test": 100}, seed=0)
     seen = {json.dumps(example.extra) for example in read_examples(files["train"])}

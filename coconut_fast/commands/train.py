@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut_fast.commands.common import add_command, quiet
+
+if TYPE_CHECKING:
+    from coconut_fast.train.arguments import CoconutArguments
 
 
 def add(commands: Any) -> None:
@@ -29,12 +32,21 @@ def _train(arguments: argparse.Namespace) -> int:
     quiet()
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if settings.only_eval:
-        from coconut_fast.commands.evaluate import evaluate_recipe
-
-        return evaluate_recipe(settings) if first else 0
+        if first:
+            _evaluate(settings)
+        return 0
     from coconut_fast.train.run import run
 
     folder = run(settings)
     if first:
         print(folder)
     return 0
+
+
+def _evaluate(settings: CoconutArguments) -> None:
+    from coconut_fast.commands.evaluate import show
+    from coconut_fast.evaluate.recipe import evaluate_recipe
+    from coconut_fast.files import check_folder
+
+    check_folder(settings.output_dir, "save_path")
+    show({settings.name: evaluate_recipe(settings)}, False, settings.output_dir, {"data": settings.val_path})

@@ -59,18 +59,13 @@ def load(
     weights, weights that are NaN or infinite, special tokens that cannot be known, and a model that cannot run ragged
     (see model/checks.py).
     """
+    check_path(path_or_id)
     path = Path(path_or_id)
     trained_tokens = False
     if path.is_file():
         home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
         hf, trained_tokens = _read_reference(path, home)
     else:
-        # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for.
-        here = path.parent != Path(".") and path.parent.is_dir()
-        if not path.is_dir() and (here or not HUB_ID.fullmatch(str(path_or_id))):
-            raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
         hf = _read_hugging_face(path_or_id)
         home = path if path.is_dir() else str(path_or_id)
 
@@ -96,6 +91,17 @@ def load(
     check_finite(model, f"path_or_id: {path_or_id}")
     check_ragged(model, f"path_or_id: {path_or_id}")
     return model
+
+
+def check_path(path_or_id: str | Path) -> None:
+    """ValueError where nothing is that `load` could read; whether a hub has an id is not asked."""
+    path = Path(path_or_id)
+    # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for.
+    here = path.parent != Path(".") and path.parent.is_dir()
+    if not path.exists() and (here or not HUB_ID.fullmatch(str(path_or_id))):
+        raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
 
 
 def save(model: Coconut, directory: str | Path) -> None:

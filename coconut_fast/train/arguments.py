@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_weights")
+DEBUG_PROBLEMS = (5000, 32)  # for training and for validation, as the official code
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
 # Of transformers.TrainingArguments, what the trainer follows beside our own settings ...
 FOLLOWED = (
@@ -229,6 +230,10 @@ class CoconutArguments:
             advance_at=self.advance_at,
             reset_optimizer=self.reset_optimizer,
         )
+
+    def limits(self) -> tuple[int | None, int | None]:
+        """How many training and validation problems are read; None: all."""
+        return DEBUG_PROBLEMS if self.debug else (None, self.eval_examples)
 
     def answer_length(self) -> int:
         """max_new_tokens, or the official default for this data."""

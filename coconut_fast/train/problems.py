@@ -33,7 +33,7 @@ class DataSet:
         self.seed = seed
         self.where = where
         self.graphs = graphs_of(examples, where) if symbols is not None else []
-        self.fixed = tokenize(examples, tokenizer, symbols, seed)
+        self.fixed = tokenize(examples, tokenizer, symbols, seed, where)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -60,11 +60,15 @@ def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Grap
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Any, symbols: Mapping[str, Any] | None = None, seed: int = 0
+    examples: Sequence[Example],
+    tokenizer: Any,
+    symbols: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    where: str = "the data",
 ) -> list[TokenizedExample]:
     """Token ids of problems; see DataSet. ValueError where there is no tokenizer for text, or no graph for symbols."""
     if symbols is not None:
-        return symbolic_examples(graphs_of(examples), seed=seed, **symbols)
+        return symbolic_examples(graphs_of(examples, where), seed=seed, **symbols)
     if tokenizer is None:
         raise ValueError("tokenizer: the model has none, expected one to read questions with")
     return tokenize_examples(examples, tokenizer)

@@ -20,8 +20,6 @@ from coconut_fast.train.schedule import EpochRecord
 from coconut_fast.train.state import remember, same_run
 from coconut_fast.train.trainer import CoconutTrainer
 
-DEBUG_TRAIN, DEBUG_VAL = 5000, 32  # problems, as the official code
-
 
 def run(settings: CoconutArguments) -> Path:
     """Trains as the settings say, from the newest checkpoint in `settings.output_dir` where there is one.
@@ -35,9 +33,9 @@ def run(settings: CoconutArguments) -> Path:
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         remove_unfinished(folder)
-    examples = read_file(settings.train_path, "train_path", DEBUG_TRAIN if settings.debug else None)
-    limit = DEBUG_VAL if settings.debug else settings.eval_examples
-    held_out = read_file(settings.val_path, "val_path", limit) if settings.val_path else []
+    train_limit, val_limit = settings.limits()
+    examples = read_file(settings.train_path, "train_path", train_limit)
+    held_out = read_file(settings.val_path, "val_path", val_limit) if settings.val_path else []
 
     found = [] if settings.debug else saving.checkpoints(folder)
     last = found[-1] if found else None
