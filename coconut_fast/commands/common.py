@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -79,8 +80,7 @@ def set_progress_bars() -> None:
 
 def quiet() -> None:
     """No chatter of libraries between our own lines."""
-    import huggingface_hub
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
