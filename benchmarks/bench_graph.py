@@ -25,9 +25,9 @@ from benchmarks.peers import hugging_face, official, official_missing
 from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_for_peers
 from benchmarks.timing import gpu_limits, seconds_of, waited
 from coconut_fast import Coconut, generate
+from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.decode import Draft, Sampling
 from coconut_fast.infer.fused import FusedPasses, reason_not
-from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.passes import HuggingFacePasses
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.model.plan import ModelPlan, describe

@@ -14,9 +14,9 @@ import torch
 from benchmarks import bench_graph
 from benchmarks.conftest import Figures
 from coconut_fast import ops
-from coconut_fast.infer import graphs
+from coconut_fast.infer import cuda_graphs
+from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.fused import FusedPasses
-from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.model.plan import describe
 from tests.families import make_hf, make_pair
 
@@ -55,7 +55,7 @@ def test_the_fused_baseline_is_never_another_default(device, monkeypatch) -> Non
         pass
 
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
-    monkeypatch.setattr(graphs, "choose_passes", Default)
+    monkeypatch.setattr(cuda_graphs, "choose_passes", Default)
     assert type(bench_graph.Timed(make_pair("gpt2")[0].to(device), 1, "fused").runner.passes) is FusedPasses
 
 

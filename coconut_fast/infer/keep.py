@@ -10,8 +10,8 @@ from __future__ import annotations
 import weakref
 
 from coconut_fast.infer import fused
+from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.decode import Sampling
-from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model import plan
 from coconut_fast.model.coconut import Coconut

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import capture, engine, fused, graphs, keep
+from coconut_fast.infer import capture, cuda_graphs, engine, fused, keep
+from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
-from coconut_fast.infer.graphs import GraphRunner
 from coconut_fast.infer.passes import StaticBatch
 from tests.families import FAMILIES, make_pair, make_row
 
@@ -49,9 +49,9 @@ def test_a_batch_of_any_prompts_thinks_by_replay(monkeypatch) -> None:
     prompts = PROMPTS + OTHERS
     expected = generate(model, prompts, max_new_tokens=3).token_ids
     prefilled, kinds = [], []
-    prefill, replay = graphs.prefill, GraphRunner.replay
-    monkeypatch.setattr(graphs, "BUCKETS", (1, 2, 4))
-    monkeypatch.setattr(graphs, "prefill", lambda *a: (prefilled.append(a[3]), prefill(*a))[1])
+    prefill, replay = cuda_graphs.prefill, GraphRunner.replay
+    monkeypatch.setattr(cuda_graphs, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(cuda_graphs, "prefill", lambda *a: (prefilled.append(a[3]), prefill(*a))[1])
     monkeypatch.setattr(
         GraphRunner, "replay", lambda self, b, kind, *n: (kinds.append(kind), replay(self, b, kind, *n))
     )
@@ -113,7 +113,7 @@ def test_reasons_say_what_passes_are_made_of(kept) -> None:
 
 
 def test_stats_know_how_near_a_pass_came_to_the_memory(kept, monkeypatch) -> None:
-    monkeypatch.setattr(graphs, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(cuda_graphs, "copy_bandwidth", lambda device: 1e9)
     model, _ = make_pair("qwen2")  # its head is its embedding table
     stats = generate(model, PROMPTS, max_new_tokens=11).stats
     assert stats.measure_bandwidth() == 1e9
@@ -123,7 +123,7 @@ def test_stats_know_how_near_a_pass_came_to_the_memory(kept, monkeypatch) -> Non
     stats.think_seconds, stats.latent_passes, stats.bytes_per_latent_pass = 6.0, 3, 10**9  # 0.5 GB/s of 1
     assert stats.bandwidth_share == 0.5
     monkeypatch.undo()
-    assert 1e8 < graphs.copy_bandwidth(torch.device("cpu"), 1 << 22) < 1e13
+    assert 1e8 < cuda_graphs.copy_bandwidth(torch.device("cpu"), 1 << 22) < 1e13
 
 
 def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
@@ -261,7 +261,7 @@ def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, stream
         made.pool = "the pool"
         return made
 
-    monkeypatch.setattr(graphs, "aside", lambda device: capture.aside(streams.device))
+    monkeypatch.setattr(cuda_graphs, "aside", lambda device: capture.aside(streams.device))
     monkeypatch.setattr(engine, "choose_runner", lambda model: (runner, "asked for"))
     output = generate(model, PROMPTS, max_new_tokens=11)
     assert output.token_ids == expected and set(begun) == {"the pool"}
