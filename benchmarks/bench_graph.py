@@ -26,7 +26,7 @@ from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_f
 from benchmarks.timing import gpu_limits, seconds_of, waited
 from coconut_fast import Coconut, generate
 from coconut_fast.infer.cuda_graphs import GraphRunner
-from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.fused import FusedPasses, reason_not
 from coconut_fast.infer.passes import HuggingFacePasses
 from coconut_fast.infer.prefill import prefill
@@ -96,7 +96,7 @@ class Timed:
         drafts = [Draft(row, 0, TOKENS, []) for row in self.rows]
         runner.first(batch.hidden[: self.size].to(self.model.dtype), drafts)
         while not all(d.done(self.model.tokens.eos) for d in drafts):
-            runner.write(drafts, 8)
+            runner.write(drafts, WRITE_STEPS)
         return [d.tokens for d in drafts]
 
     def _start(self, passes: int) -> None:

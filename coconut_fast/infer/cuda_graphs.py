@@ -16,18 +16,17 @@ import torch
 
 from coconut_fast.infer import fused, persistent
 from coconut_fast.infer.capture import aside, captured
-from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.sampling import uniform
 from coconut_fast.infer.stats import copy_bandwidth
-from coconut_fast.model.cache import KVCache
+from coconut_fast.model.cache import PAGE_SIZE, KVCache
 from coconut_fast.model.coconut import Coconut
 
 LONGEST_CHAIN = 16  # passes of one graph; a longer chain replays it
-STEPS = 8  # tokens between two looks of the host: `write` is asked for at most so many
 
 
 def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
@@ -57,7 +56,7 @@ class GraphRunner(EagerRunner):
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(
             model,
-            num_slots=num_slots + 16,
+            num_slots=num_slots + PAGE_SIZE,
             max_rows=max_rows + 1,
             max_length=max_length,
             sampling=sampling,
@@ -141,7 +140,7 @@ class GraphRunner(EagerRunner):
     @torch.inference_mode()
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """As EagerRunner.write; one look at the device behind `steps` replays."""
-        assert steps <= STEPS, f"{steps} tokens between two looks, the static batch holds {STEPS}"
+        assert steps <= WRITE_STEPS, f"{steps} tokens between two looks, the static batch holds {WRITE_STEPS}"
         eos = self.model.tokens.eos
         writing = [d for d in drafts if not d.done(eos)]
         for start in range(0, len(writing), BUCKETS[-1]):
@@ -155,7 +154,7 @@ class GraphRunner(EagerRunner):
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
             dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self.batches[size] = StaticBatch(size, dim, STEPS, dtype, self.cache.device)
+            self.batches[size] = StaticBatch(size, dim, WRITE_STEPS, dtype, self.cache.device)
         return self.batches[size]
 
     def replay(self, batch: StaticBatch, kind: str, *count: int) -> None:

@@ -12,6 +12,8 @@ from coconut_fast.infer.sampling import sample
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
+WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits: what a static batch has room for
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 from coconut_fast.infer import keep
-from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts, whole
 from coconut_fast.infer.stats import GenerateStats
+from coconut_fast.model.cache import PAGE_SIZE
 from coconut_fast.model.coconut import Coconut
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
 CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there
-WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits
 PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
 
 
@@ -145,7 +145,7 @@ class Engine:
         batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
         longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
-        num_slots = batch_size * (-(-longest // 16) + 1) * 16
+        num_slots = batch_size * (-(-longest // PAGE_SIZE) + 1) * PAGE_SIZE
         check_memory(model, num_slots, batch_size)
         self.seeds = _seeds(prompts, seed, num_samples)
         runner, reason = choose_runner(model)
@@ -159,7 +159,7 @@ class Engine:
             model,
             num_slots=num_slots,
             max_rows=batch_size + 1,
-            max_length=longest + 16,
+            max_length=longest + PAGE_SIZE,
             sampling=sampling,
         )
         self.batch_size = batch_size

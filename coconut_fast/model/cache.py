@@ -14,6 +14,8 @@ import torch
 from coconut_fast import ops
 from coconut_fast.model.batch import Reads
 
+PAGE_SIZE = 16  # tokens
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -52,7 +54,7 @@ class KVCache:
         num_slots: int,
         max_rows: int = 64,
         max_length: int | None = None,
-        page_size: int = 16,
+        page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> None:
         num_pages = -(-num_slots // page_size)

@@ -23,7 +23,7 @@ from transformers.activations import NewGELUActivation
 from coconut_fast import ops
 from coconut_fast.model import attention
 from coconut_fast.model.batch import RaggedBatch, check_range, from_padded
-from coconut_fast.model.cache import KVCache, Ragged
+from coconut_fast.model.cache import PAGE_SIZE, KVCache, Ragged
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
 from coconut_fast.model.last_layer import only_reads
@@ -223,7 +223,7 @@ class Coconut(nn.Module):
         cache = KVCache(
             self.num_layers,
             # every row in whole pages
-            num_slots=sum(-(-n // 16) * 16 for n in batch.lengths),
+            num_slots=sum(-(-n // PAGE_SIZE) * PAGE_SIZE for n in batch.lengths),
             max_rows=len(batch.lengths),
             max_length=max(batch.lengths),
             device=batch.input_ids.device,
