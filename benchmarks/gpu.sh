@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go planned for nine minutes: build, tests, memory checks, benchmarks, one table.
+# Everything that needs a GPU, in one go planned for nine minutes: build, tests, memory checks, benchmarks, a table of each.
 #
 #   benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default benchmarks/results/<device>)
 #
@@ -10,6 +10,7 @@
 #       requests urllib3 idna certifi charset-normalizer
 #   printf '#!/bin/sh\nPYTHONPATH=$(dirname "$0") exec python3 "$@"\n' >ref/python && chmod +x ref/python
 # COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, adds its answers to the tests.
+# COCONUT_FAST_COMMIT names the commit in the results where this checkout has no .git.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured and stops no other. Nothing
 # runs beyond GPU_SECONDS (default 540).
 set -uo pipefail
@@ -70,7 +71,7 @@ step persistent_tests 25 python3 -m pytest -q -m gpu tests/test_persistent.py
 suite graph 110
 suite persistent 35
 suite generate 40 -k "bfloat16-1-64-6-64 or bfloat16-16-330-6-12 or bfloat16-500-330-6-12"
-suite train 35 -k "train_step and bfloat16 and 128"
+suite train 50 -k "train_step and bfloat16 and 128"
 suite ops 35
 if command -v compute-sanitizer >/dev/null; then
     # Memory errors of the kernels that write to the cache, and of the persistent one. Without the allocator's cache
@@ -81,9 +82,10 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "memcheck           skipped: there is no compute-sanitizer"
 fi
-# The kernels' odd shapes, which run in the interpreter where there is no GPU.
+# The kernels' odd shapes, which run in the interpreter where there is no GPU. Little time is planned for them, because
+# the last step is given all that the others leave over.
 mapfile -t kernel_tests < <(grep -l "@triton.jit" kernels/*.py | sed "s|kernels/|tests/test_|" | xargs ls 2>/dev/null)
-step kernel_tests 30 python3 -m pytest -q -n 12 "${kernel_tests[@]}"
+step kernel_tests 15 python3 -m pytest -q -n 12 "${kernel_tests[@]}"
 echo
 python3 -m benchmarks.summary "$results"
 echo
