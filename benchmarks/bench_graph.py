@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.conftest import Figures
+from benchmarks.figures import Figures
 from benchmarks.peers import hugging_face, official, official_missing
 from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_for_peers
 from benchmarks.timing import gpu_limits, seconds_of, waited

@@ -1,4 +1,4 @@
-"""The figures of every suite that wrote to a folder, as one table.
+"""The figures of every suite that wrote to a folder, a table per file.
 
 python -m benchmarks.summary benchmarks/results/<device>
 """
@@ -9,21 +9,24 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.conftest import Figures
+from benchmarks.figures import Figures
 
 
 def summarize(folder: Path) -> list[str]:
-    """Where and with what, the cards, and the rows of all suites; one line says so where there is nothing."""
-    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("bench_*.json"))]
+    """Where and with what; then of each file its name, its cards and its rows; one line where there is nothing."""
+    runs = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("bench_*.json"))}
     if not runs:
         return [f"no figures in {folder}"]
-    figures = Figures()
-    for run in runs:
-        for text in run["card"]:
-            figures.card(text)
-        figures.rows += run["rows"]
-    where = dict.fromkeys(f"{run['device']}, torch {run['torch']}, commit {run['commit']}" for run in runs)
-    return [*where, *figures.cards, "", *figures.table()]
+    lines = list(
+        dict.fromkeys(
+            f"{run['device']}, torch {run['torch']}, commit {run['commit'] or 'unknown'}" for run in runs.values()
+        )
+    )
+    for name, run in runs.items():
+        figures = Figures()
+        figures.rows = run["rows"]
+        lines += ["", name, *run["card"], *figures.table()]
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_graph
-from benchmarks.conftest import Figures
+from benchmarks import bench_graph, figures
+from benchmarks.figures import Figures
+from benchmarks.summary import summarize
 from coconut_fast import ops
 from coconut_fast.infer import cuda_graphs
 from coconut_fast.infer.cuda_graphs import GraphRunner
@@ -104,4 +105,23 @@ def test_a_run_that_is_killed_keeps_what_it_has_measured(tmp_path: Path) -> None
     assert done.returncode == 9, done.stdout
     assert [row["what"] for row in json.loads((tmp_path / "kept" / "bench_killed.json").read_text())["rows"]] == [
         "a row"
+    ]
+
+
+def test_a_checkout_without_its_history_is_told_its_commit(monkeypatch) -> None:
+    monkeypatch.setattr(figures.shutil, "which", lambda name: None)
+    for given in ("0f5e3fc", ""):
+        monkeypatch.setenv("COCONUT_FAST_COMMIT", given)
+        assert figures._commit.__wrapped__() == given
+
+
+def test_two_runs_of_a_suite_stay_apart_in_the_summary(tmp_path: Path, monkeypatch) -> None:
+    for name, seconds in (("slow", 2.0), ("fast", 1.0)):
+        run = {"device": "a CPU", "torch": "2.13", "commit": "", "card": [f"{name} memory"]}
+        run["rows"] = [{"what": "a pass", "ours": seconds, "unit": "s", "note": ""}]
+        (tmp_path / f"bench_pass-{name}.json").write_text(json.dumps(run))
+    assert [line.split() for line in summarize(tmp_path)] == [
+        ["a", "CPU,", "torch", "2.13,", "commit", "unknown"],
+        *([], ["bench_pass-fast"], ["fast", "memory"], ["ours", "note"], ["a", "pass", "1", "s"]),
+        *([], ["bench_pass-slow"], ["slow", "memory"], ["ours", "note"], ["a", "pass", "2", "s"]),
     ]
