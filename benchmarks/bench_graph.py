@@ -7,12 +7,13 @@ large copy, both measured in this run; keys and values come on top of it and are
 graph is a chain of six, and all of a chain counts. "6 thoughts + 10 tokens" begins behind the prefill and ends with the
 tokens on the host. Its peers: Hugging Face's `generate` with a static cache and torch.compile, for as many passes (it
 knows no thoughts, so each of its passes runs the head), and end to end, prefill included, the official code.
-Correctness first: nothing is timed where states after the thoughts are off from Hugging Face's body by more than bf16
+Correctness first: nothing is timed where states after a thought are off from Hugging Face's body by more than bf16
 explains.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -35,7 +36,10 @@ from coconut_fast.model.plan import ModelPlan, describe
 PROMPT, THOUGHTS, TOKENS = 64, 6, 10
 ROOM = 64  # positions that timed passes may fill
 PASSES = THOUGHTS + 1 + TOKENS - 1  # the first token follows the pass over `<|end-latent|>`
-GATE = 0.1  # of the largest value: far above rounding, far below a wrong result
+# Of the largest value, after one thought. In bf16 two right bodies of the Llama shape are up to 0.02 apart, one that
+# lacks an MLP of 16 is off by 0.3. Random weights multiply rounding by 1.5 a thought: after six, right bodies are 0.25
+# apart.
+GATE = 0.1
 
 
 class Timed:
@@ -76,10 +80,10 @@ class Timed:
         return best / (count[0] if count else 1)
 
     @torch.inference_mode()
-    def states(self) -> torch.Tensor:
-        """(B, D) fp32 after six thoughts."""
-        self._start(THOUGHTS)
-        self.runner.replay(self.batch, "think", THOUGHTS)
+    def states(self, thoughts: int = 1) -> torch.Tensor:
+        """(B, D) fp32 after so many thoughts."""
+        self._start(thoughts)
+        self.runner.replay(self.batch, "think", thoughts)
         return self.batch.hidden[: self.size].to(device="cpu", copy=True)
 
     @torch.inference_mode()
@@ -107,22 +111,31 @@ class Timed:
         self.batch.hidden[: self.size] = self.hidden_BD
 
 
+def assert_near(found_BD: torch.Tensor, expected_BD: torch.Tensor) -> None:
+    """AssertionError where states after a thought differ by more than rounding."""
+    off = ((found_BD - expected_BD).abs().max() / expected_BD.abs().max()).item()
+    assert off < GATE, f"states after a thought are off by {off:.3g} of the largest value: nothing is timed"
+
+
 def measure(model: Coconut, batch: int, rounds: int = 5) -> dict[str, float]:
-    """Seconds of a latent and a token pass each way, and of "answer"; AssertionError where the two bodies disagree."""
+    """Seconds of a latent and a token pass each way, and of "answer"; AssertionError where the two bodies disagree.
+
+    Without those of Hugging Face's body where that met trouble, of which a warning tells.
+    """
+    bodies = {body: Timed(model, batch, body) for body in ("fused", "hugging face")}
+    assert_near(*(timed.states() for timed in bodies.values()))
     found: dict[str, float] = {}
-    states = []
-    for body in ("fused", "hugging face"):
-        timed = Timed(model, batch, body)
-        states.append(timed.states())
+    for body, timed in bodies.items():
         for kind in ("think", "write"):
             for graphed in (True, False):
                 name = f"{kind}, {body}, {'graph' if graphed else 'launches'}"
                 found[name] = timed.pass_seconds(kind, graphed, rounds)
         timed.answer()
         found[f"answer, {body}"] = min(waited(timed.answer, model.device) for _ in range(rounds))
-        assert not timed.runner.trouble, timed.runner.trouble
-    off = ((states[0] - states[1]).abs().max() / states[1].abs().max()).item()
-    assert off < GATE, f"states after {THOUGHTS} thoughts are off by {off:.3g} of the largest value: nothing is timed"
+        assert body != "fused" or not timed.runner.trouble, timed.runner.trouble
+    if trouble := bodies["hugging face"].runner.trouble:
+        warnings.warn(f"Hugging Face's body is left out: {trouble}", stacklevel=2)
+        return {name: seconds for name, seconds in found.items() if "hugging face" not in name}
     return found
 
 
@@ -175,15 +188,15 @@ def test_passes(benchmark, figures, model: Coconut, batch: int) -> None:
             note=f"{limit / ours:.0%} of the limit, {batch / ours:.0f} {what}s/s",
             limit=limit,
             fused_launches=found[f"{kind}, fused, launches"],
-            hf_body_graph=found[f"{kind}, hugging face, graph"],
-            hf_body_launches=found[f"{kind}, hugging face, launches"],
+            hf_body_graph=found.get(f"{kind}, hugging face, graph"),
+            hf_body_launches=found.get(f"{kind}, hugging face, launches"),
         )
     add_cost_of_batch(figures, plan.model_type, batch)
     figures.add(
         f"{name}: {THOUGHTS} thoughts + {TOKENS} tokens",
         found["answer, fused"],
         limit=(PASSES * body + TOKENS * head) / bandwidth,
-        hf_body_graph=found["answer, hugging face"],
+        hf_body_graph=found.get("answer, hugging face"),
     )
 
 

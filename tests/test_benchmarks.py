@@ -1,4 +1,8 @@
-"""The GPU benchmarks' own code, run once at a tiny shape, so that it cannot rot where there is no GPU."""
+"""The GPU benchmarks' own code, run once at tiny shapes, so that it cannot rot where there is no GPU.
+
+bench_graph and bench_persistent by their `measure`, bench_ops by its works and its gate; what only a device can do, to
+capture and to time a graph of single launches, is left out.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,24 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import bench_graph, figures
+from benchmarks import bench_graph, bench_ops, bench_persistent, figures
 from benchmarks.figures import Figures
 from benchmarks.summary import summarize
-from coconut_fast import ops
+from coconut_fast import Coconut, ops
 from coconut_fast.infer import cuda_graphs
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.fused import FusedPasses
+from coconut_fast.infer.persistent import Launch, PersistentChain
 from coconut_fast.model.plan import describe
-from tests.families import make_hf, make_pair
+from tests.families import FAMILIES, TOKENS, make_hf, make_pair
+from tests.persistent_setup import compile_kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -37,6 +45,25 @@ def test_graph_benchmark(family: str, dtype: torch.dtype, device, monkeypatch) -
     body, head = bench_graph.weight_bytes(describe(model.hf))
     size = dtype.itemsize
     assert body + head < sum(size * p.numel() for p in model.parameters()) <= body + 2 * head + size * 257 * 32
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
+@pytest.mark.parametrize("name", bench_ops.WORKS)
+def test_works_of_the_ops_benchmark(name: str, device, monkeypatch) -> None:
+    """At most 16 of everything, in fp16: the interpreter's bf16 is wrong."""
+    monkeypatch.setattr(bench_ops, "DEVICE", device)
+    monkeypatch.setattr(bench_ops, "DTYPE", torch.float16)
+    for builder in ("decode", "prefill", "append", "linear", "head", "norm", "mlp", "feedback", "accept"):
+        original = getattr(bench_ops, builder)
+        monkeypatch.setattr(
+            bench_ops, builder, lambda *sizes, f=original, **given: f(*(min(n, 16) for n in sizes), **given)
+        )
+    work = bench_ops.WORKS[name]()
+    assert name.startswith(work.op) and work.moved > 0
+    bench_ops._gate(work)
+    work.run()
+    if work.peer is not None:
+        work.peer()
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
@@ -71,8 +98,74 @@ def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
     monkeypatch.setattr(bench_graph, "ROOM", 32)
     monkeypatch.setattr(GraphRunner, "replay", wrong)
+    monkeypatch.setattr(bench_graph.Timed, "pass_seconds", lambda *a: pytest.fail("a wrong result is timed"))
     with pytest.raises(AssertionError, match="nothing is timed"):
         bench_graph.measure(make_pair("gpt2")[0].to(device), 2, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """The persistent kernel's source, compiled for the CPU."""
+    return compile_kernel(tmp_path_factory.mktemp("persistent"))
+
+
+def pretend_persistent(launch: Launch, monkeypatch) -> None:
+    """bench_persistent's chain runs on the CPU."""
+    chain = partial(PersistentChain, launch=launch, blocks=3, threads=64)
+    for name, value in {"PersistentChain": chain, "ROUNDS": 1}.items():
+        monkeypatch.setattr(bench_persistent, name, value)
+    for name, value in {"PROMPT": 5, "ROOM": 32}.items():
+        monkeypatch.setattr(bench_graph, name, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_persistent_benchmark(dtype: torch.dtype, launch: Launch, monkeypatch) -> None:
+    pretend_persistent(launch, monkeypatch)
+    found = bench_persistent.measure(make_pair("llama", dtype)[0], 2)
+    assert set(found) == {"graph", "persistent"} and all(seconds > 0 for seconds in found.values())
+
+
+def test_persistent_benchmark_refuses_a_wrong_result(launch: Launch, monkeypatch) -> None:
+    def without_its_end(tensors: dict, numbers: dict, blocks: int, threads: int) -> None:
+        launch(tensors, numbers | {"end": numbers["end"] - 2}, blocks, threads)
+
+    pretend_persistent(without_its_end, monkeypatch)
+    monkeypatch.setattr(bench_graph.Timed, "pass_seconds", lambda *a: pytest.fail("a wrong result is timed"))
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        bench_persistent.measure(make_pair("llama")[0], 2)
+
+
+def test_the_gate_passes_right_states_of_a_deep_model_and_none_without_an_mlp(monkeypatch) -> None:
+    """Random weights drive right states apart, thought by thought: those of this model to 0.2 after six."""
+    monkeypatch.setattr(bench_graph, "PROMPT", 5)
+    monkeypatch.setattr(bench_graph, "ROOM", 32)
+    settings = FAMILIES["llama"] | {"num_hidden_layers": 16, "intermediate_size": 128, "initializer_range": 0.16}
+    config = AutoConfig.for_model("llama", vocab_size=96, bos_token_id=0, eos_token_id=0, pad_token_id=0, **settings)
+    model = Coconut(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), TOKENS)
+    assert len(bench_graph.measure(model, 4, rounds=1)) == 10
+    expected = bench_graph.Timed(model, 4, "hugging face").states()
+    model.hf.model.layers[7].mlp.down_proj.weight.data.zero_()
+    with pytest.raises(AssertionError, match="nothing is timed"):
+        bench_graph.assert_near(bench_graph.Timed(model, 4, "fused").states(), expected)
+
+
+def test_trouble_of_hugging_faces_body_leaves_our_figures(device, monkeypatch) -> None:
+    replay = GraphRunner.replay
+
+    def troubled(self, batch, kind, *count):
+        replay(self, batch, kind, *count)
+        self.trouble = "" if isinstance(self.passes, FusedPasses) else "capture failed"
+
+    monkeypatch.setattr(bench_graph, "PROMPT", 5)
+    monkeypatch.setattr(bench_graph, "ROOM", 32)
+    monkeypatch.setattr(GraphRunner, "replay", troubled)
+    with pytest.warns(UserWarning, match="left out: capture failed"):
+        found = bench_graph.measure(make_pair("gpt2")[0].to(device), 2, rounds=1)
+    assert len(found) == 5 and not any("hugging face" in name for name in found)
+    figures = Figures()
+    for peer in (found.get("think, hugging face, graph"), 2e-3):
+        figures.add("latent pass", 1e-3, hf_body_graph=peer)
+    assert [line.split()[3:] for line in figures.table()[1:]] == [["ms"], ["ms", "2", "ms", "(2.00x)"]]
 
 
 def test_what_a_batch_costs_is_a_row_of_its_own() -> None:
