@@ -11,7 +11,7 @@ kv head, runs over their queries in order, and adds its sums to the buffers once
 bits every time, and rows of one call must not share pages.
 10 T H L K flops (half under the causal mask), bound by the tensor cores for prompts. For a few queries bound by memory:
 the buffers' bytes are read and written once a call (16 bytes a position, head and component), in 128-bit accesses.
-Registers at most 255; in fp32 heads wider than 64 may spill some words.
+Registers at most 255; heads wider than 64 may spill some words.
 """
 
 from __future__ import annotations

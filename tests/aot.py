@@ -120,6 +120,8 @@ SHAPES = {
     "llama1b": (32, 8, 64, 2048, 8192, 128256),
     "qwen3": (16, 8, 128, 1024, 3072, 151936),
 }
+# Attention's alone: phi-2's heads, whose width is no power of two.
+ATTENTION_SHAPES = SHAPES | {"phi2": (32, 32, 80, 2560, 10240, 51200)}
 PASS_SHAPES = {
     "gpt2": ("gpt2", {"vocab_size": 50260, "n_layer": 2}),
     "llama1b": (
@@ -134,6 +136,7 @@ DTYPES = {
     "gpt2": (torch.bfloat16, torch.float32),
     "llama1b": (torch.bfloat16,),
     "qwen3": (torch.bfloat16,),
+    "phi2": (torch.bfloat16,),
 }  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from coconut_fast.kernels import decode_attention, kv_append, ragged_attention, ragged_attention_backward
 
-    for name, (heads, kv_heads, head_dim, *_) in SHAPES.items():
+    for name, (heads, kv_heads, head_dim, *_) in ATTENTION_SHAPES.items():
         for dtype in DTYPES[name]:
             label = f"{name}/{str(dtype).removeprefix('torch.')}"
             store = [empty(4096, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
