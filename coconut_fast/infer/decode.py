@@ -57,5 +57,6 @@ def decode(
         writing = [d for d in drafts if not d.done(eos_id)]
         if not writing:
             return
-        hidden_BD = prefill(model, cache, [d.row for d in writing], [[d.tokens[-1]] for d in writing])
+        last = [[d.tokens[-1]] for d in writing]  # a prefill of one token a row
+        hidden_BD = prefill(model, cache, [d.row for d in writing], last)
         choose(model, hidden_BD, writing, sampling)

@@ -1,4 +1,4 @@
-"""Prefill: one ragged forward over known tokens, at the start of a prompt or behind its thoughts."""
+"""One ragged forward over given tokens: a prompt, what follows its thoughts, or (decode.py) the token just chosen."""
 
 from __future__ import annotations
 
