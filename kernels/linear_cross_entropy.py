@@ -6,8 +6,10 @@ hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,) -> () in fp3
 
 Forward computes g = scale * (softmax(l) - onehot) while a chunk's logits are at hand, and of several chunks also
 dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies with the incoming gradient; of a
-single chunk it keeps g. Three matrix products of N x V x D, and one chunk of logits: plain PyTorch, since the products
-are the vendor library's best case and the rest is a few passes over one chunk.
+single chunk it keeps g, in fp32. fp16 has no room for a probability that no loss scale has multiplied yet (it is 0
+below 6e-8): g is cast after that, or, of several chunks, multiplied in fp32. Three matrix products of N x V x D, and
+one chunk of logits: plain PyTorch, since the products are the vendor library's best case and the rest is a few passes
+over one chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .matmul import matmul
 
@@ -51,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(compute, torch.float32)
         w, total, noted = weight.to(compute), hidden.new_zeros((), dtype=exact), None
         wants_grad = any(ctx.needs_input_grad)
+        early = exact if compute == torch.float16 else compute  # of products before the incoming gradient is known
         rows = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
         ctx.grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(device, enabled=False):
@@ -60,19 +64,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss, g = _chunk(h, w, bias, targets[piece, None], exact, scale, softcap, wants_grad)
                 total += loss
                 if g is not None and len(hidden) > rows:
-                    ctx.grads.add(piece, g.to(compute), h, w)
+                    ctx.grads.add(piece, *(t.to(early) for t in (g, h, w)))
                 elif g is not None:
-                    noted = (g.to(compute), h, w)  # one chunk: its products can wait for the incoming gradient
+                    noted = (g, h, w)  # one chunk: its products can wait for the incoming gradient
         ctx.save_for_backward(*(noted or ()))
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> Any:  # type: ignore[override]
         if not ctx.saved_tensors:
             return *ctx.grads.scaled(grad_total), None, None, None
         g, h, w = ctx.saved_tensors
         grads = ctx.grads.fresh()
-        grads.add(slice(None), g * grad_total.to(g.dtype), h, w)
+        grads.add(slice(None), (g * grad_total).to(h.dtype), h, w)
         return *grads.scaled(None), None, None, None
 
 
@@ -91,7 +96,8 @@ class _Gradients:
     def add(self, piece: slice, g: Tensor, h: Tensor, w: Tensor) -> None:
         hidden, weight, bias = self.like
         if self.wanted[0]:
-            self.hidden = torch.empty_like(hidden) if self.hidden is None else self.hidden
+            if self.hidden is None:
+                self.hidden = torch.empty_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
             self.hidden[piece] = matmul(g, w)
         if self.wanted[1]:
             if len(h) <= FEW and weight.dtype == torch.float32:
@@ -104,7 +110,9 @@ class _Gradients:
 
     def scaled(self, by: Tensor | None) -> list[Tensor | None]:
         grads = [self.hidden, self.weight, self.bias]
-        return grads if by is None else [None if g is None else g * by.to(g.dtype) for g in grads]
+        if by is not None:
+            grads = [None if g is None else g.to(by.dtype) * by for g in grads]
+        return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, self.like, strict=True)]
 
 
 def _chunk(
@@ -118,11 +126,14 @@ def _chunk(
     logits *= scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    slope = 1 - (logits / softcap).square() if softcap and wants_grad else None
+    logits -= logits.amax(
+        -1, keepdim=True
+    )  # a sure row's lse is then as small as its loss, not rounded like its logits
     lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
     loss = (lse_N1 - logits.gather(1, target_N1)).sum()
     if not wants_grad:
         return loss, None
-    slope = 1 - (logits / softcap).square() if softcap else None
     g = logits.sub_(lse_N1).exp_()
     g.scatter_add_(1, target_N1, g.new_full((1, 1), -1.0).expand_as(target_N1))
     return loss, g.mul_(scale) if slope is None else g.mul_(slope).mul_(scale)

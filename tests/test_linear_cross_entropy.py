@@ -50,6 +50,40 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights() -> 
     assert 0 < (loss - exact).abs() < 0.02 * exact
 
 
+@pytest.mark.parametrize("n", [14, 64])  # 64: several chunks
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_probabilities_have_gradients(monkeypatch, dtype: torch.dtype, n: int) -> None:
+    """A sure model's gradients are below what fp16 holds until the loss is scaled."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 24)
+
+    g = torch.Generator().manual_seed(n)
+    targets, weight = torch.randint(0, 5, (n,), generator=g), torch.eye(37, 40)
+    hidden = 18.0 * weight[targets] + torch.randn(n, 40, generator=g) / 2  # other tokens have some 1e-8 each
+
+    def grads(op, of: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.detach().to(of).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", dtype, enabled=of == torch.float32):
+            loss = op(*inputs, None, targets)
+        (loss * 65536 / n).backward()
+        return [x.grad for x in inputs]
+
+    ours, plain = grads(kernel.linear_cross_entropy, torch.float32), grads(linear_cross_entropy_ref, torch.float32)
+    truth = grads(linear_cross_entropy_ref, torch.float64)
+    for name, *tensors in zip(["dhidden", "dweight"], ours, plain, truth, strict=True):
+        small = [x[5:] for x in tensors] if name == "dweight" else tensors  # of tokens that are no target
+        errors = [((x.double() - small[2]).norm() / small[2].norm()).item() for x in small[:2]]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps, name
+
+
+def test_a_loss_of_zero_has_no_gradient_however_it_is_scaled() -> None:
+    hidden, weight = torch.full((2, 4), 9.0, requires_grad=True), torch.zeros(3, 4)
+    weight[1] = 9.0
+    with torch.autocast("cpu", torch.float16):
+        loss = kernel.linear_cross_entropy(hidden, weight, None, torch.tensor([1, 1]))
+    (loss * 2.0**17).backward()
+    assert loss == 0 and not hidden.grad.any()
+
+
 def test_without_gradients_none_are_computed() -> None:
     inputs = _inputs(9, True, torch.float32)
     with torch.no_grad():

@@ -278,3 +278,12 @@ def test_a_result_may_be_written_in_place():
     model(ids, labels=ids).loss.backward()
     for p, grad in zip(model.parameters(), deferred, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_are_refused():
+    """They would miss what goes through attention and the cache."""
+    model, _ = make_pair("gpt2")
+    ids = torch.tensor([make_row(9, 2, 2, 1)])
+    grads = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in grads).backward()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from coconut_fast import ops
@@ -140,6 +141,7 @@ class _CachedAttention(torch.autograd.Function):
         return output, torch.zeros_like(order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None, grad_order: torch.Tensor | None) -> Any:  # type: ignore[override]
         query, output, lse, *rewritten = ctx.saved_tensors
         ragged, layer = ctx.ragged, ctx.layer

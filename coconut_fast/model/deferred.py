@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from coconut_fast.model.gelu import gelu
@@ -186,6 +187,7 @@ class _Use(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         saved, cheap, uses = ctx.saved_tensors, ctx.cheap, ctx.uses
         grad_NO = grad.reshape(-1, grad.shape[-1])
@@ -208,6 +210,7 @@ class _Lookup(torch.autograd.Function):
         return functional.embedding(ids, uses.weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         ctx.uses.enter_task()
         ctx.uses.looked_up.append((ctx.ids.flatten(), grad.reshape(-1, grad.shape[-1])))
@@ -224,5 +227,6 @@ class _Collect(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:  # type: ignore[override]
         return *ctx.uses.gradients(grad), None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from coconut_fast import ops
@@ -29,5 +30,6 @@ class _Gelu(torch.autograd.Function):
         return ops.gelu(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         return ops.gelu_backward(grad.contiguous(), ctx.saved_tensors[0])
