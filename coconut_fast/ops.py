@@ -40,6 +40,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "gelu": ("cpu", "torch"),
     "gelu_backward": ("cpu", "torch"),
 }
+OWN_PRODUCTS = ("pack_matrix", "packed_matmul", "few_rows_matmul", "weight_gradient")
 DEVICE_OF = {"triton": "cuda", "cpu": "cpu", "onednn": "cpu", "chunked": None, "torch": None}
 
 _forced: str | None = None
@@ -81,6 +82,8 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
         _implementation(op, backend)
     except (ImportError, AttributeError) as error:
         return str(error)
+    if backend == "cpu" and op in OWN_PRODUCTS and not extension().gemm_runs():
+        return "it needs a CPU with AVX512-BF16 and without AMX"
     return None
 
 

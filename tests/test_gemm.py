@@ -160,3 +160,12 @@ def test_wrong_arguments_are_refused() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_other_cpus_use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COCONUT_FAST_ISA", "avx2")
+    x, matrix = torch.randn(3, 8), torch.randn(8, 6)
+    torch.testing.assert_close(ops.few_rows_matmul(x, matrix, None), x @ matrix)
+    backend, reason = ops.choose("weight_gradient", x.device)
+    assert backend == "torch" and "needs a CPU with AVX512-BF16" in reason
+    assert not Weight(matrix, None, torch.float32, transposed=False).own
