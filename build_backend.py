@@ -2,7 +2,9 @@
 
 A C++ extension works with the torch it was built against and no other. Build isolation hides that torch, and naming one
 as a build requirement would build against another (and may download gigabytes). So the torch of the environment that
-asks for the build is made importable again; only where there is none is torch a build requirement.
+asks for the build is made importable again; only where there is none is torch a build requirement. That is how pip
+builds. `python -m build` starts the backend with the isolated environment's own python, from which nothing leads back:
+give it `--no-isolation`.
 """
 
 import importlib.util

@@ -6,6 +6,8 @@ built against and no other, so it requires just that one.
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from glob import glob
@@ -60,6 +62,16 @@ def why_no_cuda() -> str:
     return ""
 
 
+class Build(BuildExtension):
+    """Says what is missing before a page of errors does."""
+
+    def run(self) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+        if not shutil.which(compiler):
+            sys.exit(f"coconut_fast: no C++ compiler {compiler!r} is found (CXX names one); GCC 11 or later is needed")
+        super().run()
+
+
 def extension() -> CppExtension:
     """The C++ module, with the CUDA kernels where they can be built; otherwise it knows why not."""
     sources = sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")])
@@ -84,7 +96,7 @@ setup(
     install_requires=DEPENDENCIES,
     packages=[*find_packages(include=["coconut_fast*"]), "coconut_fast.kernels", "coconut_fast.recipes"],
     package_dir={"coconut_fast.kernels": "kernels", "coconut_fast.recipes": "recipes"},
-    package_data={"coconut_fast.recipes": ["*.yaml"]},
+    package_data={"coconut_fast": ["py.typed"], "coconut_fast.recipes": ["*.yaml"]},
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -7,6 +7,7 @@ Everything goes through the public machinery: recipes/demo.yaml, train, evaluate
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,9 @@ def run_demo(
     """
     for changes in RUNS.values():
         read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # what is wrong is refused before any work
+    before = folder / settings_name(RUNS["Coconut"]) / "run.json"
+    if before.is_file() and (other := json.loads(before.read_text())["seed"]) != seed:
+        raise ValueError(f"--out: {folder} holds a demo of seed {other}, expected seed {seed} or another folder")
     sizes = sizes or PROBLEMS
     print(f"1. {sum(sizes.values())} graphs, of which {sizes['test']} are kept for the end")
     files = make_graphs(folder / "data", sizes, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,9 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
         raise ValueError(f"cannot write a file at {target}: a {'folder' if target.is_dir() else 'device'} is there")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the rename stays within one file system; with the process id, so that two processes
+    # In the same folder, so that the rename stays within one file system; with process and thread, so that two of them
     # that write the same file do not write into each other's.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         with (
             naming(target),
@@ -51,6 +52,14 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
+
+
+def not_written(path: str | os.PathLike[str], error: Exception) -> OSError:
+    """For what libraries raise over a full disk, which names neither the file nor the disk."""
+    folder = next(place for place in Path(path).absolute().parents if place.is_dir())
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    free = shutil.disk_usage(folder).free / 1e6
+    return OSError(f"{os.fspath(path)} could not be written ({reason}; {free:.1f} MB were free)")
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -248,3 +249,37 @@ def test_unknown_tokens_are_refused(tmp_path) -> None:
         (tmp_path / "coconut.json").write_text(wrong, encoding="latin-1")
         with pytest.raises(ValueError, match="coconut.json: expected"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: found 'bfloat16', expected a floating-point torch.dtype"),
+        ({"dtype": torch.int32}, "dtype: found torch.int32, expected a floating-point"),
+        ({"device": "gpu"}, "device: gpu cannot be used here"),
+        ({"tokens": {"thought": 5}}, "tokens: found {'thought': 5}, expected LatentTokens"),
+        ({"tokens": LatentTokens(thought=5.0)}, "tokens.thought: expected an id below .* found 5.0"),
+        ({"tokens": LatentTokens(thought=5, eos=5)}, "tokens.eos: found 5, which is tokens.thought"),
+    ],
+)
+def test_arguments_of_load_are_refused(keywords, message, tmp_path) -> None:
+    make_hf("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **keywords)
+    with pytest.raises(ValueError, match="path_or_id: found None, expected a path"):
+        load(None)
+
+
+def test_a_model_that_cannot_be_saved_says_where(tmp_path, monkeypatch) -> None:
+    model = Coconut(make_hf("gpt2"), TOKENS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="directory: .*file is a file, expected a directory or nothing"):
+        model.save_pretrained(tmp_path / "file")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model.hf, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"target could not be written \(Error while .* No space left .* MB were free\)"):
+        model.save_pretrained(tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

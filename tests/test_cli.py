@@ -109,6 +109,16 @@ def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert printed["run"]["mean_thoughts"] == 1 and printed["run"]["examples"] == 3
 
 
+def test_a_model_that_fails_takes_no_results_of_others_with_it(trained: Path, tmp_path: Path, capsys) -> None:
+    run, torn = trained / "runs" / "run", tmp_path / "run"
+    shutil.copytree(run, torn)
+    (torn / "model.safetensors").write_bytes(b"")
+    data, out = trained / "val.json", tmp_path / "out"
+    assert "does not load" in fails(capsys, 2, "eval", run, run, torn, data, "--limit", "2", "--out", out)
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert "run" in results and len(results) == len(list(out.glob("*.jsonl"))) == 2
+
+
 def test_generate(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +237,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "--batch-size: found 0" in fails(capsys, 2, "eval", run, data, "--batch-size", "0")
     assert "--count: found 0" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "0")
     assert "--file: found a prompt as well" in fails(capsys, 2, "generate", run, "a", "--file", "b")
-    assert "--device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
+    assert "device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
     assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
     in_the_way = f"{data} is a file, expected a directory or nothing"
     assert f"save_path: {in_the_way}" in fails(capsys, 2, "train", training, f"save_path={data / 'runs'}")

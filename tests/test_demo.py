@@ -67,3 +67,11 @@ def test_the_model_learns_to_think(tmp_path: Path):
     assert results["Coconut"].accuracy >= 0.95
     assert results["CoT"].accuracy <= results["Coconut"].accuracy - 0.05
     assert abs(results["No-CoT"].accuracy - 0.5) < 0.06
+
+
+def test_a_demo_of_another_seed_is_left_as_it_is(tmp_path: Path):
+    (tmp_path / "coconut").mkdir()
+    (tmp_path / "coconut" / "run.json").write_text('{"seed": 7}')
+    with pytest.raises(ValueError, match="--out: .* holds a demo of seed 7, expected seed 9 or another folder"):
+        demo.run_demo(tmp_path, seed=9)
+    assert not (tmp_path / "data").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +158,14 @@ def test_a_tokenizer_without_end_of_text_is_refused():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="no eos_token"):
         tokenize_examples([Example("q", [], "a")], tokenizer)
+
+
+def test_threads_that_write_one_file_write_it_whole(tmp_path: Path):
+    def write(number: int) -> None:
+        for _ in range(50):
+            write_json(tmp_path / "one.json", [number] * 1000)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(2)))
+    assert len(set(json.loads((tmp_path / "one.json").read_text()))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]

@@ -124,3 +124,12 @@ def test_names_of_stages_have_room(ends: list[int], names: list[str]):
     axes = Figure().subplots()
     mark_stages(axes, [(start, stage) for stage, start in enumerate([0, *ends[:-1]])], ends[-1])
     assert [text.get_text() for text in axes.texts] == names
+
+
+def test_thoughts_of_a_path_are_those_of_its_model(model: Coconut, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    from_path = decode_thoughts(tmp_path / "model", prompts, num_thoughts=[3, 0, 2])
+    assert [len(x) for x in from_path] == [3, 0, 2]
+    for ours, theirs in zip(from_path, decode_thoughts(model, prompts, num_thoughts=[3, 0, 2]), strict=True):
+        assert torch.equal(ours, theirs) and ours.untyped_storage().nbytes() == ours.numel() * 4

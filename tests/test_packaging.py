@@ -137,6 +137,37 @@ def test_importing_the_package_loads_nothing_heavy():
     assert _python(code, ROOT) == "[]"
 
 
+def test_threads_may_read_public_names_at_once():
+    code = """if True:
+        import coconut_fast, threading
+        barrier, wrong = threading.Barrier(7), []
+        def read(name):
+            barrier.wait()
+            try:
+                getattr(coconut_fast, name)
+            except ImportError as error:
+                wrong.append(error)
+        threads = [threading.Thread(target=read, args=[name]) for name in coconut_fast.__all__]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        print(wrong)"""
+    assert _python(code, ROOT) == "[]"
+
+
+def test_public_names_have_types(tmp_path: Path):
+    (tmp_path / "user.py").write_text(
+        "import coconut_fast\n"
+        "reveal_type(coconut_fast.load('x'))\n"
+        "coconut_fast.generate('x', 'y', num_thought=3)\n"
+        "coconut_fast.nonsense\n"
+    )
+    mypy = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "user.py")]
+    said = subprocess.run(mypy, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)})
+    assert 'Revealed type is "coconut_fast.model.coconut.Coconut"' in said.stdout, said.stdout + said.stderr
+    assert 'Unexpected keyword argument "num_thought"' in said.stdout
+    assert 'Module has no attribute "nonsense"' in said.stdout
+
+
 def test_importing_ops_touches_no_gpu_and_no_triton():
     code = "import coconut_fast.ops, torch; print('triton' in sys.modules, torch.cuda.is_initialized())"
     assert _python(code, ROOT) == "False False"
@@ -186,7 +217,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     expected = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py")}
     expected |= {f"coconut_fast/{file.relative_to(ROOT)}" for file in (ROOT / "kernels").glob("*.py")}
     expected |= {f"coconut_fast/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("*.yaml")}
-    assert set(names) - {module} == expected
+    assert set(names) - {module} == expected | {"coconut_fast/py.typed"}
     minor = ".".join(torch.__version__.split(".")[:2])
     assert f"Requires-Dist: torch=={minor}.*" in metadata, "a wheel requires the torch it was built against"
     assert re.search(r"Requires-Dist: triton==3\.[67]\.\*; platform_system", metadata), "and that torch's Triton"

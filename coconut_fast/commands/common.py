@@ -49,10 +49,6 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
     quiet()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
     return load(find_model(path), device=device, dtype=dtype, base=arguments.base)
 
 

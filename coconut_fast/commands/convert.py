@@ -70,7 +70,7 @@ def _model(arguments: argparse.Namespace) -> int:
 def _official(arguments: argparse.Namespace) -> int:
     import torch
 
-    from coconut_fast.files import check_file, write_atomically
+    from coconut_fast.files import check_file, not_written, write_atomically
     from coconut_fast.model.checkpoints import REFERENCE_PREFIX, load
     from coconut_fast.model.feedback import name_of
 
@@ -83,8 +83,11 @@ def _official(arguments: argparse.Namespace) -> int:
         )
     state = {f"{REFERENCE_PREFIX}{name}": value for name, value in model.hf.state_dict().items()}
     state["embedding.weight"] = model.hf.get_input_embeddings().weight.detach()
-    with write_atomically(arguments.target, binary=True) as file:
-        torch.save(state, file)
+    try:
+        with write_atomically(arguments.target, binary=True) as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        raise not_written(arguments.target, error) from error
     return _wrote(arguments.target)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -58,26 +59,30 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         check_path(find_model(path))
     examples = read_examples(arguments.data)[: arguments.limit]
     results: dict[str, Evaluation] = {}
-    for path in arguments.model:
-        model = load_model(path, arguments)
-        if model.settings.symbols is not None:
-            graphs_of(examples, arguments.data)  # here, where the file of a problem without one has a name
-        results[_name(path, results)] = evaluate(
-            model,
-            examples,
-            num_thoughts=arguments.num_thoughts,
-            method=arguments.method,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            weights=arguments.weights,
-        )
-    show(results, arguments.json, arguments.out, {"data": arguments.data})
+    try:
+        for path in arguments.model:
+            model = load_model(path, arguments)
+            if model.settings.symbols is not None:
+                graphs_of(examples, arguments.data)  # here, where the file of a problem without one has a name
+            results[_name(path, results)] = evaluate(
+                model,
+                examples,
+                num_thoughts=arguments.num_thoughts,
+                method=arguments.method,
+                max_new_tokens=arguments.max_new_tokens,
+                batch_size=arguments.batch_size,
+                weights=arguments.weights,
+            )
+    finally:  # what is known of the first models is not lost with a later one
+        if results:
+            show(results, arguments.json, arguments.out, {"data": arguments.data})
     return 0
 
 
 def _name(path: str, taken: dict[str, Any]) -> str:
-    name = Path(path).name or path
-    return name if name not in taken else path.strip("/").replace("/", "-")
+    name = Path(path).resolve().name
+    names = itertools.chain([name, path.strip("/").replace("/", "-")], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(n for n in names if n not in taken)
 
 
 def show(results: dict[str, Evaluation], as_json: bool, out: str | None, facts: dict[str, Any]) -> None:

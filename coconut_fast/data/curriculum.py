@@ -24,6 +24,7 @@ import math
 import random
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 
 from coconut_fast.data.examples import TokenizedExample
 from coconut_fast.tokens import IGNORE, LatentTokens
@@ -88,11 +89,13 @@ class CurriculumConfig:
         if self.target not in TARGETS:
             raise ValueError(f"target: found {self.target!r}, expected one of {', '.join(TARGETS)}")
         for name in ("c_thought", "max_latent_stage", "tokens_per_stage"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 0:
+                raise ValueError(f"{name}: found {value!r}, expected 0 or more, a whole number")
         for name in ("uniform_prob", "replay_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a probability from 0 to 1")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name}: found {value!r}, expected a probability from 0 to 1")
         if self.uniform_prob + self.replay_prob > 1:
             raise ValueError(
                 f"uniform_prob + replay_prob: found {self.uniform_prob} + {self.replay_prob}, expected at most 1"

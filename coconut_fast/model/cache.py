@@ -57,6 +57,8 @@ class KVCache:
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size: found {page_size}, expected 1 or more")
         num_pages = -(-num_slots // page_size)
         self.layout = ops.extension().CacheLayout(
             num_pages=num_pages,
@@ -92,6 +94,8 @@ class KVCache:
         joined: torch.Tensor | None = None,
     ) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
+        if not len(rows):
+            raise ValueError("rows: found none, expected one or more")
         slots = self.reserve(rows, counts)
         index = torch.tensor(list(rows), dtype=torch.int32, device="cpu")
         lengths = self.layout.lengths[index]

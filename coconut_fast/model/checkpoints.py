@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from coconut_fast.files import UNFINISHED
+from coconut_fast.files import UNFINISHED, check_folder, not_written
 from coconut_fast.model.checks import check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import make_feedback, name_of
@@ -60,6 +61,7 @@ def load(
     (see model/checks.py).
     """
     check_path(path_or_id)
+    device = _check_arguments(device, dtype, tokens)
     path = Path(path_or_id)
     trained_tokens = False
     if path.is_file():
@@ -87,7 +89,7 @@ def load(
     settings = Settings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
-    model = model.to(device or "cpu").eval()
+    model = model.to(device).eval()
     check_finite(model, f"path_or_id: {path_or_id}")
     check_ragged(model, f"path_or_id: {path_or_id}")
     return model
@@ -95,6 +97,8 @@ def load(
 
 def check_path(path_or_id: str | Path) -> None:
     """ValueError where nothing is that `load` could read; whether a hub has an id is not asked."""
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise ValueError(f"path_or_id: found {path_or_id!r}, expected a path or a hub id")
     path = Path(path_or_id)
     # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for.
     here = path.parent != Path(".") and path.parent.is_dir()
@@ -106,6 +110,7 @@ def check_path(path_or_id: str | Path) -> None:
 
 def save(model: Coconut, directory: str | Path) -> None:
     """See Coconut.save_pretrained. The directory appears whole: written elsewhere, synced, then renamed."""
+    check_folder(directory, "directory")
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Within a run's directory, where its next start sweeps away what a killed process left under this name.
@@ -123,6 +128,8 @@ def save(model: Coconut, directory: str | Path) -> None:
                 os.replace(file, target / file.name)
         else:
             os.rename(temporary, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise not_written(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -232,7 +239,7 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"path_or_id: {path} is refused: it holds more than tensors, and loading it could run code"
@@ -300,8 +307,24 @@ def _read_feedback(
     return module
 
 
+def _check_arguments(
+    device: torch.device | str | None, dtype: torch.dtype | None, tokens: LatentTokens | None
+) -> torch.device:
+    """ValueError for what `load` could not use, before it reads a model for it."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: found {dtype!r}, expected a floating-point torch.dtype")
+    if tokens is not None and not isinstance(tokens, LatentTokens):
+        raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
 def _check_tokens(tokens: LatentTokens, hf: PreTrainedModel) -> None:
     rows = hf.get_input_embeddings().weight.shape[0]
     for name, value in asdict(tokens).items():
-        if value is not None and not 0 <= value < rows:
+        if value is not None and not (isinstance(value, int) and 0 <= value < rows):
             raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value}")
+        if name != "thought" and value == tokens.thought:
+            raise ValueError(f"tokens.{name}: found {value}, which is tokens.thought; expected another id")

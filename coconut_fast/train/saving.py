@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coconut_fast.files import UNFINISHED, sync_folder, write_json
+from coconut_fast.files import UNFINISHED, not_written, sync_folder, write_json
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
@@ -40,13 +40,11 @@ def appearing(target: Path) -> Iterator[Path]:
         os.rename(temporary, target)
         sync_folder(target.parent)
     except Exception as error:
-        free = shutil.disk_usage(target.parent).free  # torch says nothing about it
+        failure = not_written(target, error)
         shutil.rmtree(temporary, ignore_errors=True)
         older = [folder.name for folder in checkpoints(target.parent)]
         left = f"{older[-1]} is intact" if older else "there is no older checkpoint"
-        raise OSError(
-            f"{target} could not be written ({_first_line(error)}; {free / 1e6:.1f} MB were free); {left}"
-        ) from error
+        raise OSError(f"{failure}; {left}") from error
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> None:
@@ -127,7 +125,3 @@ def sync(folder: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
