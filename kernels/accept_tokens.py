@@ -38,7 +38,7 @@ def _launch(
     step: torch.Tensor, *, eos: int,
 ) -> None:  # fmt: skip
     op, batch = "accept_tokens", ids.shape[0]
-    for name, vector in (("tokens", tokens), ("remaining", remaining), ("attended", attended)):
+    for name, vector in (("ids", ids), ("tokens", tokens), ("remaining", remaining), ("attended", attended)):
         check_shape(op, name, vector, (batch,))
     check_shape(op, "written", written, (batch, written.shape[1]))
     check_shape(op, "step", step, (1,))

@@ -24,7 +24,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, check_dtypes, check_shape, compute_type, load_head, on_device, register, slots_of, tanh
+from .common import (
+    LN2,
+    LOG2E,
+    check_dtypes,
+    check_shape,
+    check_turn,
+    compute_type,
+    load_head,
+    on_device,
+    register,
+    slots_of,
+    tanh,
+)
 
 
 @triton.jit
@@ -181,6 +193,26 @@ def num_counters(batch: int, kv_heads: int) -> int:
     return batch * kv_heads
 
 
+def check_cache(
+    op: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor,
+    rows: torch.Tensor, lengths: torch.Tensor, batch: int, window: int, softcap: float,
+) -> None:  # fmt: skip
+    """ValueError for inputs that fit no kernel of attention over the cache (ragged_attention asks here too)."""
+    tokens, heads, head_dim = query.shape
+    slots, kv_heads, value_dim = values.shape
+    check_dtypes(op, query=query, keys=keys, values=values)
+    check_shape(op, "query", query, (tokens, heads, head_dim))
+    check_shape(op, "keys", keys, (slots, kv_heads, head_dim), contiguous=True)
+    check_shape(op, "values", values, (slots, kv_heads, value_dim), contiguous=True)
+    check_shape(op, "page_table", page_table, (page_table.shape[0], page_table.shape[-1]))
+    check_shape(op, "rows", rows, (batch,))
+    check_shape(op, "lengths", lengths, (batch,))
+    if heads % kv_heads:
+        raise ValueError(f"{op}: query has {heads} heads, expected a multiple of the cache's {kv_heads}")
+    if window < 0 or not softcap >= 0:
+        raise ValueError(f"{op}: window is {window} and softcap {softcap}, expected 0 (none) or more")
+
+
 def _launch(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
     lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0, softcap: float = 0.0, max_length: int,
@@ -190,24 +222,14 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     batch, heads, head_dim = query.shape
     kv_heads, value_dim = keys.shape[1], values.shape[2]
-    check_dtypes("decode_attention", query=query, keys=keys, values=values, key=key, value=value)
-    check_shape("decode_attention", "query", query, (batch, heads, head_dim))
-    check_shape("decode_attention", "keys", keys, (keys.shape[0], kv_heads, head_dim))
-    check_shape("decode_attention", "values", values, (keys.shape[0], kv_heads, value_dim))
-    check_shape("decode_attention", "rows", rows, (batch,))
-    check_shape("decode_attention", "lengths", lengths, (batch,))
-    if heads % kv_heads:
-        raise ValueError(f"decode_attention: query has {heads} heads, expected a multiple of the cache's {kv_heads}")
+    check_cache("decode_attention", query, keys, values, page_table, rows, lengths, batch, window, softcap)
     if key is not None and value is not None:
+        check_dtypes("decode_attention", key=key, value=value)
         check_shape("decode_attention", "key", key, (batch, kv_heads, head_dim))
         check_shape("decode_attention", "value", value, (batch, kv_heads, value_dim))
     elif key is not None or value is not None:
         raise ValueError("decode_attention: one of key and value is None, expected both or none")
-    rotary = 0
-    if cos is not None:
-        if sin is None or positions is None:
-            raise ValueError("decode_attention: cos is given without sin and positions, expected all three or none")
-        rotary = 2 * cos.shape[1]
+    rotary = check_turn("decode_attention", batch, head_dim, cos, sin, positions, query_norm, key_norm)
     group = heads // kv_heads
     dot = group > 1  # one query a kv head: plain multiplies, since a tensor-core tile would be 15/16 padding
     block_k, block_kv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
@@ -230,6 +252,8 @@ def _launch(
                 f"decode_attention: counters is {counters.dtype} of {counters.numel()} elements, expected int32 zeros, "
                 f"at least {num_counters(batch, kv_heads)}"
             )
+        else:
+            check_shape("decode_attention", "counters", counters, tuple(counters.shape), contiguous=True)
     with on_device(query):
         _decode[(batch, kv_heads, splits)](
             query=query,
@@ -313,7 +337,7 @@ def decode_attention(
     normed, rotated (cos, sin (P, rotary // 2) fp32 at positions (B,)), attended to and written to the row's last slot.
     A row of length 0 gives zeros and lse = -inf, and writes nothing. max_length bounds lengths; it fixes the number of
     splits. counters: int32 zeros of num_counters(B, Hkv), left zero; without it each call fills its own (one memset),
-    and calls that may run at the same time must not share one.
+    and calls that may run at the same time must not share one. ValueError for inputs that do not fit.
     """
     return _OP(
         query, keys, values, page_table, rows, lengths, page_size=page_size, scaling=scaling, window=window,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, load_head, on_device, register
+from .common import check_dtypes, check_shape, check_turn, load_head, on_device, register
 
 
 @triton.jit
@@ -69,15 +69,9 @@ def _launch(
     check_shape("kv_append", "key", key, (tokens, kv_heads, head_dim))
     check_shape("kv_append", "value", value, (tokens, kv_heads, value_dim))
     check_shape("kv_append", "slots", slots, (tokens,))
-    check_shape("kv_append", "keys", keys, (keys.shape[0], kv_heads, head_dim))
-    check_shape("kv_append", "values", values, (keys.shape[0], kv_heads, value_dim))
-    rotary = 0
-    if cos is not None:
-        if sin is None or positions is None:
-            raise ValueError("kv_append: cos is given without sin and positions, expected all three or none")
-        rotary = 2 * cos.shape[1]
-        check_shape("kv_append", "sin", sin, tuple(cos.shape))
-        check_shape("kv_append", "positions", positions, (tokens,))
+    check_shape("kv_append", "keys", keys, (keys.shape[0], kv_heads, head_dim), contiguous=True)
+    check_shape("kv_append", "values", values, (keys.shape[0], kv_heads, value_dim), contiguous=True)
+    rotary = check_turn("kv_append", tokens, head_dim, cos, sin, positions, query_norm, key_norm)
     heads = 0 if query is None else query.shape[1]
     if query is not None:
         check_shape("kv_append", "query", query, (tokens, heads, head_dim))

@@ -87,14 +87,24 @@ def _launch(
         raise ValueError(f"{op}: norm is {norm!r}, expected 'none', 'layer' or 'rms'")
     if (weight is None) != (norm == "none"):
         raise ValueError(f"{op}: weight is {'absent' if weight is None else 'given'} with norm {norm!r}")
+    if bias is not None and norm == "none":
+        raise ValueError(f"{op}: bias is given with norm 'none'")
+    if not target >= 0:
+        raise ValueError(f"{op}: target is {target}, expected 0 (no rescaling) or more")
     check_shape(op, "source", source, (source.shape[0], dim))
     vectors = {"last": last, "positions": positions, "lengths": lengths}
     for name, vector in {**vectors, "remaining": remaining, "attended": attended}.items():
         if vector is not None:
             check_shape(op, name, vector, (batch,))
-    for name, tensor in (("next_input", next_input), ("thought", thought), ("position_embedding", position_embedding)):
-        if tensor is not None and (tensor.shape[-1] != dim or not tensor.is_contiguous()):
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected contiguous rows of {dim}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_shape(op, name, vector, (dim,))
+    check_shape(op, "next_input", next_input, (batch, dim), contiguous=True)
+    if thought is not None:
+        check_shape(op, "thought", thought, (batch, dim), contiguous=True)
+    if position_embedding is not None:
+        shape = (position_embedding.shape[0], dim)
+        check_shape(op, "position_embedding", position_embedding, shape, contiguous=True)
     if batch == 0:
         return
     block_d = triton.next_power_of_2(dim)

@@ -212,14 +212,16 @@ def _launch(
     check_shape(op, "weight", weight, (vocabulary, dim))
     if bias is not None:
         check_shape(op, "bias", bias, (vocabulary,))
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"{op}: temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, top_k >= 0, "
             "0 < top_p <= 1"
         )
-    if temperature > 0 and (numbers is None or numbers.shape != (batch,) or numbers.dtype != torch.float64):
-        found = "None" if numbers is None else f"{numbers.dtype} {tuple(numbers.shape)}"
-        raise ValueError(f"{op}: numbers is {found}, expected float64 ({batch},) at a temperature above 0")
+    if temperature > 0:
+        if numbers is None or numbers.dtype != torch.float64:
+            found = "None" if numbers is None else str(numbers.dtype)
+            raise ValueError(f"{op}: numbers is {found}, expected float64 ({batch},) at a temperature above 0")
+        check_shape(op, "numbers", numbers, (batch,))
     ids = torch.empty(batch, dtype=torch.int64, device=hidden.device)
     if batch == 0:
         return ids

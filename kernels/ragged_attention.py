@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import decode_attention as decode
-from .common import LN2, LOG2E, arch, check_dtypes, check_shape, compute_type, mix, on_device, register, slots_of, tanh
+from .common import LN2, LOG2E, arch, check_shape, compute_type, mix, on_device, register, slots_of, tanh
 
 
 @triton.jit
@@ -143,15 +143,9 @@ def arguments(
     dropout: float, seed: int, op: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The keywords that the forward and backward kernels share, after checking the inputs; op names it in errors."""
-    tokens, heads, head_dim = query.shape
-    slots, kv_heads, value_dim = values.shape
-    check_dtypes(op, query=query, keys=keys, values=values)
-    check_shape(op, "query", query, (tokens, heads, head_dim))
-    check_shape(op, "keys", keys, (slots, kv_heads, head_dim))
-    check_shape(op, "row_offsets", row_offsets, (rows.shape[0] + 1,))
-    check_shape(op, "lengths", lengths, (rows.shape[0],))
-    if heads % kv_heads:
-        raise ValueError(f"{op}: query has {heads} heads, expected a multiple of the cache's {kv_heads}")
+    batch, (_, heads, head_dim), (_, kv_heads, value_dim) = rows.shape[0], query.shape, values.shape
+    decode.check_cache(op, query, keys, values, page_table, rows, lengths, batch, window, softcap)
+    check_shape(op, "row_offsets", row_offsets, (batch + 1,))
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: dropout is {dropout}, expected 0 <= dropout < 1")
     group = heads // kv_heads

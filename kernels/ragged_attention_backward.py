@@ -186,21 +186,23 @@ def _launch(
     )  # fmt: skip
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()  # an expanded gradient, of a sum for one
+    out, lse = out.contiguous(), lse.contiguous()
     check_dtypes(op, grad_out=grad_out)
+    tokens, heads, _ = query.shape
+    check_shape(op, "out", out, (tokens, heads, values.shape[2]))
+    check_shape(op, "lse", lse, (tokens, heads))
     check_shape(op, "grad_out", grad_out, tuple(out.shape))
     for name, tensor, like in (("grad_keys", grad_keys, keys), ("grad_values", grad_values, values)):
-        check_shape(op, name, tensor, tuple(like.shape))
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(
-                f"{op}: {name} is {tensor.dtype} with strides {tensor.stride()}, expected contiguous float32"
-            )
+        check_shape(op, name, tensor, tuple(like.shape), contiguous=True)
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected float32")
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     if query.shape[0] == 0:
         return grad_query
     delta = torch.empty_like(lse)
     shared |= {
         "grad_out": grad_out,
-        "lse": lse.contiguous(),
+        "lse": lse,
         "delta": delta,
         "grad_token": grad_out.stride(0),
         "grad_head": grad_out.stride(1),
@@ -210,7 +212,7 @@ def _launch(
     with on_device(query):
         block_m, block_n, warps, stages = _query_tiles(pairs, width, itemsize)
         _backward_query[(triton.cdiv(pairs, block_m), kv_heads, batch)](
-            out=out.contiguous(),
+            out=out,
             grad_query=grad_query,
             **shared,
             BLOCK_M=block_m,
@@ -248,6 +250,7 @@ def ragged_attention_backward(
     """grad_query (T, H, K) in the query's dtype; adds to grad_keys (S, Hkv, K) and grad_values (S, Hkv, Kv), both fp32.
 
     out and lse are the forward's. Rows of one call must not share pages. The result is the same bits every time.
+    ValueError for inputs that do not fit.
     """
     return _OP(
         grad_out, query, keys, values, out, lse, page_table, rows, row_offsets, lengths, grad_keys, grad_values,

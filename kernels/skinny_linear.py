@@ -99,11 +99,18 @@ def _launch(
         raise ValueError(f"{op}: norm is {norm!r}, expected 'none', 'layer' or 'rms'")
     if (norm_weight is None) != (norm == "none"):
         raise ValueError(f"{op}: norm_weight is {'absent' if norm_weight is None else 'given'} with norm {norm!r}")
-    outputs = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    if norm_bias is not None and norm == "none":
+        raise ValueError(f"{op}: norm_bias is given with norm 'none'")
+    gated = activation == "swiglu"
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"{op}: weight has {weight.shape[0]} rows, expected an even number (gate, then up)")
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     check_shape(op, "x", x, (rows, inputs))
     check_shape(op, "weight", weight, (weight.shape[0], inputs))
-    if bias is not None:
-        check_shape(op, "bias", bias, (weight.shape[0],))
+    vectors = (("bias", bias, weight.shape[0]), ("norm_weight", norm_weight, inputs), ("norm_bias", norm_bias, inputs))
+    for name, vector, length in vectors:
+        if vector is not None:
+            check_shape(op, name, vector, (length,))
     if residual is not None:
         check_shape(op, "residual", residual, (rows, outputs))
     out = torch.empty(rows, outputs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)

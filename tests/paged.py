@@ -65,3 +65,13 @@ def paged(
 def truth_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Floating tensors in fp64, the others as they are, all on the CPU."""
     return [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in tensors]
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values as every second element of a larger tensor's last dimension."""
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def view(x: torch.Tensor) -> torch.Tensor:
+    """The same values as a part of wider rows, which lie apart while a row's elements do not."""
+    return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]

@@ -7,6 +7,7 @@ import torch
 from torch import library
 
 from coconut_fast import ops
+from tests.paged import spread
 
 
 def arrange(device: torch.device) -> dict[str, torch.Tensor]:
@@ -46,6 +47,9 @@ def test_wrong_inputs_are_named(device) -> None:
     given = arrange(device)
     with pytest.raises(ValueError, match=r"attended has shape \(4,\), expected \(5,\)"):
         ops.accept_tokens(**given | {"attended": given["attended"][:4]}, eos=2, backend="triton")
+    for name in ("ids", "tokens", "remaining", "attended"):
+        with pytest.raises(ValueError, match=f"{name} has stride 2"):
+            ops.accept_tokens(**given | {name: spread(given[name])}, eos=2, backend="triton")
 
 
 def test_opcheck(device) -> None:

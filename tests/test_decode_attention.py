@@ -9,7 +9,7 @@ from torch import library
 from coconut_fast import ops
 from coconut_fast.kernels.reference import decode_attention_ref
 from tests.compare import assert_as_good_as_torch
-from tests.paged import paged, truth_of
+from tests.paged import paged, spread, truth_of, view
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
 
@@ -106,6 +106,32 @@ def test_mixed_types_and_wrong_inputs(device) -> None:
         )  # fmt: skip
     with pytest.raises(ValueError, match="expected both or none"):
         ops.decode_attention(query, *cache.store(), *cache.layout(), **options, key=query[:, :1], backend="triton")
+
+
+def test_what_the_kernel_would_misread_is_refused(device) -> None:
+    cache = paged([40, 100], kv_heads=1, head_dim=16, device=device)
+    query, positions = torch.randn(2, 2, 16, device=device), torch.tensor([39, 99], device=device)
+    table, gain = torch.randn(100, 8, device=device), torch.ones(16, device=device)
+    turn = {"cos": table.cos(), "sin": table.sin(), "positions": positions}
+    right = {name: getattr(cache, name) for name in ("keys", "values", "page_table", "rows", "lengths")}
+    right |= {"page_size": 16, "scaling": 0.25, "max_length": 100}
+    wrong = [
+        ({"keys": view(cache.keys)}, "keys has strides"),
+        ({"values": view(cache.values)}, "values has strides"),
+        ({"page_table": spread(cache.page_table)}, "page_table has stride 2"),
+        ({"rows": spread(cache.rows)}, "rows has stride 2"),
+        ({"lengths": spread(cache.lengths)}, "lengths has stride 2"),
+        (turn | {"cos": view(table)}, "cos has strides"),
+        (turn | {"positions": positions[:1]}, "positions has shape"),
+        ({"query_norm": gain[:8]}, r"query_norm has shape \(8,\), expected \(16,\)"),
+        ({"key_norm": spread(gain)}, "key_norm has stride 2"),
+        ({"counters": spread(torch.zeros(2, dtype=torch.int32, device=device))}, "counters has strides"),
+        ({"window": -1}, "window is -1"),
+        ({"softcap": -1.0}, "softcap -1.0, expected 0"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"decode_attention: .*{message}"):
+            ops.decode_attention(query, **right | change, backend="triton")
 
 
 def test_opcheck(device) -> None:

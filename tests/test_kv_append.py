@@ -9,7 +9,7 @@ from torch import library
 from coconut_fast import ops
 from coconut_fast.kernels.reference import kv_append_ref
 from tests.compare import assert_as_good_as_torch
-from tests.paged import truth_of
+from tests.paged import spread, truth_of, view
 
 
 def inputs(
@@ -73,6 +73,34 @@ def test_wrong_inputs_are_named(device) -> None:
         ops.kv_append(key.double(), key, slots, store, store, backend="triton")
     with pytest.raises(ValueError, match="without sin and positions"):
         ops.kv_append(key, key, slots, store, store.clone(), cos=key[0], backend="triton")
+    with pytest.raises(ValueError, match="sin is given without cos"):
+        ops.kv_append(key, key, slots, store, store.clone(), sin=key[0], backend="triton")
+
+
+def test_what_the_kernel_would_misread_is_refused(device) -> None:
+    key, store = torch.randn(3, 2, 8, device=device), torch.zeros(4, 2, 8, device=device)
+    slots, table = torch.arange(3, device=device), torch.randn(9, 4, device=device)
+    right = {
+        "slots": slots, "keys": store, "values": store.clone(), "cos": table.cos(), "sin": table.sin(),
+        "positions": slots, "query_norm": table[0].repeat(2), "key_norm": table[1].repeat(2),
+    }  # fmt: skip
+    wrong = [
+        ({"keys": view(store)}, r"keys has strides \(32, 16, 1\), expected a contiguous tensor"),
+        ({"values": view(store)}, "values has strides"),
+        ({"cos": view(table)}, "cos has strides"),
+        ({"sin": view(table)}, "sin has strides"),
+        ({"sin": table[:, :2]}, r"sin has shape \(9, 2\), expected \(9, 4\)"),
+        ({"cos": table.repeat(1, 2)}, "cos has 8 columns, expected at most half of a head's 8 components"),
+        ({"positions": slots[:2]}, "positions has shape"),
+        ({"positions": spread(slots)}, "positions has stride 2"),
+        ({"slots": spread(slots)}, "slots has stride 2"),
+        ({"query_norm": table[0]}, r"query_norm has shape \(4,\), expected \(8,\)"),
+        ({"key_norm": spread(right["key_norm"])}, "key_norm has stride 2"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ops.kv_append(key, key, **right | change, query=key.clone(), backend="triton")
+    assert not right["keys"].any() and not right["values"].any()
 
 
 def test_opcheck(device) -> None:

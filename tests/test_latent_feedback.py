@@ -8,7 +8,7 @@ from torch import library
 
 from coconut_fast import ops
 from tests.compare import assert_as_good_as_torch
-from tests.paged import truth_of
+from tests.paged import spread, truth_of, view
 
 
 def arrange(dtype: torch.dtype, device: torch.device, dim: int = 100):
@@ -95,6 +95,22 @@ def test_wrong_inputs_are_named(device) -> None:
         ops.latent_feedback(**inputs, norm="rms", backend="triton")
     with pytest.raises(ValueError, match="norm is 'batch'"):
         ops.latent_feedback(**inputs, norm="batch", backend="triton")
+    weight, wide = torch.ones(100, device=device), torch.zeros(4, 100, device=device)
+    wrong = [
+        ({"norm": "rms", "weight": weight[:50]}, r"weight has shape \(50,\), expected \(100,\)"),
+        ({"norm": "rms", "weight": spread(weight)}, "weight has stride 2"),
+        ({"norm": "layer", "weight": weight, "bias": weight[:50]}, "bias has shape"),
+        ({"bias": weight}, "bias is given with norm 'none'"),
+        ({"target": -1.0}, "target is -1.0"),
+        ({"thought": wide[:2]}, r"thought has shape \(2, 100\), expected \(4, 100\)"),
+        ({"thought": view(wide)}, "thought has strides"),
+        ({"next_input": view(wide)}, "next_input has strides"),
+        ({"position_embedding": view(wide)}, "position_embedding has strides"),
+        ({"last": spread(inputs["last"])}, "last has stride 2"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ops.latent_feedback(**inputs | change, backend="triton")
 
 
 def test_opcheck(device) -> None:

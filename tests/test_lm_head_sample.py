@@ -8,6 +8,7 @@ from torch import library
 
 from coconut_fast import ops
 from coconut_fast.infer.sampling import sample_at
+from tests.paged import spread
 
 
 def head(batch: int, dim: int, vocabulary: int, step: float = 0.25) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +85,12 @@ def test_wrong_inputs_are_named(device) -> None:
         ops.lm_head_sample(hidden, weight, temperature=1.0, backend="triton")
     with pytest.raises(ValueError, match="top_p 0"):
         ops.lm_head_sample(hidden, weight, top_p=0.0, backend="triton")
+    with pytest.raises(ValueError, match="temperature nan"):
+        ops.lm_head_sample(hidden, weight, temperature=float("nan"), backend="triton")
+    numbers = torch.rand(2, dtype=torch.float64, device=device)
+    for bad, message in ((spread(numbers), "numbers has stride 2"), (numbers[:1], "numbers has shape")):
+        with pytest.raises(ValueError, match=message):
+            ops.lm_head_sample(hidden, weight, numbers=bad, temperature=1.0, backend="triton")
 
 
 def test_opcheck(device) -> None:

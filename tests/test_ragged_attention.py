@@ -9,7 +9,7 @@ from torch import library
 from coconut_fast import ops
 from coconut_fast.kernels.reference import ragged_attention_ref
 from tests.compare import assert_as_good_as_torch
-from tests.paged import paged, truth_of
+from tests.paged import paged, spread, truth_of, view
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
 
@@ -123,6 +123,36 @@ def test_wrong_inputs_are_named(device) -> None:
         ops.ragged_attention_backward(
             out, *arguments[:3], out, lse, *arguments[3:], *grads, **options, backend="triton"
         )
+
+
+def test_what_the_kernels_would_misread_is_refused(device) -> None:
+    arguments, options = arrange("softcap", torch.float32, device)
+    names = ("query", "keys", "values", "page_table", "rows", "row_offsets", "lengths")
+    right = dict(zip(names, arguments, strict=True)) | options
+    out, lse = ragged_attention_ref(**right)
+    grads = {f"grad_{name}": torch.zeros_like(right[name]) for name in ("keys", "values")}
+    behind = {"grad_out": out, "out": out, "lse": lse} | grads
+    wrong = [
+        ({"keys": view(right["keys"])}, "keys has strides"),
+        ({"values": view(right["values"])}, "values has strides"),
+        ({"page_table": spread(right["page_table"])}, "page_table has stride 2"),
+        ({"rows": spread(right["rows"])}, "rows has stride 2"),
+        ({"row_offsets": spread(right["row_offsets"])}, "row_offsets has stride 2"),
+        ({"window": -1}, "window is -1"),
+        ({"softcap": float("nan")}, "softcap nan"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"ragged_attention: .*{message}"):
+            ops.ragged_attention(**right | change, backend="triton")
+    wrong += [
+        ({"out": out[:1]}, "out has shape"),
+        ({"lse": lse[:1]}, "lse has shape"),
+        ({"grad_keys": view(grads["grad_keys"])}, "grad_keys has strides"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"ragged_attention_backward: .*{message}"):
+            ops.ragged_attention_backward(**right | behind | change, backend="triton")
+    assert not any(grad.any() for grad in grads.values())
 
 
 def test_opcheck(device) -> None:

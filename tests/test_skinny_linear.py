@@ -8,6 +8,7 @@ from torch import library
 
 from coconut_fast import ops
 from tests.compare import assert_as_good_as_torch
+from tests.paged import spread
 
 CASES = [  # rows, in, out, keywords
     (1, 100, 7, {}),
@@ -64,6 +65,17 @@ def test_wrong_inputs_are_named(device) -> None:
         ops.skinny_linear(x[:1], weight, norm="rms", backend="triton")
     with pytest.raises(ValueError, match="has stride 4 in its last dimension"):
         ops.skinny_linear(x[:1, :4], torch.randn(4, 4, device=device).t(), backend="triton")
+    gain = torch.ones(8, device=device)
+    wrong = [
+        ({"norm": "rms", "norm_weight": gain[:4]}, r"norm_weight has shape \(4,\), expected \(8,\)"),
+        ({"norm": "rms", "norm_weight": spread(gain)}, "norm_weight has stride 2"),
+        ({"norm": "layer", "norm_weight": gain, "norm_bias": gain[:4]}, "norm_bias has shape"),
+        ({"norm_bias": gain}, "norm_bias is given with norm 'none'"),
+        ({"weight": weight[:3], "activation": "swiglu"}, "weight has 3 rows, expected an even number"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ops.skinny_linear(**{"x": x[:1], "weight": weight} | change, backend="triton")
 
 
 def test_opcheck(device) -> None:
