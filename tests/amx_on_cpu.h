@@ -72,7 +72,7 @@ inline void load_config(const void* from) {
   state.configured = true;
 }
 
-inline void fetch(const void*, int, int) { ++state.fetches; }
+inline void fetch(const void*, int = 0, int = 3) { ++state.fetches; }
 
 inline void zero(int t) { std::memset(state.tile(t).data, 0, sizeof(Tile::data)); }
 
