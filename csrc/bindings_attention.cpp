@@ -158,15 +158,19 @@ static at::Tensor ragged_attention_backward(const at::Tensor& grad_out, const at
 }
 
 static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& slots, const at::Tensor& keys,
-                      const at::Tensor& values) {
+                      const at::Tensor& values, const py::kwargs& turns) {
   const char* op = "kv_append";
+  for (const auto& [name, given] : turns)  // eps alone asks for nothing
+    if (!given.is_none() && name.cast<std::string>() != "eps")
+      refuse(op, ": ", name.cast<std::string>(), " is given, which the CPU's own kernel does not take (it copies keys "
+             "and values as they are); expected none, or backend=\"torch\"");
   check_shape(op, "keys", keys, {-1, -1, -1});
   check_shape(op, "values", values, {keys.size(0), keys.size(1), -1});
   check_shape(op, "slots", slots, {-1});
   check_type(op, "slots", slots, at::kLong);
   const auto* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < slots.size(0); ++i)
-    if (slot[i] < 0 || slot[i] >= keys.size(0))
+    if (slot[i] >= keys.size(0))
       refuse(op, ": slots[", i, "] is ", slot[i], "; the cache has ", keys.size(0), " slots");
   auto copy = [&](const char* from_name, const at::Tensor& from, const char* to_name, const at::Tensor& to) {
     const std::vector<int64_t> shape = {slots.size(0), to.size(1), to.size(2)};
@@ -207,5 +211,5 @@ void bind_attention(py::module_& m) {
         py::arg("max_length"),
         "kernels/reference.py: ragged_attention_backward_ref, on CPU.");
   m.def("kv_append", &kv_append, py::arg("key"), py::arg("value"), py::arg("slots"), py::arg("keys"),
-        py::arg("values"), "kernels/reference.py: kv_append_ref, on CPU.");
+        py::arg("values"), "kernels/reference.py: kv_append_ref, on CPU, without norms, rotary embedding and query.");
 }

@@ -1,4 +1,4 @@
-"""kv_append: the Triton kernel against the reference, on odd shapes, strided views, skipped tokens."""
+"""kv_append: the Triton kernel against the reference, on odd shapes, strided views, skipped tokens; the CPU's skips."""
 
 from __future__ import annotations
 
@@ -101,6 +101,21 @@ def test_what_the_kernel_would_misread_is_refused(device) -> None:
         with pytest.raises(ValueError, match=message):
             ops.kv_append(key, key, **right | change, query=key.clone(), backend="triton")
     assert not right["keys"].any() and not right["values"].any()
+
+
+def test_the_cpu_kernel_skips_tokens_and_refuses_what_it_does_not_do() -> None:
+    key, value = torch.randn(3, 2, 8), torch.randn(3, 2, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = [torch.full((5, 2, width), 7.0, dtype=dtype) for width in (8, 4)]
+        theirs, slots = [t.clone() for t in ours], torch.tensor([4, -1, 0])
+        ops.kv_append(key, value, slots, *ours, query=None, eps=1e-5, backend="cpu")
+        kv_append_ref(key, value, slots, *theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for name in ("query", "cos", "sin", "positions", "query_norm", "key_norm"):
+        with pytest.raises(ValueError, match=f"kv_append: {name} is given, which the CPU's own kernel does not take"):
+            ops.kv_append(key, value, slots, *ours, **{name: key}, backend="cpu")
+    with pytest.raises(ValueError, match=r"slots\[2\] is 5; the cache has 5 slots"):
+        ops.kv_append(key, value, torch.tensor([0, -1, 5]), *ours, backend="cpu")
 
 
 def test_opcheck(device) -> None:

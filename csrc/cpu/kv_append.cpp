@@ -32,7 +32,8 @@ void kv_append(const KvAppend& copy, const int64_t* slots, int64_t first, int64_
   const auto& [from, from_dtype, token, head, to, to_dtype, heads, dim] = copy;
   const bool together = head == dim;  // all heads of a token in one run
   const int64_t runs = together ? 1 : heads, width = together ? heads * dim : dim;
-  for (int64_t i = first; i < last; ++i)
+  for (int64_t i = first; i < last; ++i) {
+    if (slots[i] < 0) continue;
     for (int64_t h = 0; h < runs; ++h) {
       const char* source = static_cast<const char*>(from) + (i * token + h * head) * size_of(from_dtype);
       char* target = static_cast<char*>(to) + (slots[i] * heads + h) * dim * size_of(to_dtype);
@@ -42,6 +43,7 @@ void kv_append(const KvAppend& copy, const int64_t* slots, int64_t first, int64_
         for (int64_t d = 0; d < width; ++d) write(target, to_dtype, d, read(source, from_dtype, d));
       }
     }
+  }
 }
 
 }  // namespace coconut_fast

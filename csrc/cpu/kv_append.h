@@ -16,7 +16,7 @@ struct KvAppend {
   int64_t heads, dim;
 };
 
-// to[slots[i]] = from[i] for i in [first, last)
+// to[slots[i]] = from[i] for i in [first, last); a negative slot skips its token
 void kv_append(const KvAppend& copy, const int64_t* slots, int64_t first, int64_t last);
 
 }  // namespace coconut_fast
