@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "bindings.h"
 #include "cpu/attention.h"
@@ -80,7 +81,8 @@ static coconut_fast::Attention check_attention(const char* op, const RaggedArgum
           .value_dim = r.values.size(2),
           .pages_per_row = width,
           .page_size = r.page_size,
-          .window = r.window,
+          // Positions are int32: no row leaves a longer window, and the kernels compare in int32.
+          .window = r.window > std::numeric_limits<int32_t>::max() ? 0 : r.window,
           .scaling = r.scaling,
           .softcap = r.softcap,
           .dropout = r.dropout,

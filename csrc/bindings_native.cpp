@@ -69,8 +69,10 @@ static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::strin
   return std::make_unique<Chain>(s, formats.at(format), group, threads, max_tokens, coconut_fast::best_isa());
 }
 
-static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, int window) {
+static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, int64_t window) {
   const auto& s = self.shape();
+  if (window < 0) refuse("window must be 0 (none) or more, found ", window);
+  if (window > s.max_positions) window = 0;  // no row leaves it
   const int64_t q = int64_t(s.heads) * s.head_dim, all = q + 2 * int64_t(s.kv_heads) * s.head_dim;
   const int64_t up = s.gated ? 2 * s.inner : s.inner;
   self.set_layer(layer, {matrix_of(t, "qkv", all, s.dim), matrix_of(t, "o", s.dim, q), matrix_of(t, "up", up, s.dim),
@@ -78,7 +80,7 @@ static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, i
                          vector_of(t, "o_bias", s.dim), vector_of(t, "up_bias", up), vector_of(t, "down_bias", s.dim),
                          vector_of(t, "norm1", s.dim), vector_of(t, "norm1_bias", s.dim), vector_of(t, "norm2", s.dim),
                          vector_of(t, "norm2_bias", s.dim), vector_of(t, "q_norm", s.head_dim),
-                         vector_of(t, "k_norm", s.head_dim), scaling, window});
+                         vector_of(t, "k_norm", s.head_dim), scaling, static_cast<int>(window)});
 }
 
 static void set_ends(Chain& self, const Tensors& t) {

@@ -161,7 +161,8 @@ static void tiles_forward(const Attention& a, const Task& t, void* out, void* ls
   float *alpha = scratch.take<float>(kGroupLanes), *rows = scratch.take<float>(kGroupLanes * Kp);
 
   std::fill(sums, sums + lanes * Vp, 0.0f);
-  std::fill(most, most + lanes, -1e38f);  // not -inf: exp(most - top) must be 0 or 1, never NaN, while nothing is seen
+  // Not -inf: exp(most - top) must be 0 or 1, never NaN, while nothing is seen. Below every score that is finite.
+  std::fill(most, most + lanes, std::numeric_limits<float>::lowest());
   std::fill(total, total + lanes, 0.0f);
   for (int64_t g = 0; g < groups; ++g)
     pack_lanes<P>(a, row, kv_head, Group(a, row, t, g), a.query, K, rows, query + g * kGroupLanes * Kp);
