@@ -32,6 +32,16 @@ template <typename... Parts>
   throw py::value_error(text.str());
 }
 
+// The kernels read memory. A subclass with a dispatch of its own (DTensor, FakeTensor) and tensors of torch.func say
+// they are on the CPU and may have none, or none with their values; a lazily negated view has them with another sign.
+inline void check_plain(const char* op, const char* name, const at::Tensor& t) {
+  constexpr c10::DispatchKeySet elsewhere{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                          c10::DispatchKey::Negative, c10::DispatchKey::Conjugate};
+  if (t.key_set().has_any(elsewhere) || !t.has_storage() || (t.numel() > 0 && !t.const_data_ptr()))
+    refuse(op, ": ", name, " is ", describe(t), " with no memory that holds its values (a DTensor or other subclass, a "
+           "tensor of torch.func, a lazily negated view); expected a plain tensor");
+}
+
 // A contiguous CPU tensor of `shape`, where -1 stands for any size.
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, const std::vector<int64_t>& shape) {
   bool fits = t.device().is_cpu() && t.is_contiguous() && t.dim() == static_cast<int64_t>(shape.size());
@@ -39,6 +49,7 @@ inline void check_shape(const char* op, const char* name, const at::Tensor& t, c
   if (!fits)
     refuse(op, ": ", name, " is ", describe(t), t.is_contiguous() ? "" : ", not contiguous",
            "; expected a contiguous CPU tensor of shape ", at::IntArrayRef(shape), " (-1: any)");
+  check_plain(op, name, t);
 }
 
 inline void check_type(const char* op, const char* name, const at::Tensor& t, at::ScalarType type) {

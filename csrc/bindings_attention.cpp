@@ -179,6 +179,7 @@ static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::
     if (!from.device().is_cpu() || from.sizes() != at::IntArrayRef(shape) || (from.size(2) > 1 && from.stride(2) != 1))
       refuse(op, ": ", from_name, " is ", describe(from), "; expected a CPU tensor of shape ", at::IntArrayRef(shape),
              " whose last dimension is contiguous");
+    check_plain(op, from_name, from);
     return coconut_fast::KvAppend{.from = from.const_data_ptr(),
                                   .from_dtype = dtype_of(op, from_name, from),
                                   .token = from.stride(0),

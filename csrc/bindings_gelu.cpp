@@ -11,6 +11,7 @@ static coconut_fast::Dtype check(const char* op, const at::Tensor& x) {
   const auto dtype = dtype_of(op, "x", x);
   if (dtype == coconut_fast::Dtype::f64 || !x.device().is_cpu() || !x.is_contiguous())
     refuse(op, ": x is ", describe(x), "; expected a contiguous CPU tensor of Float, BFloat16 or Half");
+  check_plain(op, "x", x);
   return dtype;
 }
 

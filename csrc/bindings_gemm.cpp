@@ -14,6 +14,7 @@ static Dtype check(const char* op, const char* name, const at::Tensor& x) {
   const auto dtype = dtype_of(op, name, x);
   if ((dtype != Dtype::f32 && dtype != Dtype::bf16) || !x.device().is_cpu() || x.dim() != 2)
     refuse(op, ": ", name, " is ", describe(x), "; expected a matrix of Float or BFloat16 on the CPU");
+  check_plain(op, name, x);
   return dtype;
 }
 

@@ -28,6 +28,7 @@ static coconut_fast::Matrix matrix_of(const Tensors& tensors, const std::string&
       (t.scalar_type() != at::kFloat && t.scalar_type() != at::kBFloat16))
     refuse("native chain: ", name, " must be a float32 or bfloat16 CPU tensor of shape (", rows, ", ", columns,
            "), found ", describe(t));
+  check_plain("native chain", name.c_str(), t);
   const auto dtype = t.scalar_type() == at::kFloat ? coconut_fast::Dtype::f32 : coconut_fast::Dtype::bf16;
   return {t.data_ptr(), dtype, t.stride(0), t.stride(1)};
 }
@@ -37,6 +38,7 @@ static const float* vector_of(const Tensors& tensors, const std::string& name, i
   if (!t.defined()) return nullptr;
   if (t.numel() != size || !t.is_cpu() || t.scalar_type() != at::kFloat || !t.is_contiguous())
     refuse("native chain: ", name, " must be a contiguous float32 CPU tensor of ", size, " values, found ", describe(t));
+  check_plain("native chain", name.c_str(), t);
   return t.data_ptr<float>();
 }
 
@@ -46,6 +48,7 @@ static T* data_of(const at::Tensor& t, int64_t size, const char* name) {
   if (!t.is_cpu() || t.scalar_type() != c10::CppTypeToScalarType<T>::value || !t.is_contiguous() || t.numel() != size)
     refuse(name, " must be a contiguous CPU tensor of ", size, " ", c10::CppTypeToScalarType<T>::value, ", found ",
            describe(t));
+  check_plain("native chain", name, t);
   return t.data_ptr<T>();
 }
 
@@ -115,6 +118,7 @@ static coconut_fast::CacheView cache_view(const Chain& chain, const CacheLayout&
           t.size(1) != s.kv_heads || t.size(2) != s.head_dim)
         refuse("cache: expected contiguous CPU tensors of one dtype and shape (", slots, ", ", s.kv_heads, ", ",
                s.head_dim, "), found ", describe(t));
+      check_plain("native chain", "cache", t);
       (side == &keys ? view.keys : view.values).push_back(t.data_ptr());
     }
   return view;

@@ -1,0 +1,97 @@
+"""What the C++ module refuses instead of reading or running it: tensors whose values are not in their memory, chains
+that cannot be, more threads than there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from coconut_fast import ops
+
+_C = ops.extension()
+
+
+class Wrapper(Tensor):
+    """Has sizes and no memory, as a DTensor."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Tensor:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        raise AssertionError(f"{func} was called")
+
+
+def fake(like: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(like)
+
+
+ABSENT = {"wrapper": Wrapper, "fake": fake, "functional": torch._to_functional_tensor, "negated": torch._neg_view}
+MATRIX, CACHE, SLOTS, INTS = torch.ones(4, 4), torch.ones(4, 1, 4), torch.arange(4), torch.zeros(1, dtype=torch.int32)
+# What is refused: the call with that tensor as the function given makes it.
+CALLS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "gelu: x": lambda absent: _C.gelu(absent(MATRIX)),
+    "gelu_backward: grad": lambda absent: _C.gelu_backward(absent(MATRIX), MATRIX),
+    "kv_append: slots": lambda absent: _C.kv_append(CACHE, CACHE, absent(SLOTS), CACHE, CACHE),
+    "kv_append: key": lambda absent: _C.kv_append(absent(CACHE), CACHE, SLOTS, CACHE, CACHE),
+    "kv_append: values": lambda absent: _C.kv_append(CACHE, CACHE, SLOTS, CACHE, absent(CACHE)),
+    "native chain: norm2": lambda absent: make_chain().set_layer(0, layer(norm2=absent(torch.ones(8))), 1.0, 0),
+    "native chain: head": lambda absent: make_chain().set_ends(ends(head=absent(torch.ones(5, 8)))),
+    "native chain: hidden": lambda absent: think(whole_chain(), hidden=absent(torch.zeros(1, 8))),
+    "native chain: cache": lambda absent: think(whole_chain(), keys=absent(torch.zeros(16, 2, 4))),
+}
+PRODUCTS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "pack_matrix: matrix": lambda absent: _C.pack_matrix(absent(MATRIX), torch.float32),
+    "few_rows_matmul: x": lambda absent: _C.few_rows_matmul(absent(MATRIX), MATRIX),
+    "weight_gradient: right": lambda absent: _C.weight_gradient(MATRIX, absent(MATRIX)),
+    "weight_gradient: into": lambda absent: _C.weight_gradient(MATRIX, MATRIX, absent(MATRIX)),
+}
+SHAPE = {"layers": 1, "dim": 8, "heads": 2, "kv_heads": 2, "head_dim": 4, "inner": 8, "vocab": 5, "max_positions": 16}
+KIND = {"norm": "layer", "eps": 1e-5, "activation": "gelu", "gated": False, "rope_scaling": 1.0}
+
+
+def make_chain(threads: int = 1, max_tokens: int = 2, **changes: object) -> Any:
+    return _C.NativeChain(SHAPE | KIND | changes, "fp32", 0, threads, max_tokens)
+
+
+def layer(**changes: Tensor) -> dict[str, Tensor]:
+    matrices = {"qkv": torch.ones(24, 8), "o": torch.ones(8, 8), "up": torch.ones(8, 8), "down": torch.ones(8, 8)}
+    return matrices | {"norm1": torch.ones(8), "norm2": torch.ones(8)} | changes
+
+
+def ends(**changes: Tensor) -> dict[str, Tensor]:
+    return {"embed": torch.ones(5, 8), "head": torch.ones(5, 8), "final_norm": torch.ones(8)} | changes
+
+
+def whole_chain() -> Any:
+    chain = make_chain()
+    chain.set_layer(0, layer(), 1.0, 0)
+    chain.set_ends(ends())
+    return chain
+
+
+def think(chain: Any, hidden: Tensor | None = None, keys: Tensor | None = None) -> None:
+    layout = _C.CacheLayout(1, 16, 1)
+    layout.append(layout.alloc(1), [2])
+    keys, hidden = (torch.zeros(s) if t is None else t for t, s in ((keys, (16, 2, 4)), (hidden, (1, 8))))
+    chain.think(layout, [keys], [torch.zeros(16, 2, 4)], INTS, INTS, INTS + 2, hidden)
+
+
+@pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
+@pytest.mark.parametrize("what", [*CALLS, *PRODUCTS])
+def test_tensors_without_their_values_in_memory_are_refused(what: str, absent: Callable[[Tensor], Tensor]) -> None:
+    if what in PRODUCTS and not _C.gemm_runs():
+        pytest.skip("the products need a CPU with AVX512-BF16 and without AMX")
+    with pytest.raises(ValueError, match=f"{what} is .* with no memory that holds its values"):
+        (CALLS | PRODUCTS)[what](absent)
+
+
+def test_empty_tensors_and_plain_subclasses_are_not() -> None:
+    assert _C.gelu(torch.ones(0)).shape == (0,)
+    assert torch.equal(_C.gelu(torch.nn.Parameter(MATRIX)), _C.gelu(MATRIX))
