@@ -42,6 +42,12 @@ static const float* vector_of(const Tensors& tensors, const std::string& name, i
   return t.data_ptr<float>();
 }
 
+static const float* norm_of(const Tensors& tensors, const std::string& name, int64_t size) {
+  const float* weight = vector_of(tensors, name, size);
+  if (!weight) refuse("native chain: the tensor ", name, " is missing");
+  return weight;
+}
+
 // A contiguous CPU tensor of exactly this type and number of elements.
 template <typename T>
 static T* data_of(const at::Tensor& t, int64_t size, const char* name) {
@@ -62,18 +68,28 @@ static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::strin
       {"silu", coconut_fast::Activation::silu},
       {"relu", coconut_fast::Activation::relu}};
   if (!formats.count(format)) refuse("format must be fp32, bf16 or int8, found ", format);
-  const auto number = [&](const char* name) { return shape[name].cast<int>(); };
+  const auto activation = activations.find(shape["activation"].cast<std::string>());
+  if (activation == activations.end())
+    refuse("activation must be gelu_tanh, gelu, silu or relu, found ", shape["activation"].cast<std::string>());
+  const auto number = [&](const char* name) {
+    const int found = shape[name].cast<int>();
+    if (found < 1) refuse(name, " must be at least 1, found ", found);
+    return found;
+  };
   const coconut_fast::ChainShape s{number("layers"), number("dim"), number("heads"), number("kv_heads"),
                                    number("head_dim"), number("inner"), number("vocab"), number("max_positions"),
                                    shape["norm"].cast<std::string>() == "layer", shape["eps"].cast<float>(),
-                                   activations.at(shape["activation"].cast<std::string>()), shape["gated"].cast<bool>(),
+                                   activation->second, shape["gated"].cast<bool>(),
                                    shape["rope_scaling"].cast<float>()};
+  if (s.heads % s.kv_heads) refuse("kv_heads must divide heads = ", s.heads, ", found ", s.kv_heads);
+  if (max_tokens < 1) refuse("max_tokens must be at least 1, found ", max_tokens);
   if (threads == 0) threads = coconut_fast::default_threads();
   return std::make_unique<Chain>(s, formats.at(format), group, threads, max_tokens, coconut_fast::best_isa());
 }
 
 static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, int64_t window) {
   const auto& s = self.shape();
+  if (layer < 0 || layer >= s.layers) refuse("layer must be from 0 to ", s.layers - 1, ", found ", layer);
   if (window < 0) refuse("window must be 0 (none) or more, found ", window);
   if (window > s.max_positions) window = 0;  // no row leaves it
   const int64_t q = int64_t(s.heads) * s.head_dim, all = q + 2 * int64_t(s.kv_heads) * s.head_dim;
@@ -81,7 +97,7 @@ static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, i
   self.set_layer(layer, {matrix_of(t, "qkv", all, s.dim), matrix_of(t, "o", s.dim, q), matrix_of(t, "up", up, s.dim),
                          matrix_of(t, "down", s.dim, s.inner), vector_of(t, "qkv_bias", all),
                          vector_of(t, "o_bias", s.dim), vector_of(t, "up_bias", up), vector_of(t, "down_bias", s.dim),
-                         vector_of(t, "norm1", s.dim), vector_of(t, "norm1_bias", s.dim), vector_of(t, "norm2", s.dim),
+                         norm_of(t, "norm1", s.dim), vector_of(t, "norm1_bias", s.dim), norm_of(t, "norm2", s.dim),
                          vector_of(t, "norm2_bias", s.dim), vector_of(t, "q_norm", s.head_dim),
                          vector_of(t, "k_norm", s.head_dim), scaling, static_cast<int>(window)});
 }
@@ -92,7 +108,7 @@ static void set_ends(Chain& self, const Tensors& t) {
   self.set_ends({matrix_of(t, "embed", s.vocab, s.dim),
                  t.count("positions") ? matrix_of(t, "positions", s.max_positions, s.dim) : none,
                  matrix_of(t, "head", s.vocab, s.dim), vector_of(t, "head_bias", s.vocab),
-                 vector_of(t, "final_norm", s.dim), vector_of(t, "final_norm_bias", s.dim),
+                 norm_of(t, "final_norm", s.dim), vector_of(t, "final_norm_bias", s.dim),
                  vector_of(t, "inv_freq", s.head_dim / 2)});
 }
 
@@ -104,6 +120,8 @@ static void set_feedback(Chain& self, float norm, const std::optional<at::Tensor
 static coconut_fast::CacheView cache_view(const Chain& chain, const CacheLayout& layout,
                                           const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values) {
   const auto& s = chain.shape();
+  if (!chain.ready())
+    refuse("native chain: not every weight is set; expected set_layer of all ", s.layers, " layers and set_ends");
   if (static_cast<int>(keys.size()) != s.layers || keys.size() != values.size())
     refuse("cache: expected ", s.layers, " layers, found ", keys.size());
   const auto type = keys[0].scalar_type();

@@ -95,3 +95,40 @@ def test_tensors_without_their_values_in_memory_are_refused(what: str, absent: C
 def test_empty_tensors_and_plain_subclasses_are_not() -> None:
     assert _C.gelu(torch.ones(0)).shape == (0,)
     assert torch.equal(_C.gelu(torch.nn.Parameter(MATRIX)), _C.gelu(MATRIX))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: 0}, f"{name} must be at least 1, found 0") for name in SHAPE),
+        ({"dim": -3}, "dim must be at least 1, found -3"),
+        ({"kv_heads": 3}, "kv_heads must divide heads = 2, found 3"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, found 0"),
+        ({"threads": -1}, "threads must be at least 1, found -1"),
+        ({"activation": "swish"}, "activation must be gelu_tanh, gelu, silu or relu, found swish"),
+    ],
+)
+def test_impossible_chains_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_chain(**changes)
+
+
+def test_unfinished_chains_are_refused() -> None:
+    chain = make_chain()
+    with pytest.raises(ValueError, match="not every weight is set; expected set_layer of all 1 layers and set_ends"):
+        think(chain)
+    for index in (-1, 1):
+        with pytest.raises(ValueError, match=f"layer must be from 0 to 0, found {index}"):
+            chain.set_layer(index, layer(), 1.0, 0)
+    with pytest.raises(ValueError, match="window must be 0 .none. or more, found -1"):
+        chain.set_layer(0, layer(), 1.0, -1)
+    for name in ("norm1", "norm2", "qkv"):
+        with pytest.raises(ValueError, match=f"native chain: the tensor {name} is missing"):
+            chain.set_layer(0, {key: tensor for key, tensor in layer().items() if key != name}, 1.0, 0)
+    chain.set_layer(0, layer(), 1.0, 0)
+    with pytest.raises(ValueError, match="not every weight is set"):
+        think(chain)
+    with pytest.raises(ValueError, match="native chain: the tensor final_norm is missing"):
+        chain.set_ends({key: tensor for key, tensor in ends().items() if key != "final_norm"})
+    chain.set_ends(ends())
+    think(chain)

@@ -123,6 +123,11 @@ void Chain::set_feedback(float norm, const float* constant) {
   constant_ = keep(constant, shape_.dim);
 }
 
+bool Chain::ready() const {
+  const auto set = [](const Layer& layer) { return layer.norm2.weight != nullptr; };
+  return final_norm_.weight && std::all_of(layers_.begin(), layers_.end(), set);
+}
+
 namespace {
 
 size_t bytes_of(const Linear& linear) { return linear.bytes_per_chunk() * linear.chunks; }

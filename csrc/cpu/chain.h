@@ -80,6 +80,7 @@ class Chain {
   // What a hidden state becomes when it is fed back: it is scaled to this norm (0: left as it is), or replaced by a
   // constant vector (null: not).
   void set_feedback(float norm, const float* constant);
+  bool ready() const;  // every layer and the ends were set, as the calls below take for granted
 
   // Prompt tokens of each row, end to end; hidden (rows, dim) receives the state after each row's last one. An id of -1
   // stands for a thought: what hidden holds for the row is fed back there.
