@@ -3,6 +3,8 @@ that cannot be, more threads than there can be."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +134,28 @@ def test_unfinished_chains_are_refused() -> None:
         chain.set_ends({key: tensor for key, tensor in ends().items() if key != "final_norm"})
     chain.set_ends(ends())
     think(chain)
+
+
+TOO_MANY_THREADS = """
+import resource
+from coconut_fast import ops
+
+module = ops.extension()
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 28), resource.RLIM_INFINITY))  # 2 GiB of stacks do not fit
+try:
+    module.read_bandwidth(256, 1 << 20, 1)
+except RuntimeError as error:
+    print(error)
+print(module.read_bandwidth(2, 1 << 20, 1) > 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and a limit of address space")
+def test_more_threads_than_can_be_started_are_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", TOO_MANY_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    refused, works = done.stdout.splitlines()
+    assert refused.startswith("256 threads cannot be started (") and "ask for fewer" in refused
+    assert works == "True"

@@ -35,7 +35,14 @@ bool spin(F changed, int tries) {
 
 Team::Team(int threads) : size_(threads), process_(getpid()) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, found " + std::to_string(threads));
-  for (int t = 1; t < threads; ++t) threads_.emplace_back(&Team::work, this, t);
+  threads_.reserve(threads - 1);
+  try {
+    for (int t = 1; t < threads; ++t) threads_.emplace_back(&Team::work, this, t);
+  } catch (const std::exception& error) {
+    stop();  // a thread that still runs when its object goes would end the process
+    throw std::runtime_error(std::to_string(threads) + " threads cannot be started (" + error.what() +
+                             "); ask for fewer (threads, or OMP_NUM_THREADS)");
+  }
 }
 
 Team::~Team() {
@@ -43,6 +50,10 @@ Team::~Team() {
     for (auto& thread : threads_) thread.detach();
     return;
   }
+  stop();
+}
+
+void Team::stop() {
   stop_ = true;
   epoch_.fetch_add(1);
   epoch_.notify_all();

@@ -11,7 +11,7 @@ namespace coconut_fast {
 
 class Team {
  public:
-  explicit Team(int threads);
+  explicit Team(int threads);  // std::runtime_error where the system does not start so many
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -32,6 +32,7 @@ class Team {
  private:
   void start(const std::function<void(int)>& job);
   void work(int thread);
+  void stop();
 
   const int size_;
   const int process_;
