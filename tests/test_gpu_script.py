@@ -12,8 +12,7 @@ from pathlib import Path
 from tests.test_aot import OPS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.sh"
-STUB = """#!{python}
-import json, os, pathlib, subprocess, sys
+STUB = """import json, os, pathlib, subprocess, sys
 
 arguments = sys.argv[1:]
 with open(os.environ["CALLS"], "a") as calls:
@@ -38,8 +37,9 @@ elif "--results" in arguments:
 def run(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
     stubs = tmp_path / "bin"
     stubs.mkdir()
-    for name in ("python3", "compute-sanitizer"):
-        (stubs / name).write_text(STUB.format(python=sys.executable))
+    (stubs / "stub.py").write_text(STUB.format(python=sys.executable))
+    for name in ("python3", "compute-sanitizer"):  # by a shell: the path of an interpreter may hold a space
+        (stubs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stubs}/stub.py" "$@"\n')
         (stubs / name).chmod(0o755)
     calls = tmp_path / "calls"
     path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
