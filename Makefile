@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,cache_layout block_cache bindings gemm gelu kv_append attention attention_far native)
+SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,\
+  cache_layout block_cache bindings gemm gelu kv_append attention attention_far native)
 
 .PHONY: install demo test lint bench sanitize clean
 

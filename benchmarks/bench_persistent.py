@@ -4,9 +4,9 @@
 
 GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights. A chain of six thoughts behind 64 tokens, all of it timed,
 divided by six. The limit is the bytes of all layers' weights over the bandwidth of a large copy. Correctness first:
-nothing is timed where the states after a thought differ from the graph's by more than bf16 explains, or those after the
-chain from one run to the next at all. Where the kernel is the faster one in every row of the table, its device may be
-entered in FASTER_ON of coconut_fast/infer/persistent.py, with the file of this run.
+nothing is timed where the states after two thoughts differ from the graph's by more than bf16 explains, or those after
+the chain from one run to the next at all. Where the kernel is the faster one in every row of the table, its device may
+be entered in FASTER_ON of coconut_fast/infer/persistent.py, with the file of this run.
 """
 
 from __future__ import annotations

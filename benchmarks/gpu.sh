@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go planned for nine minutes: build, tests, memory checks, benchmarks, a table of each.
+# Everything that needs a GPU, in one go planned for nine minutes: build, tests, memory checks, benchmarks, tables.
 #
 #   benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default benchmarks/results/<device>)
 #

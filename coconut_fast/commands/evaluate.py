@@ -47,7 +47,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from coconut_fast.evaluate.accuracy import evaluate
     from coconut_fast.files import check_folder
     from coconut_fast.model.checkpoints import check_path
-    from coconut_fast.train.problems import graphs_of
 
     for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_thoughts", 0)):
         value = getattr(arguments, name)
@@ -62,8 +61,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     try:
         for path in arguments.model:
             model = load_model(path, arguments)
-            if model.settings.symbols is not None:
-                graphs_of(examples, arguments.data)  # here, where the file of a problem without one has a name
             results[_name(path, results)] = evaluate(
                 model,
                 examples,
@@ -72,6 +69,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 batch_size=arguments.batch_size,
                 weights=arguments.weights,
+                where=arguments.data,
             )
     finally:  # what is known of the first models is not lost with a later one
         if results:

@@ -20,20 +20,20 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     weights: str | None = None,
+    where: str = "the data",
 ) -> Evaluation:
     """Accuracy of a model on problems, greedily.
 
     num_thoughts: for every question; None: as the checkpoint was trained (coconut.json). It is never derived from
     anything else, so ValueError where a model that thinks does not say. method: how prompts are made, where the
     checkpoint does not know (a plain Hugging Face model evaluated as "cot", say). weights: see `generate`.
+    where: the file the problems are from, for errors.
     """
+    tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=where)
     config, stage = trained_curriculum(model, method, num_thoughts)
-    problems = make_problems(
-        model, examples, tokenize(examples, model.tokenizer, model.settings.symbols), stage, config
-    )
     return answer(
         model,
-        problems,
+        make_problems(model, examples, tokenized, stage, config),
         num_thoughts=num_thoughts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

@@ -64,11 +64,11 @@ def generate(
     model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
     num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
     without any is asked as the checkpoint was trained, with its thoughts or pauses. max_new_tokens: the longest answer,
-    for all or one per prompt. temperature 0 is greedy; otherwise every answer has its
-    own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the order of prompts.
-    num_samples: answers per prompt, from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or
-    "int8", what the native chain on a CPU reads; None: the model's own type. int8 (a scale per output) takes half the
-    time of bf16 and changes answers: measure it with `coconut-fast eval --weights int8`.
+    for all or one per prompt. temperature 0 is greedy; otherwise every answer has its own random numbers, made from
+    `seed` and its prompt, so it does not depend on the batch or the order of prompts. num_samples: answers per prompt,
+    from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", what the native chain on a
+    CPU reads; None: the model's own type. int8 (a scale per output) takes half the time of bf16 for one row, no less
+    from 32 on, and changes answers: measure it with `coconut-fast eval --weights int8`.
 
     Weights changed between calls are seen, except on the CPU where they were written through `.data`: there
     `model.load_state_dict(model.state_dict())` afterwards makes the change known.

@@ -21,10 +21,8 @@ def decode_thoughts(
 ) -> list[torch.Tensor]:
     """softmax(W h_t) of every thought h_t of every prompt: (k, V) fp32 on the CPU each (arXiv 2412.06769, section 5).
 
-    That is 4 k V bytes a prompt: 1.2 MB for six thoughts of GPT-2.
-
     Thought t is the hidden state that is fed back as the t-th continuous thought, so the first one is the hidden state
-    of the prompt's last token. Arguments and errors as those of `generate`.
+    of the prompt's last token. Six thoughts of GPT-2 are 1.2 MB. Arguments and errors as those of `generate`.
     """
     if not isinstance(model, Coconut):
         model = load(model)

@@ -56,13 +56,10 @@ def check_ragged(model: Coconut, what: str) -> None:
         )
 
 
-# Two rows, of three tokens and of two.
-_POSITIONS = (0, 1, 2, 0, 1)
-
-
 def _inputs(model: Coconut) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (5, D) and positions (5,) of two rows, of three tokens and of two."""
     ids = torch.tensor([model.tokens.thought, 0, 1, 1, 0], device=model.device)
-    return model.embed(ids), torch.tensor(_POSITIONS, device=model.device)
+    return model.embed(ids), torch.tensor([0, 1, 2, 0, 1], device=model.device)
 
 
 def _run_together(model: Coconut, calls: list[tuple[int, int | None]]) -> tuple[torch.Tensor, torch.Tensor]:
