@@ -2,7 +2,8 @@
 
     loss = sum_n logsumexp(l_n) - l_n[target_n],   l = scale * (hidden W^T + b)   (softcap: l = c * tanh(l / c))
 
-hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,) -> () in fp32 (fp64 for fp64).
+hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for a row that counts for nothing -> () in
+fp32 (fp64 for fp64).
 
 Forward computes g = scale * (softmax(l) - onehot) while a chunk's logits are at hand, and of several chunks also
 dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies with the incoming gradient; of a
@@ -131,9 +132,11 @@ def _chunk(
         -1, keepdim=True
     )  # a sure row's lse is then as small as its loss, not rounded like its logits
     lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
-    loss = (lse_N1 - logits.gather(1, target_N1)).sum()
+    ignored_N1 = target_N1 < 0
+    target_N1 = target_N1.clamp_min(0)
+    loss = (lse_N1 - logits.gather(1, target_N1)).masked_fill(ignored_N1, 0.0).sum()
     if not wants_grad:
         return loss, None
-    g = logits.sub_(lse_N1).exp_()
-    g.scatter_add_(1, target_N1, g.new_full((1, 1), -1.0).expand_as(target_N1))
+    g = logits.sub_(lse_N1.masked_fill(ignored_N1, torch.inf)).exp_()  # of ignored rows 0
+    g.scatter_add_(1, target_N1, ignored_N1.to(g.dtype) - 1)
     return loss, g.mul_(scale) if slope is None else g.mul_(slope).mul_(scale)

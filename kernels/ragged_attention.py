@@ -36,10 +36,12 @@ def bend(s, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def words(table, p, valid, h, seed_word, PAGE: tl.constexpr):
-    """The dropout hash's word of each query: mix(mix(seed_word ^ slot) ^ head), seed_word already mixed."""
+def words(table, p, valid, h, seed, PAGE: tl.constexpr):
+    """The dropout hash's word of each query: mix(mix(mix(seed_low) ^ seed_high ^ slot) ^ head)."""
     slot = slots_of(table, p, valid, PAGE).to(tl.uint32)
-    return mix(mix(slot ^ seed_word.to(tl.uint32)) ^ h.to(tl.uint32))
+    whole = tl.load(seed)
+    word = mix(whole.to(tl.uint32)) ^ (whole >> 32).to(tl.uint32)
+    return mix(mix(slot ^ word) ^ h.to(tl.uint32))
 
 
 @triton.jit
@@ -55,10 +57,10 @@ def load(base, at, stride, d, mask, D: tl.constexpr, TYPE: tl.constexpr):
     return tl.load(base + at[:, None] * stride + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
 
 
-@triton.jit(do_not_specialize=["seed_word", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _forward(
     query, keys, values, out, lse, page_table, rows, row_offsets, lengths,
-    query_token, query_head, table_row, scaling, seed_word, threshold, keep_scale,
+    query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -83,7 +85,7 @@ def _forward(
     q = load(query, token * query_token + h * query_head, 1, d, valid, K, TYPE)
     hashed = p
     if DROPOUT:
-        hashed = words(table, p, valid, h, seed_word, PAGE)
+        hashed = words(table, p, valid, h, seed, PAGE)
     low = 0
     if WINDOW > 0:
         low = tl.maximum(length - n + (tile * BLOCK_M) // GROUP - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
@@ -118,13 +120,11 @@ def _forward(
     tl.store(lse + head, (top + tl.log2(total)) * LN2, mask=valid)
 
 
-def _seed_word(seed: int) -> int:
-    """mix(seed_low) ^ seed_high as an int32: the part of the dropout hash that no program needs to repeat."""
-    word = seed & 0xFFFFFFFF
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    word ^= (word >> 16) ^ ((seed >> 32) & 0xFFFFFFFF)
-    return word - (1 << 32) if word >= 1 << 31 else word
+def seed_on(query: torch.Tensor, seed: int | torch.Tensor, dropout: float) -> torch.Tensor | None:
+    """The seed where the kernels read it: a graph replays with whatever stands there then."""
+    if not dropout or isinstance(seed, torch.Tensor):
+        return seed if dropout else None  # type: ignore[return-value]
+    return torch.full((), seed, dtype=torch.int64, device=query.device)
 
 
 def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, int, int]:
@@ -140,7 +140,7 @@ def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, 
 def arguments(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
     row_offsets: torch.Tensor, lengths: torch.Tensor, page_size: int, scaling: float, window: int, softcap: float,
-    dropout: float, seed: int, op: str,
+    dropout: float, seed: torch.Tensor | None, op: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The keywords that the forward and backward kernels share, after checking the inputs; op names it in errors."""
     batch, (_, heads, head_dim), (_, kv_heads, value_dim) = rows.shape[0], query.shape, values.shape
@@ -148,6 +148,8 @@ def arguments(
     check_shape(op, "row_offsets", row_offsets, (batch + 1,))
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: dropout is {dropout}, expected 0 <= dropout < 1")
+    if dropout and (seed is None or seed.dtype != torch.int64):
+        raise ValueError(f"{op}: expected an int64 seed for dropout, found {seed if seed is None else seed.dtype}")
     group = heads // kv_heads
     return {
         "query": query,
@@ -161,7 +163,7 @@ def arguments(
         "query_head": query.stride(1),
         "table_row": page_table.stride(0),
         "scaling": scaling,
-        "seed_word": _seed_word(seed) if dropout else 0,
+        "seed": seed if dropout else None,
         "threshold": int(dropout * (1 << 24)),
         "keep_scale": 1 / (1 - dropout),
         "KV_HEADS": kv_heads,
@@ -181,7 +183,7 @@ def arguments(
 def _launch(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
     row_offsets: torch.Tensor, lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+    softcap: float = 0.0, dropout: float = 0.0, seed: torch.Tensor | None = None, max_query: int, max_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     tokens, heads, _ = query.shape
     batch = rows.shape[0]
@@ -218,7 +220,7 @@ def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: 
 
 
 KEYWORDS = (
-    "*, int page_size, float scaling, int window=0, float softcap=0.0, float dropout=0.0, int seed=0, "
+    "*, int page_size, float scaling, int window=0, float softcap=0.0, float dropout=0.0, Tensor? seed=None, "
     "SymInt max_query, SymInt max_length"
 )
 LAYOUT = "Tensor page_table, Tensor rows, Tensor row_offsets, Tensor lengths"
@@ -232,15 +234,16 @@ _OP = register(
 def ragged_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
     row_offsets: torch.Tensor, lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+    softcap: float = 0.0, dropout: float = 0.0, seed: int | torch.Tensor = 0, max_query: int, max_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (T, H, Kv) in the query's dtype and lse (T, H) fp32; shapes and meaning as in the module's docstring.
 
     lengths count this call's tokens, which are in the cache already. max_query and max_length bound the queries and
     the length of any row (they size the grid; larger ones only cost programs that end at once). ValueError for inputs
-    that do not fit.
+    that do not fit. seed: an int, or an int64 tensor () on the device.
     """
     return _OP(
         query, keys, values, page_table, rows, row_offsets, lengths, page_size=page_size, scaling=scaling,
-        window=window, softcap=softcap, dropout=dropout, seed=seed, max_query=max_query, max_length=max_length,
+        window=window, softcap=softcap, dropout=dropout, seed=seed_on(query, seed, dropout), max_query=max_query,
+        max_length=max_length,
     )  # fmt: skip

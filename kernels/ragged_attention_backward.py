@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 
 from .common import LOG2E, arch, check_dtypes, check_shape, on_device, register, slots_of
-from .ragged_attention import KEYWORDS, LAYOUT, arguments, bend, kept, load, words
+from .ragged_attention import KEYWORDS, LAYOUT, arguments, bend, kept, load, seed_on, words
 
 
-@triton.jit(do_not_specialize=["seed_word", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _backward_query(
     grad_out, query, keys, values, out, lse, delta, grad_query, page_table, rows, row_offsets, lengths,
-    grad_token, grad_head, query_token, query_head, table_row, scaling, seed_word, threshold, keep_scale,
+    grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -58,7 +58,7 @@ def _backward_query(
     norm = tl.load(lse + head, mask=valid, other=0.0) * LOG2E
     hashed = p
     if DROPOUT:
-        hashed = words(table, p, valid, h, seed_word, PAGE)
+        hashed = words(table, p, valid, h, seed, PAGE)
     low = 0
     if WINDOW > 0:
         low = tl.maximum(length - n + (tile * BLOCK_M) // GROUP - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
@@ -84,10 +84,10 @@ def _backward_query(
     tl.store(grad_query + head[:, None] * K + d[None, :], (dq * scaling).to(grad_query.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_word", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _backward_keys(
     grad_out, query, keys, values, lse, delta, grad_keys, grad_values, page_table, rows, row_offsets, lengths,
-    grad_token, grad_head, query_token, query_head, table_row, scaling, seed_word, threshold, keep_scale,
+    grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -136,7 +136,7 @@ def _backward_keys(
         dw = tl.dot(v, tl.trans(do), input_precision="ieee")
         dropped = w
         if DROPOUT:
-            hashed = words(table, p, valid, h, seed_word, PAGE)
+            hashed = words(table, p, valid, h, seed, PAGE)
             keep = kept(hashed[None, :], j[:, None], threshold)
             dw = tl.where(keep, dw * keep_scale, 0.0)
             dropped = tl.where(keep, w * keep_scale, 0.0)
@@ -177,7 +177,7 @@ def _launch(
     grad_out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, row_offsets: torch.Tensor, lengths: torch.Tensor,
     grad_keys: torch.Tensor, grad_values: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+    softcap: float = 0.0, dropout: float = 0.0, seed: torch.Tensor | None = None, max_query: int, max_length: int,
 ) -> torch.Tensor:  # fmt: skip
     op = "ragged_attention_backward"
     shared = arguments(
@@ -245,15 +245,15 @@ def ragged_attention_backward(
     grad_out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, row_offsets: torch.Tensor, lengths: torch.Tensor,
     grad_keys: torch.Tensor, grad_values: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: int = 0, max_query: int, max_length: int,
+    softcap: float = 0.0, dropout: float = 0.0, seed: int | torch.Tensor = 0, max_query: int, max_length: int,
 ) -> torch.Tensor:  # fmt: skip
     """grad_query (T, H, K) in the query's dtype; adds to grad_keys (S, Hkv, K) and grad_values (S, Hkv, Kv), both fp32.
 
     out and lse are the forward's. Rows of one call must not share pages. The result is the same bits every time.
-    ValueError for inputs that do not fit.
+    seed: an int, or an int64 tensor () on the device. ValueError for inputs that do not fit.
     """
     return _OP(
         grad_out, query, keys, values, out, lse, page_table, rows, row_offsets, lengths, grad_keys, grad_values,
-        page_size=page_size, scaling=scaling, window=window, softcap=softcap, dropout=dropout, seed=seed,
-        max_query=max_query, max_length=max_length,
+        page_size=page_size, scaling=scaling, window=window, softcap=softcap, dropout=dropout,
+        seed=seed_on(query, seed, dropout), max_query=max_query, max_length=max_length,
     )  # fmt: skip

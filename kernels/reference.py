@@ -263,8 +263,8 @@ def linear_cross_entropy_ref(
 ) -> Tensor:
     """The summed cross-entropy of a linear head: sum_n logsumexp(l_n) - l_n[target_n], l = scale * (hidden W^T + b).
 
-    hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,); softcap: l = softcap * tanh(l / softcap).
-    Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through.
+    hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for a row that counts for nothing;
+    softcap: l = softcap * tanh(l / softcap). Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through.
     """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale

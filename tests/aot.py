@@ -181,7 +181,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 out, lse = empty(64, heads, head_dim, dtype=dtype), empty(64, heads, dtype=torch.float32)
                 layout = (indices(64, 64), indices(8), indices(9), indices(8))
                 options = {"page_size": 16, "scaling": 0.125, "max_query": queries, "max_length": 1024}
-                options |= {"dropout": dropout, "seed": 1}
+                options |= {"dropout": dropout, "seed": indices(dtype=torch.int64)}
                 yield (
                     f"ragged_attention/{label}/{queries}/{dropout}",
                     lambda q=out, s=store, t=layout, o=options: ragged_attention._launch(q, *s, *t, **o),

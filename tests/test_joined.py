@@ -77,8 +77,8 @@ def test_a_backward_that_ended_at_a_thought_leaves_nothing_behind(worth: int, mo
     """What waits for the first pass, or for all uses of a weight, must not keep the graph, which keeps it."""
     monkeypatch.setattr(attention, "WORTH_JOINING", worth)
     caches = []
-    make = coconut.KVCache
-    monkeypatch.setattr(coconut, "KVCache", lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
+    make = coconut.Storage
+    monkeypatch.setattr(coconut, "Storage", lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
     output = make_pair("gpt2")[0](batch=collate(ROWS, TOKENS.thought, LABELS))
     torch.autograd.grad(output.loss, output.hidden_TD[4], retain_graph=True)
     assert all(bool(waiting) == (worth == 2) for waiting in caches[0]().waiting)

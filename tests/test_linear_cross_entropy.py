@@ -40,6 +40,20 @@ def test_linear_cross_entropy(monkeypatch, dtype: torch.dtype, n: int, bias: boo
         assert_as_good_as_torch(*tensors, what=name, working=dtype)
 
 
+@pytest.mark.parametrize("n", [9, 64])  # 64: several chunks
+def test_rows_without_a_target_count_for_nothing(monkeypatch, n: int) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 8 * 13)
+    whole, part = _inputs(n, True, torch.float64), _inputs(n, True, torch.float64)
+    kept = torch.arange(n) % 3 > 0
+    whole[3] = whole[3].masked_fill(~kept, -100)
+    part = [part[0].detach()[kept].requires_grad_(), *part[1:3], part[3][kept]]
+    found, expected = _run(kernel.linear_cross_entropy, whole), _run(linear_cross_entropy_ref, part)
+    assert not found[1][~kept].any()
+    found[1] = found[1][kept]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights() -> None:
     inputs = _inputs(9, False, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -217,8 +217,9 @@ def test_checkpointed_passes_give_the_same_gradients(dropout: float, rounds: int
 def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, monkeypatch) -> None:
     """The cache and the autograd graph refer to each other in forward; Python's collector cannot see through that."""
     caches = []
-    make = coconut.KVCache
-    monkeypatch.setattr(coconut, "KVCache", lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
+    kind = "Storage" if rounds is None else "KVCache"
+    make = getattr(coconut, kind)
+    monkeypatch.setattr(coconut, kind, lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
     ours, _ = make_pair("gpt2")
     ours.checkpoint_passes, ours.parallel_rounds = checkpointed, rounds
     rows, labels = _batch()

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 
 from coconut_fast import ops
 from coconut_fast.model.batch import RaggedBatch
-from coconut_fast.model.cache import KVCache, Ragged
+from coconut_fast.model.cache import Ragged, Storage
 
 NAME = "coconut_fast"
 WORTH_JOINING = 8  # passes: a joined call of up to 16 costs as much as 4 to 6 of them would by themselves
@@ -70,7 +70,7 @@ def attend(
         "window": sliding_window or 0,
         "softcap": softcap or 0.0,
         "dropout": dropout if module.training else 0.0,
-        "seed": (ragged.dropout_seed + 0x9E3779B1 * (layer + 1)) & 0x7FFFFFFF,
+        "seed": 0 if ragged.seeds is None else int(ragged.seeds[layer]) if query.is_cpu else ragged.seeds[layer],
         "max_query": asked.max_query,
         "max_length": ragged.max_length,
     }
@@ -174,7 +174,7 @@ class _CachedAttention(torch.autograd.Function):
 
 
 def _backward(
-    cache: KVCache, layer: int, of: tuple[torch.Tensor, ...], where: tuple[torch.Tensor, ...], keywords: dict[str, Any]
+    cache: Storage, layer: int, of: tuple[torch.Tensor, ...], where: tuple[torch.Tensor, ...], keywords: dict[str, Any]
 ) -> torch.Tensor:
     """of: the output's gradient, query, output, lse; where: rows, row offsets, lengths -> the query's gradient."""
     grad_output, query, output, lse = of
@@ -193,7 +193,7 @@ def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
     return count if count >= WORTH_JOINING else 0
 
 
-def _add_joined(cache: KVCache, layer: int, keywords: dict[str, Any]) -> None:
+def _add_joined(cache: Storage, layer: int, keywords: dict[str, Any]) -> None:
     """dK and dV of all waiting passes: one call in which a row has their tokens, one behind the other, as queries.
 
     It adds to the slots of those tokens too, which nobody reads any more.

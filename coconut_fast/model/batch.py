@@ -5,18 +5,24 @@ and runs up to the next one (or to the end of the row). Pass j computes segment 
 needs 1 + (most thoughts of any row) passes, no token is computed twice and no pad exists.
 
 The flat token axis is pass-major: pass 0 of all rows, then pass 1, ... so each pass is one contiguous slice.
+
+Where every token's key and value go is planned here as well: a row's cache slots are one run of whole pages. All
+tensors of a batch are views of one buffer, so that it reaches a device in one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from coconut_fast.tokens import IGNORE
+
+PAGE_SIZE = 16  # tokens of a page of the cache
+ALIGNMENT = 4  # words of 32 bits at which a batch's tensors start
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,12 @@ class Pass:
     stop: int
     rows: tuple[int, ...]
     counts: tuple[int, ...]
+    rows_R: torch.Tensor  # int32: `rows`
+    row_offsets: torch.Tensor  # (R + 1,) int32: where each row's tokens start in this pass
+    lengths: torch.Tensor  # (R,) int32: tokens of each row up to the end of this pass
+    slots: torch.Tensor  # (T of the pass,) int64: of the cache, for the pass's keys and values
+    max_query: int  # at least the most tokens of a row in this pass,
+    max_length: int  # and the longest of its rows
     thought_at: torch.Tensor  # (len(rows),) int64: where in this pass the thoughts stand; empty for pass 0
     source: torch.Tensor  # (len(rows),) int64: the position in the previous pass whose hidden state is fed back
     detachable: torch.Tensor  # (len(rows),) int64: how many thoughts of the row come after this one
@@ -54,7 +66,10 @@ class RaggedBatch:
     lengths: tuple[int, ...]  # tokens of each row
     padded_at: torch.Tensor  # (T,) int64: where each token stands in the padded (B, width) layout, flattened
     width: int
-    num_targets: int
+    num_targets: int  # without those that are IGNORE
+    page_table: torch.Tensor  # (B, pages) int32
+    num_slots: int
+    words: torch.Tensor | None = None  # (W,) int32: what all tensors above are views of, once they are
 
     @property
     def num_thoughts(self) -> int:
@@ -63,23 +78,63 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
-
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        words = packed(self)
+        moved = words.to(device, non_blocking=non_blocking)
+        return self if moved is self.words else unpacked(moved, self)
 
     def pin_memory(self) -> RaggedBatch:
         """The same batch in page-locked memory, for the data loader."""
-        return _each_tensor(self, torch.Tensor.pin_memory)
+        return unpacked(packed(self).pin_memory(), self)
 
 
-def _each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A batch, or a part of one, with every tensor in it changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, (RaggedBatch, Pass, Reads)):
-        return replace(value, **{k: _each_tensor(v, change) for k, v in vars(value).items()})
-    if isinstance(value, tuple):
-        return tuple(_each_tensor(v, change) for v in value)
-    return value
+def tensors(part: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a batch, or of a part of one, in the order of its fields."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from tensors(value)
+    elif isinstance(part, (RaggedBatch, Pass, Reads)):
+        for field in fields(part):
+            if field.name != "words":
+                yield from tensors(getattr(part, field.name))
+
+
+def packed(batch: RaggedBatch) -> torch.Tensor:
+    """(W,) int32: all tensors of a batch one behind the other."""
+    if batch.words is not None:
+        return batch.words
+    parts = list(tensors(batch))
+    words = torch.zeros(sum(_room(part) for part in parts), dtype=torch.int32, device=batch.input_ids.device)
+    start = 0
+    for part in parts:
+        words[start : start + _room(part)].view(part.dtype)[: part.numel()] = part.flatten()
+        start += _room(part)
+    return words
+
+
+def unpacked(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
+    """A batch of the same shapes whose tensors are views of `words`."""
+    start = 0
+
+    def view(part: Any) -> Any:
+        nonlocal start
+        if isinstance(part, torch.Tensor):
+            taken = words[start : start + part.numel() * part.element_size() // 4]
+            start += _room(part)
+            return taken.view(part.dtype).view(part.shape)
+        if isinstance(part, tuple):
+            return tuple(view(value) for value in part)
+        if isinstance(part, (RaggedBatch, Pass, Reads)):
+            return replace(part, **{f.name: view(getattr(part, f.name)) for f in fields(part) if f.name != "words"})
+        return part
+
+    return replace(view(like), words=words)
+
+
+def _room(part: torch.Tensor) -> int:
+    """Words a tensor takes, up to where the next one starts."""
+    return -(-part.numel() * part.element_size() // 4 // ALIGNMENT) * ALIGNMENT
 
 
 def collate(
@@ -112,19 +167,22 @@ def collate(
 
     width = width or max(lengths)
     target_rows = [_shifted(labels[b]) if labels is not None else None for b in range(len(rows))]
+    pages = [-(-n // PAGE_SIZE) for n in lengths]
+    first_pages = np.cumsum([0, *pages])
     flat, positions, padded, passes = [], [], [], []
     ends: dict[int, int] = {}  # row -> position, within the previous pass, of its last token
     stop = 0
     for j in range(max(len(s) for s in segments) - 1):
         members = [b for b, s in enumerate(segments) if j < len(s) - 1]
         start, offset = stop, 0
-        thought_at, source, index, targets, counts, unread = [], [], [], [], [], []
+        thought_at, source, index, targets, counts, unread, slots = [], [], [], [], [], [], []
         for b in members:
             low, high = segments[b][j], segments[b][j + 1]
             flat.append(rows[b][low:high])
             positions.append(position_ids[b][low:high] if position_ids is not None else np.arange(low, high))
             column = columns[b][low:high] if columns is not None else np.arange(low, high)
             padded.append(np.asarray(column) + b * width)
+            slots.append(np.arange(low, high) + first_pages[b] * PAGE_SIZE)
             if j:
                 thought_at.append(offset)
                 source.append(ends[b])
@@ -146,6 +204,12 @@ def collate(
                 stop=stop,
                 rows=tuple(members),
                 counts=tuple(counts),
+                rows_R=_int32(members),
+                row_offsets=_int32(np.cumsum([0, *counts])),
+                lengths=_int32([segments[b][j + 1] for b in members]),
+                slots=_int64(np.concatenate(slots)),
+                max_query=max(counts),
+                max_length=max(segments[b][j + 1] for b in members),
                 thought_at=_int64(thought_at),
                 source=_int64(source),
                 detachable=_int64([len(segments[b]) - 2 - j for b in members] if j else []),
@@ -154,7 +218,7 @@ def collate(
                 reads=_reads(counts, unread),
             )
         )
-    return RaggedBatch(
+    batch = RaggedBatch(
         input_ids=_int64(np.concatenate(flat)),
         position_ids=_int64(np.concatenate(positions)),
         passes=tuple(passes),
@@ -162,7 +226,10 @@ def collate(
         padded_at=_int64(np.concatenate(padded)),
         width=width,
         num_targets=sum(p.targets.numel() for p in passes),
+        page_table=_page_table(first_pages),
+        num_slots=int(first_pages[-1]) * PAGE_SIZE,
     )
+    return unpacked(packed(batch), batch)
 
 
 def from_padded(
@@ -224,7 +291,17 @@ def _reads(counts: list[int], unread: list[int]) -> Reads | None:
         return None
     starts = np.cumsum([0, *counts[:-1]])
     at = np.concatenate([start + np.arange(m, n) for start, n, m in zip(starts, counts, unread, strict=True)])
-    return Reads(_int64(at), torch.from_numpy(offsets.astype(np.int32)), int(np.diff(offsets).max()))
+    return Reads(_int64(at), _int32(offsets), int(np.diff(offsets).max()))
+
+
+def _page_table(first_pages: np.ndarray) -> torch.Tensor:
+    """(B, pages of the longest row): page after page from each row's first; what stands behind a row is not read."""
+    pages = np.arange(np.diff(first_pages).max())
+    return _int32(np.minimum(first_pages[:-1, None] + pages, first_pages[-1] - 1))
+
+
+def _int32(values: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int32))
 
 
 def _int64(values: Any) -> torch.Tensor:

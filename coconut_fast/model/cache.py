@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from coconut_fast import ops
-from coconut_fast.model.batch import Reads
-
-PAGE_SIZE = 16  # tokens
+from coconut_fast.model.batch import PAGE_SIZE, Reads
 
 
 @dataclass(frozen=True)
@@ -24,14 +22,14 @@ class Ragged:
     Passed through the Hugging Face model as the keyword `ragged`; model/attention.py is its only reader.
     """
 
-    cache: KVCache
+    cache: Storage
     rows: torch.Tensor  # (B,) int32: rows of the cache
     row_offsets: torch.Tensor  # (B + 1,) int32: where each row's tokens start in this call
     lengths: torch.Tensor  # (B,) int32: tokens in the cache, those of this call included
     slots: torch.Tensor  # (T,) int64: where this call's tokens are written
     max_query: int
     max_length: int
-    dropout_seed: int = 0
+    seeds: torch.Tensor | None = None  # (layers,) int64: of each layer's dropout; None: it has none
     rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
     reads: Reads | None = None  # what the last layer has to compute besides keys and values; None: everything
     # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the slots of the
@@ -40,100 +38,26 @@ class Ragged:
     calls: list[tuple[int, int | None]] | None = None  # where given, every call notes its layer and its window
 
 
-class KVCache:
-    """Rows of keys and values for every layer of a model.
+class Storage:
+    """Keys and values of every layer in `num_slots` slots, and in training their gradients.
 
-    num_slots: tokens it can hold (rounded up to whole pages); max_rows: rows at a time; max_length: tokens of the
-    longest row (default: all of them). Raises ValueError, and changes nothing, when it is full or a row is not its own.
+    page_table: (rows, pages) int32, which pages of slots a row has.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        *,
-        num_slots: int,
-        max_rows: int = 64,
-        max_length: int | None = None,
-        page_size: int = PAGE_SIZE,
-        device: torch.device | str = "cpu",
+        self, num_layers: int, *, num_slots: int, page_table: torch.Tensor, page_size: int = PAGE_SIZE
     ) -> None:
-        if page_size < 1:
-            raise ValueError(f"page_size: found {page_size}, expected 1 or more")
-        num_pages = -(-num_slots // page_size)
-        self.layout = ops.extension().CacheLayout(
-            num_pages=num_pages,
-            page_size=page_size,
-            max_rows=max_rows,
-            max_pages_per_row=-(-(max_length or num_slots) // page_size),
-        )
-        self.device = torch.device(device)
+        self.num_slots = num_slots
+        self.page_table = page_table
         self.page_size = page_size
-        self.num_slots = num_pages * page_size
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
-        # On a GPU the kernels read a copy of the page table at an address that never changes (graphs capture it).
-        on_cpu = self.device.type == "cpu"
-        self.page_table = self.layout.page_table if on_cpu else self.layout.page_table.to(self.device)
         # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
         self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # what _add_joined adds
         self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
-
-    def alloc(self, count: int) -> list[int]:
-        """`count` new, empty rows."""
-        return self.layout.alloc(count)
-
-    def append(
-        self,
-        rows: Sequence[int],
-        counts: Sequence[int],
-        dropout_seed: int = 0,
-        reads: Reads | None = None,
-        joined: torch.Tensor | None = None,
-    ) -> Ragged:
-        """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
-        if not len(rows):
-            raise ValueError("rows: found none, expected one or more")
-        slots = self.reserve(rows, counts)
-        index = torch.tensor(list(rows), dtype=torch.int32, device="cpu")
-        lengths = self.layout.lengths[index]
-        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32, device="cpu")
-        offsets[1:] = torch.tensor(list(counts), dtype=torch.int32, device="cpu").cumsum(0)
-        return Ragged(
-            cache=self,
-            rows=index.to(self.device, non_blocking=True),
-            row_offsets=offsets.to(self.device, non_blocking=True),
-            lengths=lengths.to(self.device, non_blocking=True),
-            slots=slots.to(self.device, non_blocking=True),
-            max_query=max(counts),
-            max_length=int(lengths.max()),
-            dropout_seed=dropout_seed,
-            reads=reads,
-            joined=joined,
-        )
-
-    def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        """Places tokens like `append`, for passes that find their slots on the device -> their slots, on the CPU."""
-        slots, copies = self.layout.append(list(rows), list(counts))
-        if len(copies):
-            self._copy_pages(copies)
-        if self.device.type != "cpu":
-            self.page_table.copy_(self.layout.page_table, non_blocking=True)
-        return slots
-
-    def fork(self, rows: Sequence[int]) -> list[int]:
-        """New rows that share the tokens of `rows` until one of them appends (copy on write)."""
-        return self.layout.fork(list(rows))
-
-    def truncate(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Rolls `rows[i]` back to its first `lengths[i]` tokens."""
-        self.layout.truncate(list(rows), list(lengths))
-
-    def free(self, rows: Sequence[int]) -> None:
-        """Gives rows and the pages only they hold back."""
-        self.layout.free(list(rows))
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The (slots, kv heads, head dim) tensors of a layer; made on its first write, shaped as `key` and `value`."""
@@ -166,6 +90,91 @@ class KVCache:
         The graph refers to the cache; if the cache went on referring to the graph neither would ever be freed.
         """
         self.order = None
+
+
+class KVCache(Storage):
+    """Rows that grow token by token, are forked, rolled back and freed.
+
+    num_slots: tokens it can hold (rounded up to whole pages); max_rows: rows at a time; max_length: tokens of the
+    longest row (default: all of them). Raises ValueError, and changes nothing, when it is full or a row is not its own.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        num_slots: int,
+        max_rows: int = 64,
+        max_length: int | None = None,
+        page_size: int = PAGE_SIZE,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size: found {page_size}, expected 1 or more")
+        num_pages = -(-num_slots // page_size)
+        self.layout = ops.extension().CacheLayout(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_rows=max_rows,
+            max_pages_per_row=-(-(max_length or num_slots) // page_size),
+        )
+        self.device = torch.device(device)
+        # On a GPU the kernels read a copy of the page table at an address that never changes (graphs capture it).
+        on_cpu = self.device.type == "cpu"
+        table = self.layout.page_table if on_cpu else self.layout.page_table.to(self.device)
+        super().__init__(num_layers, num_slots=num_pages * page_size, page_table=table, page_size=page_size)
+
+    def alloc(self, count: int) -> list[int]:
+        """`count` new, empty rows."""
+        return self.layout.alloc(count)
+
+    def append(
+        self,
+        rows: Sequence[int],
+        counts: Sequence[int],
+        seeds: torch.Tensor | None = None,
+        reads: Reads | None = None,
+    ) -> Ragged:
+        """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
+        if not len(rows):
+            raise ValueError("rows: found none, expected one or more")
+        slots = self.reserve(rows, counts)
+        index = torch.tensor(list(rows), dtype=torch.int32, device="cpu")
+        lengths = self.layout.lengths[index]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int32, device="cpu")
+        offsets[1:] = torch.tensor(list(counts), dtype=torch.int32, device="cpu").cumsum(0)
+        return Ragged(
+            cache=self,
+            rows=index.to(self.device, non_blocking=True),
+            row_offsets=offsets.to(self.device, non_blocking=True),
+            lengths=lengths.to(self.device, non_blocking=True),
+            slots=slots.to(self.device, non_blocking=True),
+            max_query=max(counts),
+            max_length=int(lengths.max()),
+            seeds=seeds,
+            reads=reads,
+        )
+
+    def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+        """Places tokens like `append`, for passes that find their slots on the device -> their slots, on the CPU."""
+        slots, copies = self.layout.append(list(rows), list(counts))
+        if len(copies):
+            self._copy_pages(copies)
+        if self.device.type != "cpu":
+            self.page_table.copy_(self.layout.page_table, non_blocking=True)
+        return slots
+
+    def fork(self, rows: Sequence[int]) -> list[int]:
+        """New rows that share the tokens of `rows` until one of them appends (copy on write)."""
+        return self.layout.fork(list(rows))
+
+    def truncate(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Rolls `rows[i]` back to its first `lengths[i]` tokens."""
+        self.layout.truncate(list(rows), list(lengths))
+
+    def free(self, rows: Sequence[int]) -> None:
+        """Gives rows and the pages only they hold back."""
+        self.layout.free(list(rows))
 
     def _copy_pages(self, copies: torch.Tensor) -> None:
         source, target = copies.to(self.device).unbind(1)

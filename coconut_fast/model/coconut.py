@@ -23,7 +23,7 @@ from transformers.activations import NewGELUActivation
 from coconut_fast import ops
 from coconut_fast.model import attention
 from coconut_fast.model.batch import RaggedBatch, check_range, from_padded
-from coconut_fast.model.cache import PAGE_SIZE, KVCache, Ragged
+from coconut_fast.model.cache import KVCache, Ragged, Storage
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
 from coconut_fast.model.last_layer import only_reads
@@ -220,21 +220,23 @@ class Coconut(nn.Module):
 
     def _passes(self, batch: RaggedBatch, loss_only: bool) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Hidden states and input embeddings of every pass, (T of the pass, D) each."""
-        cache = KVCache(
-            self.num_layers,
-            # every row in whole pages
-            num_slots=sum(-(-n // PAGE_SIZE) * PAGE_SIZE for n in batch.lengths),
-            max_rows=len(batch.lengths),
-            max_length=max(batch.lengths),
-            device=batch.input_ids.device,
-        )
-        # Drawn on the host, like the batch's plan, so that a step needs no word from the device.
-        dropout_seed = int(torch.randint(2**31, (), device="cpu")) if self.training else 0
+        device = batch.input_ids.device
+        seeds_L = None
+        if self.training:  # drawn where it is used, so that neither waits for the other and a graph draws anew
+            layers_L = torch.arange(1, self.num_layers + 1, device=device)
+            seeds_L = (torch.randint(2**31, (), device=device) + 0x9E3779B1 * layers_L) & 0x7FFFFFFF
         if self.parallel_rounds is not None:
-            refined = refine(self, batch, cache, self.parallel_rounds, dropout_seed, loss_only)
-            cache.seal()
+            growing = KVCache(
+                self.num_layers,
+                num_slots=batch.num_slots,
+                max_rows=len(batch.lengths),
+                max_length=max(batch.lengths),
+                device=device,
+            )
+            refined = refine(self, batch, growing, self.parallel_rounds, seeds_L, loss_only)
+            growing.seal()
             return refined
-        rows = cache.alloc(len(batch.lengths))
+        cache = Storage(self.num_layers, num_slots=batch.num_slots, page_table=batch.page_table)
         # Cut by `split`, whose backward is one concatenation; that of a slice is a whole (T, D) of zeros, pass by pass.
         pieces = self.embed(batch.input_ids).split([p.stop - p.start for p in batch.passes])
         hidden: list[torch.Tensor] = []
@@ -245,9 +247,18 @@ class Coconut(nn.Module):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
-            joined_B = first_B[list(p.rows)] if 1 <= i <= num_joined else None
-            reads = p.reads if loss_only else None
-            ragged = cache.append([rows[b] for b in p.rows], p.counts, dropout_seed, reads, joined_B)
+            ragged = Ragged(
+                cache=cache,
+                rows=p.rows_R,
+                row_offsets=p.row_offsets,
+                lengths=p.lengths,
+                slots=p.slots,
+                max_query=p.max_query,
+                max_length=p.max_length,
+                seeds=seeds_L,
+                reads=p.reads if loss_only else None,
+                joined=first_B[list(p.rows)] if 1 <= i <= num_joined else None,
+            )
             embeds.append(x_TD)
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
         cache.seal()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def refine(
-    model: Coconut, batch: RaggedBatch, cache: KVCache, rounds: int, dropout_seed: int, loss_only: bool
+    model: Coconut, batch: RaggedBatch, cache: KVCache, rounds: int, seeds: torch.Tensor | None, loss_only: bool
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Hidden states and input embeddings of every pass of `batch`, as sequential thinking returns them.
 
@@ -31,7 +31,7 @@ def refine(
     rows = cache.alloc(len(batch.lengths))
     embeds_TD = model.embed(batch.input_ids)
     first = batch.passes[0]
-    ragged = cache.append([rows[b] for b in first.rows], first.counts, dropout_seed, first.reads if loss_only else None)
+    ragged = cache.append([rows[b] for b in first.rows], first.counts, seeds, first.reads if loss_only else None)
     start_hidden = model.body(embeds_TD[: first.stop], batch.position_ids[: first.stop], ragged)
     if len(batch.passes) == 1:
         return (start_hidden,), (embeds_TD,)
@@ -40,7 +40,7 @@ def refine(
     tail = plan.tail.to(device)
     thought_at, fed_by, in_span = plan.thought_at.to(device), plan.fed_by.to(device), plan.in_span.to(device)
     is_first = plan.is_first.to(device)[:, None]
-    whole = cache.append([rows[b] for b in plan.rows], plan.counts, dropout_seed)
+    whole = cache.append([rows[b] for b in plan.rows], plan.counts, seeds)
     whole = replace(whole, rewritten=True)
     lengths = whole.lengths - torch.tensor(plan.counts, dtype=torch.int32, device=device)
     spans = torch.tensor(plan.spans, dtype=torch.int32, device=device)
