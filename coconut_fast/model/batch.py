@@ -215,7 +215,7 @@ def collate(
                 detachable=_int64([len(segments[b]) - 2 - j for b in members] if j else []),
                 loss_index=_int64(np.concatenate(index) if index else []),
                 targets=_int64(np.concatenate(targets) if targets else []),
-                reads=_reads(counts, unread),
+                reads=make_reads(counts, unread),
             )
         )
     batch = RaggedBatch(
@@ -284,7 +284,7 @@ def _shifted(labels: Sequence[int]) -> np.ndarray:
     return np.append(np.asarray(labels, dtype=np.int64)[1:], IGNORE)
 
 
-def _reads(counts: list[int], unread: list[int]) -> Reads | None:
+def make_reads(counts: list[int], unread: list[int]) -> Reads | None:
     """Of rows with so many tokens each, of which the first so many are unread."""
     offsets = np.cumsum([0, *(n - m for n, m in zip(counts, unread, strict=True))])
     if not 0 < 2 * offsets[-1] <= sum(counts):

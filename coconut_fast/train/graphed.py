@@ -1,0 +1,134 @@
+"""A training step, forward and backward, as CUDA graphs: the host launches one thing where it launched thousands.
+
+GPT-2's step of 128 rows has some 5,000 kernels in 56 ms of device time, and Python takes 240 ms to launch them. Batches
+come in few shapes (train/buckets.py). The first batch of a shape runs launch by launch, on the stream that is captured
+later, which compiles its kernels; the second is captured, and from then on the shape replays. What a step reads stands
+at addresses that stay: the batch's one buffer and the number of items are copied there, weights are where they are, and
+random numbers come from the generator's state at the time of the replay. It adds to the gradients' buffers, which stay
+too, so that several batches add up as without graphs; the optimizer's step is not part of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coconut_fast.infer.capture import aside, captured
+from coconut_fast.model.batch import RaggedBatch, packed, unpacked
+from coconut_fast.train.buckets import signature
+
+MAX_SHAPES = 128  # of a curriculum's stage there are 20 to 60; all share one pool of memory
+
+Step = Callable[[RaggedBatch, Tensor], tuple[Tensor | None, ...]]
+
+
+class GraphedStep:
+    """`step(batch, num_items)`, which ends with `backward()` into `parameters`, replayed where its shape was seen.
+
+    step: gets a batch on the device and a () int64 tensor, and returns tensors without a graph; those of a replay are
+    overwritten by the next one of the same shape. It must not look at the device. A step that cannot be captured runs
+    as it is, after one warning.
+    captures: how many shapes were captured; trouble: why no more are.
+    """
+
+    def __init__(self, step: Step, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self.step = step
+        self.parameters = list(parameters)
+        self.device = device
+        self.shapes: OrderedDict[tuple, _Shape] = OrderedDict()
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.captures = 0
+        self.trouble: str | None = None
+
+    def __call__(self, batch: RaggedBatch, num_items: int | Tensor) -> tuple[Tensor | None, ...]:
+        """The step for a batch on the CPU."""
+        key = signature(batch)
+        shape = self.shapes.get(key)
+        if shape is None:
+            if len(self.shapes) == MAX_SHAPES:
+                self.shapes.popitem(last=False)
+            shape = self.shapes[key] = _Shape.like(batch, self.device)
+        self.shapes.move_to_end(key)
+        shape.words.copy_(packed(batch), non_blocking=True)
+        shape.num_items.copy_(num_items) if isinstance(num_items, Tensor) else shape.num_items.fill_(num_items)
+        if shape.replay is None and shape.reached is not None and self.trouble is None:
+            self._capture(shape)
+        if shape.replay is None:
+            return self._launch(shape)
+        self._attach(shape.reached)
+        shape.replay()
+        return shape.outputs
+
+    def _launch(self, shape: _Shape) -> tuple[Tensor | None, ...]:
+        """Runs the step launch by launch, and notes the parameters that it gives gradients to."""
+        before = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        with aside(self.device):
+            outputs = self.step(shape.batch, shape.num_items)
+        shape.reached = [p for p in self.parameters if p.grad is not None]
+        for p, grad in zip(self.parameters, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        return outputs
+
+    def _capture(self, shape: _Shape) -> None:
+        self._attach(shape.reached)
+
+        def launches() -> None:
+            shape.outputs = self.step(shape.batch, shape.num_items)
+
+        try:
+            with aside(self.device) as stream:
+                shape.replay = launches if stream is None else captured(launches, stream, self.pool)
+            self.captures += 1
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+    def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Makes the buffers that graphs add to these parameters' gradients, with the values they have."""
+        fresh = []
+        for p in parameters:
+            buffer = self.gradients.get(p)
+            if buffer is None:
+                buffer = self.gradients[p] = torch.zeros_like(p)
+            elif p.grad is None:
+                fresh.append(buffer)
+            if p.grad is not None and p.grad is not buffer:
+                buffer.copy_(p.grad)
+            p.grad = buffer
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+    def _give_up(self, reason: str) -> None:
+        self.trouble = f"a training step could not be captured, all run launch by launch: {reason}"
+        warnings.warn(self.trouble, stacklevel=4)
+        for shape in self.shapes.values():
+            shape.replay, shape.outputs = None, ()
+        if self.device.type == "cuda":  # whose generator waits for the end of a capture that broke off
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
+
+
+@dataclass
+class _Shape:
+    """What the steps of one shape read and write."""
+
+    words: Tensor
+    batch: RaggedBatch  # views of the words
+    num_items: Tensor
+    outputs: tuple[Tensor | None, ...] = ()
+    reached: list[nn.Parameter] | None = None  # which get gradients; None: no step has been
+    replay: Callable[[], None] | None = None
+
+    @classmethod
+    def like(cls, batch: RaggedBatch, device: torch.device) -> _Shape:
+        words = torch.empty_like(packed(batch), device=device)
+        num_items = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(words, unpacked(words, batch), num_items)
