@@ -6,6 +6,7 @@ thought, loss on the labelled positions only). bfloat16 is autocast over fp32 we
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
@@ -22,7 +23,9 @@ from coconut_fast import Coconut, ops
 from coconut_fast.kernels import matmul
 from coconut_fast.model import batch as ragged_batch
 from coconut_fast.model import deferred, weight
-from coconut_fast.model.batch import collate
+from coconut_fast.model.batch import RaggedBatch, collate
+from coconut_fast.train.buckets import bucketed
+from coconut_fast.train.graphed import GraphedStep
 
 
 def plain_gelu(model: Coconut) -> None:
@@ -69,6 +72,7 @@ SAVINGS = {
 def main() -> None:
     job = json.load(sys.stdin)
     device = DEVICE
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=job["dtype"] == "bfloat16")
     vocab = make_hf(job["shape"], layers=1).config.vocab_size
     rows, labels = make_rows(vocab, job["rows"], job["length"], job["thoughts"], job["labelled"])
     if job["who"] == "ours":
@@ -77,28 +81,39 @@ def main() -> None:
         model.parallel_rounds = job.get("parallel_rounds")
         if job.get("without"):
             SAVINGS[job["without"]](model)
-        batch = collate(rows, model.tokens.thought, labels).to(device)
 
-        def loss() -> torch.Tensor:
-            return model(batch=batch, loss_only=True).loss
+        def forward_backward(batch: RaggedBatch, num_items: torch.Tensor | int) -> tuple[torch.Tensor]:
+            with autocast():
+                value = model(batch=batch, num_items=num_items, loss_only=True).loss
+            value.backward()
+            return (value.detach(),)
+
+        if device == "cpu" or model.parallel_rounds is not None:
+            batch = collate(rows, model.tokens.thought, labels).to(device)
+            step = functools.partial(forward_backward, batch, batch.num_targets)
+        else:  # as the trainer does, with a batch that comes from the host every time
+            batch = bucketed(rows, model.tokens.thought, labels, idle_id=0).pin_memory()
+            graphed = GraphedStep(forward_backward, model.parameters(), torch.device(device))
+            step = functools.partial(graphed, batch, batch.num_targets)
 
     else:
         model = make_hf(job["shape"]).to(device).train()
         ids, targets = torch.tensor(rows, device=device), torch.tensor(labels, device=device)
         keep = job["labelled"] + 1
 
-        def loss() -> torch.Tensor:
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
-            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, -keep + 1 :].flatten())
+        def step() -> tuple[torch.Tensor]:
+            with autocast():
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+                wanted = targets[:, -keep + 1 :].flatten()
+                value = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted)
+            value.backward()
+            return (value.detach(),)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     seconds, losses = [], []
     for _ in range(job.get("rounds", 5)):
         start = finished(device)
-        with torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
-            value = loss()
-        value.backward()
-        value = value.detach()  # as a trainer does, so that the next step finds no memory of this one in use
+        (value,) = step()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(finished(device) - start)

@@ -107,6 +107,29 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert_equal(results[0], results[1], 1e-11)
 
 
+@pytest.mark.parametrize(("accumulation", "uniform"), [(1, 0.0), (4, 0.3)])
+def test_graphed_steps_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, uniform: float
+) -> None:
+    """In buckets and by replay, as on a GPU; what is logged says nothing of the tokens between the rows."""
+    results, records = [], []
+    mixed = {"pad_latent_to_max": False, "uniform_prob": uniform, "logging_steps": 1}
+    size = {"batch_size_training": 16 // accumulation, "gradient_accumulation_steps": accumulation}
+    for graphed in (False, True):
+        if graphed:
+            monkeypatch.setattr(CoconutTrainer, "_fits_graphs", lambda trainer: True)
+        trainer = make_trainer(tmp_path, torch.float64, **{**EXACT, **mixed, **size, "num_epochs": 8})
+        trainer.train()
+        results.append(weights(trainer))
+        records.append([(r["loss"], r.get("thought_norm", 0.0)) for r in trainer.state.log_history if "loss" in r])
+        assert (trainer.graphed is not None) == graphed
+    assert trainer.graphed.captures
+    assert_equal(*results, 1e-11)
+    assert any(norm for _, norm in records[0])
+    for plain, replayed in zip(*records, strict=True):
+        assert replayed == pytest.approx(plain, rel=1e-6)
+
+
 def test_optimizer_is_reset_at_stage_switches(tmp_path: Path) -> None:
     def steps_since_reset(**changes: Any) -> int:
         trainer = make_trainer(tmp_path, **{**EXACT, "epochs_per_stage": 2, "num_epochs": 4, **changes})

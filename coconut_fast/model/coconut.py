@@ -242,7 +242,7 @@ class Coconut(nn.Module):
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []
         num_joined = attention.num_joined(batch, loss_only)
-        first_B = torch.tensor(batch.passes[0].counts, dtype=torch.int32, device="cpu")
+        first_B = batch.passes[0].lengths  # which has all rows
         for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
@@ -257,7 +257,7 @@ class Coconut(nn.Module):
                 max_length=p.max_length,
                 seeds=seeds_L,
                 reads=p.reads if loss_only else None,
-                joined=first_B[list(p.rows)] if 1 <= i <= num_joined else None,
+                joined=first_B[p.rows_R] if 1 <= i <= num_joined else None,
             )
             embeds.append(x_TD)
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))

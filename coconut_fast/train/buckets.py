@@ -28,7 +28,7 @@ ROWS_A_FILLER = 8
 def bucketed(
     ids: Sequence[Sequence[int]], thought_id: int, labels: Sequence[Sequence[int]], idle_id: int
 ) -> RaggedBatch:
-    """`collate` of the rows with tokens around them, `idle_id` and thoughts, that change its shapes and nothing else."""
+    """`collate` of the rows with thoughts and `idle_id` around them, which change its shapes and nothing else."""
     plan = _Plan(ids, thought_id, labels)
     tails = plan.tails(idle_id, thought_id)
     idle = [[idle_id] * size for size in plan.sizes]

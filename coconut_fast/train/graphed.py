@@ -52,6 +52,8 @@ class GraphedStep:
         shape = self.shapes.get(key)
         if shape is None:
             if len(self.shapes) == MAX_SHAPES:
+                if self.pool is not None:
+                    torch.cuda.synchronize(self.device)  # the graph that goes may be running
                 self.shapes.popitem(last=False)
             shape = self.shapes[key] = _Shape.like(batch, self.device)
         self.shapes.move_to_end(key)
@@ -59,37 +61,54 @@ class GraphedStep:
         shape.num_items.copy_(num_items) if isinstance(num_items, Tensor) else shape.num_items.fill_(num_items)
         if shape.replay is None and shape.reached is not None and self.trouble is None:
             self._capture(shape)
-        if shape.replay is None:
+        if shape.replay is not None:
+            self._attach(shape.reached or ())
+            shape.replay()
+            return shape.outputs
+        try:
             return self._launch(shape)
-        self._attach(shape.reached)
-        shape.replay()
-        return shape.outputs
+        except torch.OutOfMemoryError as error:
+            if self.trouble is not None or not self.captures:
+                raise
+            self._give_up(error)  # what graphs hold may be what is missing
+        return self._launch(shape)
 
     def _launch(self, shape: _Shape) -> tuple[Tensor | None, ...]:
         """Runs the step launch by launch, and notes the parameters that it gives gradients to."""
         before = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        with aside(self.device):
-            outputs = self.step(shape.batch, shape.num_items)
-        shape.reached = [p for p in self.parameters if p.grad is not None]
-        for p, grad in zip(self.parameters, before, strict=True):
-            if grad is not None:
-                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        try:
+            for p in self.parameters:
+                p.grad = None
+            with aside(self.device):
+                outputs = self.step(shape.batch, shape.num_items)
+            shape.reached = [p for p in self.parameters if p.grad is not None]
+            new = [p.grad for p in self.parameters]
+        finally:
+            for p, grad in zip(self.parameters, before, strict=True):
+                p.grad = grad
+        for p, grad in zip(self.parameters, new, strict=True):
+            if p.grad is None:
+                p.grad = grad
+            elif grad is not None:
+                p.grad.add_(grad)
         return outputs
 
     def _capture(self, shape: _Shape) -> None:
-        self._attach(shape.reached)
+        self._attach(shape.reached or ())
+        try:
+            shape.replay = self._record(shape)
+            self.captures += 1
+        except Exception as error:
+            self._give_up(error)
+
+    def _record(self, shape: _Shape) -> Callable[[], None]:
+        """What repeats the step."""
 
         def launches() -> None:
             shape.outputs = self.step(shape.batch, shape.num_items)
 
-        try:
-            with aside(self.device) as stream:
-                shape.replay = launches if stream is None else captured(launches, stream, self.pool)
-            self.captures += 1
-        except Exception as error:
-            self._give_up(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        with aside(self.device) as stream:
+            return launches if stream is None else captured(launches, stream, self.pool)
 
     def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes the buffers that graphs add to these parameters' gradients, with the values they have."""
@@ -106,14 +125,17 @@ class GraphedStep:
         if fresh:
             torch._foreach_zero_(fresh)
 
-    def _give_up(self, reason: str) -> None:
-        self.trouble = f"a training step could not be captured, all run launch by launch: {reason}"
+    def _give_up(self, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self.trouble = f"training steps are not captured as graphs, but run launch by launch: {reason}"
         warnings.warn(self.trouble, stacklevel=4)
         for shape in self.shapes.values():
             shape.replay, shape.outputs = None, ()
-        if self.device.type == "cuda":  # whose generator waits for the end of a capture that broke off
+        if self.device.type == "cuda":  # whose generator may wait for the end of a capture that broke off
+            torch.cuda.synchronize(self.device)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
+            generator.graphsafe_set_state(generator.clone_state())
+            torch.cuda.empty_cache()
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE, LatentTokens
+from coconut_fast.train.buckets import bucketed
 from coconut_fast.train.problems import DataSet
 
 Key = tuple[int, int, int]  # problem, epoch, stage
@@ -77,10 +78,11 @@ class StageRows(Dataset):
 
 
 class Collate:
-    """Rows -> {"batch": RaggedBatch, "rows": what it was made of}."""
+    """Rows -> {"batch": RaggedBatch, "rows": what it was made of}; in_buckets: of few shapes (train/buckets.py)."""
 
-    def __init__(self, tokens: LatentTokens) -> None:
+    def __init__(self, tokens: LatentTokens, in_buckets: bool = False) -> None:
         self.thought_id = tokens.thought
+        self.in_buckets = in_buckets
         self.idle_id = tokens.eos or 0
 
     def __call__(self, rows: Sequence[Row], passes: int = 0) -> dict[str, Any]:
@@ -93,4 +95,6 @@ class Collate:
         if not rows or 1 + max(row.count(self.thought_id) for row in ids) < passes:
             idle = [self.idle_id] + [self.thought_id] * (passes - 1)
             ids, labels = [*ids, idle], [*labels, [IGNORE] * len(idle)]
+        if self.in_buckets:
+            return {"batch": bucketed(ids, self.thought_id, labels, self.idle_id), "rows": rows}
         return {"batch": collate(ids, self.thought_id, labels=labels), "rows": rows}

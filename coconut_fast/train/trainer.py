@@ -8,6 +8,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
     evaluation by batched generation
     checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
     steps with a non-finite loss or gradient skipped on the device, counted, and ended after too many
+    forward and backward replayed as CUDA graphs on a single GPU (train/graphed.py)
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from coconut_fast import ops
 from coconut_fast.files import write_json
 from coconut_fast.infer import keep
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.checkpoints import load, write
-from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.coconut import Coconut, CoconutOutput
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.graphed import GraphedStep
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import Report
@@ -99,7 +102,11 @@ class CoconutTrainer(Trainer):
             seed=settings.seed,
             epoch_size=settings.epoch_size,
         )
-        self.collate = Collate(model.tokens)
+        self.running: torch.nn.Module = model  # as the step in progress was given it
+        self.graphed = None
+        if self._fits_graphs():
+            self.graphed = GraphedStep(self._forward_backward, model.parameters(), self.args.device)
+        self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
         self.step_rows: list[Any] = []  # the rows of the step in progress
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
         self.skipped = torch.zeros((), device=self.args.device)
@@ -115,6 +122,13 @@ class CoconutTrainer(Trainer):
             # On a CPU accelerate would go on in fp32 without a word.
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
+
+    def _fits_graphs(self) -> bool:
+        """Whether a step can be one graph: it talks to no other process, and asks the device for nothing on its way."""
+        checkpointed = any(getattr(self.args, f"{what}_checkpointing", False) for what in ("gradient", "activation"))
+        between = self.settings.precision == "fp16" or self.args.torch_empty_cache_steps is not None
+        alone = self.args.device.type == "cuda" and self.args.n_gpu == self.args.world_size == 1
+        return alone and not checkpointed and not between and self.settings.parallel_rounds is None
 
     # ---- data
 
@@ -134,7 +148,7 @@ class CoconutTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.step_rows = [row for batch in batches for row in batch["rows"]]
         self.counted["rows"] += len(self.step_rows) * self.args.world_size
-        self.counted["tokens"] += sum(sum(batch["batch"].lengths) for batch in batches) * self.args.world_size
+        self.counted["tokens"] += sum(len(ids) for _, ids, _ in self.step_rows) * self.args.world_size
         labelled: int | torch.Tensor = sum(batch["batch"].num_targets for batch in batches)
         if self.args.world_size > 1:
             labelled = torch.tensor(labelled, device=device)
@@ -156,21 +170,39 @@ class CoconutTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         output = model(batch=inputs["batch"], num_items=num_items_in_batch, loss_only=True)
-        # Data parallelism averages the gradients of processes; the sum is what is wanted. An idle row has no loss, but
-        # its passes need a backward as well.
-        loss = output.hidden_TD[-1].sum() * 0.0
-        if output.loss is not None:
-            loss = loss + output.loss * self.args.world_size
-        if (self.state.global_step + 1) % self.args.logging_steps == 0:
-            fed = [h[p.source] for h, p in zip(output.hidden_TD, output.batch.passes[1:], strict=False)]
-            if fed:
-                self.thought_norm = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1).mean()
+        loss = output.loss
+        if loss is None or self.args.world_size > 1:
+            # Data parallelism averages the gradients of processes; the sum is what is wanted. An idle row has no loss,
+            # but its passes need a backward as well.
+            idle = output.hidden_TD[-1].sum() * 0.0
+            loss = idle if loss is None else idle + loss * self.args.world_size
+        if self.graphed is not None or self._logs_now():
+            self.thought_norm = _thought_norm(output)
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.graphed is not None and inputs["batch"].num_targets:
+            self.running = model
+            assert num_items_in_batch is not None
+            loss, norm = self.graphed(inputs["batch"], num_items_in_batch)
+            assert loss is not None
+            self.thought_norm = norm.clone() if norm is not None and self._logs_now() else None
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.run.loss_is_finite = self.run.loss_is_finite & torch.isfinite(loss)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # a skipped step must not spoil the mean
+
+    def _forward_backward(
+        self, batch: RaggedBatch, num_items: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss and thought norm; what a graph is made of."""
+        self.thought_norm = None
+        return super().training_step(self.running, {"batch": batch}, num_items), self.thought_norm
+
+    def _logs_now(self) -> bool:
+        return (self.state.global_step + 1) % self.args.logging_steps == 0
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -191,7 +223,7 @@ class CoconutTrainer(Trainer):
         if self.accelerator.scaler is None:  # with a scaler (fp16) it is the scaler who skips
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             inner.found_inf = bad
-        looks = self.args.device.type == "cpu" or (self.state.global_step + 1) % self.args.logging_steps == 0
+        looks = self.args.device.type == "cpu" or self._logs_now()
         if looks and self.streak >= self.settings.max_nonfinite:
             raise NonFiniteError(self._non_finite_message())
 
@@ -376,3 +408,14 @@ class CoconutTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         sharding.load_whole(self.accelerator.unwrap_model(self.model), load(resume_from_checkpoint).state_dict())
+
+
+def _thought_norm(output: CoconutOutput) -> torch.Tensor | None:
+    """Mean norm of the hidden states that were fed back, in their rows' own thoughts."""
+    passes = output.batch.passes
+    fed = [h[p.source] for h, p in zip(output.hidden_TD, passes[1:], strict=False)]
+    if not fed:
+        return None
+    own = torch.cat([p.detachable for p in passes]) >= 0  # the first pass has none
+    norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
+    return norms.where(own, 0.0).sum() / own.sum()
