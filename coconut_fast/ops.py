@@ -32,6 +32,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lm_head_sample": ("triton", "torch"),
     "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),
+    "cross_entropy": ("triton", "torch"),
+    "cross_entropy_backward": ("triton", "torch"),
     "matmul": ("onednn", "torch"),
     "pack_matrix": ("cpu", "torch"),
     "packed_matmul": ("cpu", "torch"),

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
     accept_tokens_ref,
+    cross_entropy_backward_ref,
+    cross_entropy_ref,
     few_rows_matmul_ref,
     gated_mlp_ref,
     gelu_backward_ref,

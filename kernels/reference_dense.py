@@ -145,6 +145,60 @@ def weight_gradient_ref(
     return product if into is None else into.add_(product)
 
 
+# ---- cross_entropy ---------------------------------------------------------------------------------------------------
+
+
+def _scores(logits: Tensor, vocabulary: int, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    scores = _work(logits[:, :vocabulary])
+    scores = scale * (scores if bias is None else scores + bias.to(scores.dtype))
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def cross_entropy_ref(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """losses (N,) and statistics (N, 2) of logits (N, W), of which columns from `vocabulary` on are not read.
+
+    With l = scale (logits + bias), softcap tanh(l / softcap) where set: statistics are top = max l and
+    log = ln sum exp(l - top), a loss is log - (l[target] - top), and 0 where the target, int64 (N,), is -100.
+    """
+    scores = _scores(logits, vocabulary, bias, scale, softcap)
+    top = scores.amax(-1, keepdim=True)
+    log = torch.logsumexp(scores - top, -1, keepdim=True)
+    losses = log - (scores - top).gather(1, targets.clamp_min(0)[:, None])
+    return torch.where(targets >= 0, losses[:, 0], 0.0), torch.cat([top, log], -1)
+
+
+def cross_entropy_backward_ref(
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    *,
+    vocabulary: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """Writes over the logits the derivative of grad () times the sum of the losses; 0 in columns from `vocabulary` on.
+
+    scale slope (exp(l - top - log) - onehot(target)) grad, slope = 1 - (l / softcap)^2 with a softcap, else 1.
+    """
+    scores = _scores(logits, vocabulary, bias, scale, softcap)
+    slope = 1 - (scores / softcap).square() if softcap else 1.0
+    shares = torch.exp(scores - statistics[:, :1] - statistics[:, 1:])
+    shares[torch.arange(len(targets), device=targets.device), targets.clamp_min(0)] -= 1.0
+    shares = torch.where(targets[:, None] >= 0, shares * slope * (grad * scale), 0.0)
+    logits[:, :vocabulary] = shares.to(logits.dtype)
+    logits[:, vocabulary:] = 0.0
+
+
 # ---- skinny_linear ---------------------------------------------------------------------------------------------------
 
 

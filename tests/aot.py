@@ -198,6 +198,8 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from coconut_fast.kernels import (
         accept_tokens,
+        cross_entropy,
+        cross_entropy_backward,
         gated_mlp,
         latent_feedback,
         lm_head_sample,
@@ -218,6 +220,20 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             one, many = empty(1, dim, dtype=torch.float32), empty(8, dim, dtype=dtype)
             norm = {"weight": weight, "bias": bias, "norm": kind}
             numbers = empty(8, dtype=torch.float64)
+            logits, targets = empty(8, -(-vocabulary // 64) * 64, dtype=dtype), indices(8, dtype=torch.int64)
+            for softcap in (0.0, 30.0) if gpt2 else (0.0,):
+                options = {"vocabulary": vocabulary, "softcap": softcap}
+                yield (
+                    f"cross_entropy/{label}/{softcap}",
+                    lambda x=logits, t=targets, o=options: cross_entropy._launch(x, t, **o),
+                )
+                kept = empty(8, 2, dtype=torch.float32)
+                yield (
+                    f"cross_entropy_backward/{label}/{softcap}",
+                    lambda x=logits, t=targets, k=kept, o=options: cross_entropy_backward._launch(
+                        x, t, k, k[0, 0], **o
+                    ),
+                )
             positions, counts = indices(8, dtype=torch.int64), indices(8)
             yield (
                 f"latent_feedback/{label}",
