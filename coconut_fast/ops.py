@@ -24,6 +24,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "ragged_attention": ("triton", "cpu", "torch"),
     "ragged_attention_backward": ("triton", "cpu", "torch"),
     "kv_append": ("triton", "cpu", "torch"),
+    "kv_gather": ("triton", "torch"),
     "decode_attention": ("triton", "torch"),
     "latent_feedback": ("triton", "torch"),
     "residual_norm": ("triton", "torch"),

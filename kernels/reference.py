@@ -104,6 +104,14 @@ def kv_append_ref(
         query.copy_(_turn(query, positions, cos, sin, query_norm, eps))
 
 
+# ---- kv_gather -------------------------------------------------------------------------------------------------------
+
+
+def kv_gather_ref(keys: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """keys[slots] and values[slots] in a dtype: keys (S, Hkv, K), values (S, Hkv, Kv), slots int64 (T,)."""
+    return keys.index_select(0, slots).to(dtype), values.index_select(0, slots).to(dtype)
+
+
 # ---- ragged_attention ------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +231,8 @@ def ragged_attention_backward_ref(
         delta = dout.out,   ds_j = w_j (f_j dout.v_j - delta) * ds_j/d(scaling q.k_j)
         dq = scaling sum_j ds_j k_j,   dk_j += scaling ds_j q,   dv_j += f_j w_j dout
 
-    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are. On the CPU only, where
-    model/attention.py adds them in another call.
+    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are: model/attention.py adds them in
+    another call.
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, kv_heads = query.shape[1], keys.shape[1]

@@ -148,7 +148,13 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from coconut_fast.kernels import decode_attention, kv_append, ragged_attention, ragged_attention_backward
+    from coconut_fast.kernels import (
+        decode_attention,
+        kv_append,
+        kv_gather,
+        ragged_attention,
+        ragged_attention_backward,
+    )
 
     for name, (heads, kv_heads, head_dim, *_) in ATTENTION_SHAPES.items():
         for dtype in DTYPES[name]:
@@ -193,6 +199,20 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         q, q, *s, q, n, *t, *g, **o
                     ),
                 )
+            one, lse = empty(8, heads, head_dim, dtype=dtype), empty(8, heads, dtype=torch.float32)
+            layout = (indices(64, 64), indices(8), indices(9), indices(8))
+            options = {"page_size": 16, "scaling": 0.125, "max_query": 1, "max_length": 1024, "grads_from": layout[3]}
+            if heads == kv_heads:
+                yield (
+                    f"ragged_attention_backward/{label}/one",
+                    lambda q=one, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
+                        q, q, *s, q, n, *t, *g, **o
+                    ),
+                )
+            yield (
+                f"kv_gather/{label}",
+                lambda p=places, g=grads, t=dtype: kv_gather._launch(*g, p, t),
+            )
 
 
 def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

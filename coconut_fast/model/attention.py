@@ -162,8 +162,7 @@ class _CachedAttention(torch.autograd.Function):
             # Without their graph, which holds the cache: where no first pass clears the list, both would stay forever.
             of = (torch.zeros_like(output) if grad_output is None else grad_output, query, output, lse)
             waiting.append((ragged.rows, ragged.joined, *(x.detach() for x in of)))
-        grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
-        grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
+        grad_key, grad_value = ops.kv_gather(grad_keys, grad_values, ragged.slots, query.dtype)
         if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
             grad_keys[ragged.slots] = 0
             grad_values[ragged.slots] = 0
