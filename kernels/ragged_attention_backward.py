@@ -8,8 +8,8 @@ With the weights w recomputed from lse, f the dropout factors, and s, keep, scal
 Shapes: grad_out and out (T, H, Kv), query (T, H, K), lse (T, H); keys, grad_keys (S, Hkv, K); values, grad_values
 (S, Hkv, Kv). One launch for dq (it leaves delta), one for dk and dv: each program owns BLOCK_N positions of one row and
 kv head, runs over their queries in order, and adds its sums to the buffers once. No atomics: the result is the same
-bits every time, and rows of one call must not share pages. One query in every row and a kv head for each query head: one
-launch for all three, which reads keys and values once.
+bits every time, and rows of one call must not share pages. One query in every row and a kv head for each query head:
+one launch for all three, which reads keys and values once.
 10 T H L K flops (half under the causal mask), bound by the tensor cores for prompts. For a few queries bound by memory:
 the buffers' bytes are read and written once a call (16 bytes a position, head and component), in 128-bit accesses.
 Registers at most 255; heads wider than 64 may spill some words.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
     accept_tokens_ref,
+    column_sums_ref,
     cross_entropy_backward_ref,
     cross_entropy_ref,
     few_rows_matmul_ref,
@@ -22,6 +23,8 @@ from .reference_dense import (  # noqa: F401 (the ops without a cache; one impor
     gelu_backward_ref,
     gelu_ref,
     latent_feedback_ref,
+    layer_norm_backward_ref,
+    layer_norm_ref,
     lm_head_sample_ref,
     matmul_ref,
     pack_matrix_ref,

@@ -44,6 +44,48 @@ def residual_norm_ref(
     return normed, total.to(x.dtype if residual is None else residual.dtype)
 
 
+# ---- layer_norm ------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x (N, D) in x's dtype, the same in `dtype`, and (mean, 1 / deviation) of each row (N, 2)."""
+    work = _work(x)
+    mean = work.mean(-1, keepdim=True)
+    scale = torch.rsqrt((work - mean).square().mean(-1, keepdim=True) + eps)
+    y = (work - mean) * scale * weight.to(work.dtype)
+    y = y if bias is None else y + bias.to(work.dtype)
+    return y.to(x.dtype), y.to(dtype), torch.cat([mean, scale], -1)
+
+
+def layer_norm_backward_ref(
+    grad_normed: Tensor | None, grad_rounded: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, sums: Tensor
+) -> Tensor:
+    """The gradient of x from those of layer_norm's two results (None: zero), in x's dtype.
+
+    sums (P, 2, D): the gradients of weight and bias are added to sums[:, 0] and sums[:, 1], of each P-th of the rows
+    (rounded up) to one entry.
+    """
+    g = sum(_work(grad) for grad in (grad_normed, grad_rounded) if grad is not None)
+    assert isinstance(g, Tensor), "a gradient of at least one result"
+    mean, scale = statistics.to(g.dtype).unsqueeze(-1).unbind(1)
+    xhat, dy = (_work(x) - mean) * scale, g * weight.to(g.dtype)
+    parts = [part.split(max(1, -(-len(x) // len(sums)))) for part in (g * xhat, g)]
+    for i, (of_weight, of_bias) in enumerate(zip(*parts, strict=True)):
+        sums[i] += torch.stack([of_weight.sum(0), of_bias.sum(0)])
+    return (scale * (dy - dy.mean(-1, keepdim=True) - xhat * (dy * xhat).mean(-1, keepdim=True))).to(x.dtype)
+
+
+# ---- column_sums -----------------------------------------------------------------------------------------------------
+
+
+def column_sums_ref(x: Tensor, sums: Tensor) -> None:
+    """Adds to sums (P, F) the columns of x (N, F), each P-th of the rows (rounded up) to one entry."""
+    for i, part in enumerate(x.split(max(1, -(-len(x) // len(sums))))):
+        sums[i] += part.to(sums.dtype).sum(0)
+
+
 # ---- gated_mlp -------------------------------------------------------------------------------------------------------
 
 

@@ -218,10 +218,13 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from coconut_fast.kernels import (
         accept_tokens,
+        column_sums,
         cross_entropy,
         cross_entropy_backward,
         gated_mlp,
         latent_feedback,
+        layer_norm,
+        layer_norm_backward,
         lm_head_sample,
         residual_norm,
         skinny_linear,
@@ -281,6 +284,21 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 lambda a=activation, w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation=a),
             )
             if gpt2:
+                stream, partial = empty(8, dim, dtype=torch.float32), empty(64, 2, dim, dtype=torch.float32)
+                gain = empty(dim, dtype=torch.float32)
+                yield (
+                    f"layer_norm/{label}",
+                    lambda x=stream, g=gain, t=dtype: layer_norm._launch(x, g, g, eps=1e-5, dtype=t),
+                )
+                for normed in (None, stream):
+                    yield (
+                        f"layer_norm_backward/{label}/{normed is None}",
+                        lambda n=normed, r=many, x=stream, g=gain, s=partial: layer_norm_backward._launch(
+                            n, r, x, g, s[0, :, :2].new_empty(8, 2), s
+                        ),
+                    )
+                sums = empty(64, dim, dtype=torch.float32)
+                yield f"column_sums/{label}", lambda x=many, s=sums: column_sums._launch(x, s)
                 yield (
                     f"gated_mlp/{label}/gelu",
                     lambda w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation="gelu"),

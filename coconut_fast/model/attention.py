@@ -29,6 +29,7 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import KVCache, Ragged
 
 NAME = "coconut_fast"
+FEW = 512  # queries, whose keys and values cost less memory than copying them costs time
 WORTH_JOINING = 8  # passes: a joined call of up to 16 costs as much as 4 to 6 of them would by themselves
 
 
@@ -77,7 +78,8 @@ def attend(
     if reads:
         query = query.index_select(2, reads.at)
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    query_THK = query_THK.contiguous()
+    if not query_THK.is_cuda or len(query_THK) > FEW or query_THK.stride(-1) != 1:
+        query_THK = query_THK.contiguous()  # a view would keep the keys and values beside it, which the cache has too
     # Keys and values are copied to the cache as they lie, if a head's values lie side by side.
     key_THK, value_THK = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_THK, value_THK))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
@@ -138,7 +140,7 @@ class _CachedAttention(torch.autograd.Function):
         ctx.ragged, ctx.row_offsets, ctx.layer, ctx.keywords = ragged, row_offsets, layer, keywords
         ctx.is_first = is_first
         ctx.set_materialize_grads(False)
-        return output, torch.zeros_like(order)
+        return output, torch.empty_like(order)
 
     @staticmethod
     @once_differentiable
@@ -169,7 +171,7 @@ class _CachedAttention(torch.autograd.Function):
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
             cache.waiting[layer] = []
-        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), *[None] * 5
+        return grad_query, grad_key, grad_value, *[None] * 6
 
 
 def _backward(
