@@ -78,6 +78,9 @@ class KVCache:
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
         self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # what _add_joined adds
+        self.joins: dict[
+            int, tuple[torch.Tensor, ...]
+        ] = {}  # by number of passes, where their tokens stand in that call
         self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
@@ -111,7 +114,7 @@ class KVCache:
             max_length=int(lengths.max()),
             dropout_seed=dropout_seed,
             reads=reads,
-            joined=joined,
+            joined=None if joined is None else joined.to(self.device, non_blocking=True),
         )
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
