@@ -30,8 +30,8 @@ from coconut_fast.model.cache import KVCache, Ragged
 
 NAME = "coconut_fast"
 FEW = 512  # queries, whose keys and values cost less memory than copying them costs time
-# Passes from which on joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 of them by themselves, on
-# a GPU, by its bytes, as much as 2.
+# Passes from which on joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 of them by themselves,
+# on a GPU, by its bytes, as much as 2.
 WORTH_JOINING = {"cpu": 8, "triton": 3}
 
 
