@@ -60,9 +60,19 @@ def layer_norm_ref(
 
 
 def layer_norm_backward_ref(
-    grad_normed: Tensor | None, grad_rounded: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor, sums: Tensor
-) -> Tensor:
-    """The gradient of x from those of layer_norm's two results (None: zero), in x's dtype.
+    grad_normed: Tensor | None,
+    grad_rounded: Tensor | None,
+    other: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    sums: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x from those of layer_norm's two results (None: zero), plus `other`: in x's dtype and in `dtype`.
+
+    dtype None: an empty tensor instead of the second.
 
     sums (P, 2, D): the gradients of weight and bias are added to sums[:, 0] and sums[:, 1], of each P-th of the rows
     (rounded up) to one entry.
@@ -74,7 +84,9 @@ def layer_norm_backward_ref(
     parts = [part.split(max(1, -(-len(x) // len(sums)))) for part in (g * xhat, g)]
     for i, (of_weight, of_bias) in enumerate(zip(*parts, strict=True)):
         sums[i] += torch.stack([of_weight.sum(0), of_bias.sum(0)])
-    return (scale * (dy - dy.mean(-1, keepdim=True) - xhat * (dy * xhat).mean(-1, keepdim=True))).to(x.dtype)
+    dx = scale * (dy - dy.mean(-1, keepdim=True) - xhat * (dy * xhat).mean(-1, keepdim=True))
+    dx = dx if other is None else dx + other.to(dx.dtype)
+    return dx.to(x.dtype), x.new_empty(0) if dtype is None else dx.to(dtype)
 
 
 # ---- column_sums -----------------------------------------------------------------------------------------------------

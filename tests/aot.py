@@ -294,7 +294,7 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     yield (
                         f"layer_norm_backward/{label}/{normed is None}",
                         lambda n=normed, r=many, x=stream, g=gain, s=partial: layer_norm_backward._launch(
-                            n, r, x, g, s[0, :, :2].new_empty(8, 2), s
+                            n, r, n, x, g, s.new_empty(8, 2), s, dtype=None if n is None else r.dtype
                         ),
                     )
                 sums = empty(64, dim, dtype=torch.float32)

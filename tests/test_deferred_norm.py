@@ -47,6 +47,31 @@ def test_a_backward_that_ends_at_a_thought_leaves_nothing_to_the_next(as_on_a_gp
         assert torch.equal(parameter.grad, expected[name]), name
 
 
+@pytest.mark.parametrize("readers", [1, 2])
+def test_the_streams_gradient_is_rounded_once(as_on_a_gpu, monkeypatch, readers: int) -> None:
+    """A sum with another reader than the norm and the next sum has a gradient that no norm has seen."""
+    rounded: list[bool] = []
+    take = layer_norm.Added.round
+    monkeypatch.setattr(layer_norm.Added, "round", lambda s, g: rounded.append(s.noted is not None) or take(s, g))
+    norm, bias = torch.nn.LayerNorm(8), torch.nn.Parameter(torch.randn(8))
+    weights = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    x = torch.randn(5, 8, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        total = x + functional.linear(x, weights[0], bias)
+        last = total + functional.linear(norm(total), weights[1], bias)
+        out = last.square().sum() if readers == 1 else last.square().sum() + total.sin().sum()
+        return list(torch.autograd.grad(out, (x, norm.weight, norm.bias, bias, *weights)))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run()
+        with deferred.DeferredWeightGradients():
+            ours = run()
+    assert rounded == [False, True]
+    for a, b in zip(ours, plain, strict=True):
+        assert (a - b).abs().max() < 0.02 * b.abs().max()
+
+
 def test_what_else_reads_a_norm_reads_it_in_fp32(as_on_a_gpu) -> None:
     """Two products, a residual, and a product behind a change in place: the gradients are autograd's, to rounding."""
     norm = torch.nn.LayerNorm(8)

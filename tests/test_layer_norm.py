@@ -27,12 +27,14 @@ def test_against_the_reference(rows, dim, shares, bias, dtype, device) -> None:
             *given[:2], given[2] if bias else None, eps=1e-5, dtype=torch.float64 if double else dtype, backend=backend
         )
         found = list(results)
-        for wanted in ((0, 1), (0,), (1,)):
-            pair = [given[-3 + i] if i in wanted else None for i in (0, 1)]
-            of_x = ops.layer_norm_backward(*pair, *given[:2], results[2], given[-1], backend=backend)
-            found += [of_x, given[-1].clone()]
+        for wanted in ((0, 1), (0, 2), (1,)):
+            three = [(*given[-3:-1], given[0] * 2)[i] if i in wanted else None for i in (0, 1, 2)]
+            copy = {"dtype": torch.float64 if double else dtype} if 2 in wanted else {}
+            of_x, again = ops.layer_norm_backward(*three, *given[:2], results[2], given[-1], **copy, backend=backend)
+            found += [of_x, given[-1].clone(), *([again] if copy else [])]
+            assert copy or again.shape == (0,)
         runs.append(found)
-    names = ["normed", "rounded", "statistics", *["grad_x", "sums"] * 3]
+    names = ["normed", "rounded", "statistics", "grad_x", "sums", "grad_x", "sums", "grad_x copied", "grad_x", "sums"]
     for name, ours, plain, truth in zip(names, *runs, strict=True):
         assert ours.dtype == plain.dtype
         assert_as_good_as_torch(ours.cpu(), plain.cpu(), truth.double(), what=name)
@@ -56,9 +58,9 @@ def test_wrong_inputs_are_named_and_no_rows_are_fine(device) -> None:
         ops.layer_norm(x, weight[:4], None, eps=1e-5, dtype=torch.float16, backend="triton")
     assert ops.layer_norm(x[:0], weight, None, eps=1e-5, dtype=torch.float16, backend="triton")[1].shape == (0, 8)
     with pytest.raises(ValueError, match="layer_norm_backward: statistics has shape"):
-        ops.layer_norm_backward(x, None, x, weight, x[:, :3], sums, backend="triton")
+        ops.layer_norm_backward(x, None, None, x, weight, x[:, :3], sums, backend="triton")
     with pytest.raises(ValueError, match="layer_norm_backward: sums has shape"):
-        ops.layer_norm_backward(x, None, x, weight, x[:, :2].contiguous(), sums[:, :1], backend="triton")
+        ops.layer_norm_backward(x, None, None, x, weight, x[:, :2].contiguous(), sums[:, :1], backend="triton")
     with pytest.raises(ValueError, match="column_sums: sums has shape"):
         ops.column_sums(x, sums[0, :, :4], backend="triton")
 
@@ -70,5 +72,5 @@ def test_opcheck(device) -> None:
     options = {"eps": 1e-5, "dtype": torch.float16}
     library.opcheck(layer_norm._OP, (x, weight, weight), options)
     statistics = layer_norm.layer_norm(x, weight, None, **options)[2]
-    library.opcheck(layer_norm_backward._OP, (x, None, x, weight, statistics, sums))
+    library.opcheck(layer_norm_backward._OP, (x, None, x, x, weight, statistics, sums), {"dtype": torch.float16})
     library.opcheck(column_sums._OP, (x, sums[:, 0].contiguous()))

@@ -11,8 +11,9 @@ The input of a product that is the result of LayerNorm or GELU is not kept but c
 autograd keeps anyway: on GPT-2 a third of all activations for some hundredths of the time. On a GPU it is kept: there
 memory is not what a step runs out of, and LayerNorm is model/layer_norm.py's.
 
-A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional and `torch.addmm`
-(GPT-2's Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
+A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional, `torch.addmm`
+(GPT-2's Conv1D) and additions through it, so the model code stays as it is. Exact: the same products, summed in another
+order.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from coconut_fast.model.weight import Weight
 
 SMALL = 512  # rows of uses that are multiplied together; above, the copy costs more than it saves
 functional = nn.functional
+ADDITIONS = (torch.add, torch.Tensor.add)
 
 
 class DeferredWeightGradients(TorchFunctionMode):
@@ -41,7 +43,7 @@ class DeferredWeightGradients(TorchFunctionMode):
         super().__init__()
         self.uses: dict[tuple[int, int], tuple[Tensor, _Uses]] = {}
         self.cheap: _Cheap | None = None  # the last result that is not worth keeping
-        self.rounded: layer_norm.Rounded | None = None  # the last norm's, on a GPU
+        self.stream = layer_norm.Stream()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,6 +59,10 @@ class DeferredWeightGradients(TorchFunctionMode):
             return _Lookup.apply(args[0], *self._uses(args[1], None))
         if func is functional.layer_norm and layer_norm.fuses(*args, **kwargs):
             return self._norm(*args, **kwargs)
+        if func in ADDITIONS and len(args) == 2 and not kwargs:
+            args = tuple(self.stream.behind(x) for x in args)
+            if layer_norm.adds(*args):
+                return self.stream.add(*args)
         if func is functional.gelu:
             func = gelu
         result = func(*args, **kwargs)
@@ -78,11 +84,7 @@ class DeferredWeightGradients(TorchFunctionMode):
     def _norm(self, x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
         if not (_is_trained(weight) and _is_bias(bias, width=weight.shape[0])):
             return functional.layer_norm(x, shape, weight, bias, eps)
-        normed, rounded = layer_norm.Norm.apply(
-            x, *self._uses(weight, bias), eps, torch.get_autocast_dtype(x.device.type)
-        )
-        self.rounded = layer_norm.Rounded(normed, rounded)
-        return normed
+        return self.stream.norm(x, *self._uses(weight, bias), eps)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         device = x.device.type
@@ -90,7 +92,7 @@ class DeferredWeightGradients(TorchFunctionMode):
         alias, uses = self._uses(weight, bias)
         uses.prepare(compute, transposed)
         cheap = self.cheap if self.cheap is not None and self.cheap.made(x) else None
-        rounded = None if self.rounded is None else self.rounded.take(x, compute)
+        rounded = self.stream.rounded(x, compute)
         return _Use.apply(x.to(compute) if rounded is None else rounded, alias, uses, cheap)
 
 
