@@ -102,7 +102,7 @@ class Norm(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, alias: Tensor, sums: Sums, eps: float, dtype: torch.dtype, added: Added | None
     ) -> tuple[Tensor, ...]:
-        flat_ND = x.reshape(-1, x.shape[-1])
+        flat_ND = x.reshape(-1, x.shape[-1]).contiguous()
         normed, rounded, statistics = ops.layer_norm(flat_ND, sums.weight, sums.bias, eps=eps, dtype=dtype)
         ctx.save_for_backward(flat_ND, statistics)
         ctx.sums, ctx.shape, ctx.added = sums, x.shape, added

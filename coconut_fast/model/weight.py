@@ -57,7 +57,7 @@ class Weight:
             total = ops.weight_gradient(left, right, total) if self.own else ops.matmul(left.T, right, into=total)
             if self.bias is not None and on_gpu(grad):
                 sums = grad.new_zeros(SHARES, grad.shape[1], dtype=torch.float32) if sums is None else sums
-                ops.column_sums(grad, sums)
+                ops.column_sums(grad.contiguous(), sums)
             elif self.bias is not None:
                 sums = grad.sum(0) if sums is None else sums.add_(grad.sum(0))
         if self.bias is None:
