@@ -11,10 +11,17 @@ single chunk it keeps g, in fp32. fp16 has no room for a probability that no los
 below 6e-8): g is cast after that, or, of several chunks, multiplied in fp32. Three matrix products of N x V x D, and
 one chunk of logits: plain PyTorch, since the products are the vendor library's best case and the rest is a few passes
 over one chunk.
+
+On a GPU the passes are two kernels (cross_entropy.py and its backward): logits stay in the products' dtype, forward
+reads them once, and backward, which knows the incoming gradient, makes g of them in place; of several chunks it
+computes them again, a fourth product. The weight is padded to whole tiles of 64 rows: with GPT-2's 50,260 the library
+falls back to kernels for odd strides, 230 us for a product that takes 80.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +29,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .matmul import matmul
+from .reference_dense import cross_entropy_backward_ref, cross_entropy_ref
 
 FEW = 256  # rows up to which an fp32 product is cheaper than widening one in bf16: for GPT-2 23 + 31 ms at 112 rows
 CHUNK_BYTES = 128 << 20  # of fp32 logits at a time: 668 rows of GPT-2's vocabulary
+DEVICE_CHUNK_BYTES = 640 << 20  # of logits on a GPU: 6,670 rows in 16 bits
+TILE = 64  # rows that a weight is padded to on a GPU
 
 
 def linear_cross_entropy(
@@ -42,7 +52,13 @@ def linear_cross_entropy(
             f"linear_cross_entropy: expected hidden (N, D) and targets (N,), found {tuple(hidden.shape)} and "
             f"{tuple(targets.shape)}"
         )
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap)
+    function = _OnDevice if hidden.is_cuda and hidden.dtype != torch.float64 else _LinearCrossEntropy
+    return function.apply(hidden, weight, bias, targets, scale, softcap)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,8 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float
     ) -> Tensor:
-        device = hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, compute = hidden.device.type, _compute_dtype(hidden)
         exact = torch.promote_types(compute, torch.float32)
         w, total, noted = weight.to(compute), hidden.new_zeros((), dtype=exact), None
         wants_grad = any(ctx.needs_input_grad)
@@ -140,3 +155,87 @@ def _chunk(
     g = logits.sub_(lse_N1.masked_fill(ignored_N1, torch.inf)).exp_()  # of ignored rows 0
     g.scatter_add_(1, target_N1, ignored_N1.to(g.dtype) - 1)
     return loss, g.mul_(scale) if slope is None else g.mul_(slope).mul_(scale)
+
+
+class _OnDevice(torch.autograd.Function):
+    """Keeps the logits of a single chunk for backward; of several, it keeps what makes them again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float
+    ) -> Tensor:
+        compute = _compute_dtype(hidden)
+        h_ND, w_WD, logits = hidden.to(compute), _padded(weight, compute), None
+        chunk = max(1, DEVICE_CHUNK_BYTES // (len(w_WD) * compute.itemsize))
+        ctx.pieces = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+        ctx.options = {"vocabulary": len(weight), "bias": bias, "scale": scale, "softcap": softcap}
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        total, statistics = hidden.new_zeros((), dtype=torch.float32), []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for piece in ctx.pieces:
+                logits = h_ND[piece] @ w_WD.T
+                losses, kept = _passes()[0](logits, targets[piece], **ctx.options)
+                total += losses.sum()
+                statistics.append(kept)
+        ctx.save_for_backward(h_ND, w_WD, targets, *statistics)
+        ctx.logits = logits if len(ctx.pieces) == 1 and any(ctx.needs_input_grad) else None
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> Any:  # type: ignore[override]
+        h_ND, w_WD, targets, *statistics = ctx.saved_tensors
+        vocabulary, bias = ctx.options["vocabulary"], ctx.options["bias"]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        like = {"dtype": torch.float32, "device": h_ND.device}
+        of_hidden = torch.empty(h_ND.shape, **like) if wants_hidden else None
+        of_weight = torch.zeros(vocabulary, h_ND.shape[1], **like) if wants_weight and not ctx.pieces else None
+        of_bias = torch.zeros(vocabulary, **like) if wants_bias else None
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for piece, kept in zip(ctx.pieces, statistics, strict=True):
+                g, ctx.logits = ctx.logits, None  # written over: another backward through this graph makes them again
+                g = h_ND[piece] @ w_WD.T if g is None else g
+                _passes()[1](g, targets[piece], kept, grad_total, **ctx.options)
+                if of_hidden is not None:
+                    _exact_product(g, w_WD, of_hidden[piece])
+                if wants_weight:
+                    part = _exact_product(g.T, h_ND[piece])[:vocabulary]
+                    of_weight = part if of_weight is None else of_weight.add_(part)
+                if of_bias is not None:
+                    of_bias += g.sum(0, dtype=torch.float32)[:vocabulary]
+        grads = zip((of_hidden, of_weight, of_bias), (*ctx.dtypes, None if bias is None else bias.dtype), strict=True)
+        return *(None if grad is None else grad.to(dtype) for grad, dtype in grads), None, None, None
+
+
+@functools.cache
+def _passes() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Over the logits: forward and backward."""
+    try:
+        from .cross_entropy import cross_entropy
+        from .cross_entropy_backward import cross_entropy_backward
+    except ImportError:  # no triton for this CUDA
+        return cross_entropy_ref, cross_entropy_backward_ref
+    return cross_entropy, cross_entropy_backward
+
+
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (V, D) in a dtype, with rows of zeros behind it up to a multiple of TILE."""
+    more = -len(weight) % TILE
+    if not more:
+        return weight.to(dtype)
+    padded = weight.new_empty(len(weight) + more, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
+
+
+def _exact_product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a @ b in fp32, not rounded to their dtype where the library can; written to `into` if given."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return (
+            torch.mm(a, b, out_dtype=torch.float32)
+            if into is None
+            else torch.mm(a, b, out_dtype=torch.float32, out=into)
+        )
+    product = (a @ b).float()
+    return product if into is None else into.copy_(product)

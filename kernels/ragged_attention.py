@@ -25,6 +25,8 @@ import triton.language as tl
 from . import decode_attention as decode
 from .common import LN2, LOG2E, arch, check_shape, compute_type, mix, on_device, register, slots_of, tanh
 
+SPLIT_FROM = 128  # BLOCK_M whose loop is one without masks and one with; smaller tiles spilled, and are short anyway
+
 
 @triton.jit
 def bend(s, SOFTCAP: tl.constexpr):
@@ -62,7 +64,7 @@ def _forward(
     query, keys, values, out, lse, page_table, rows, row_offsets, lengths,
     query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
@@ -93,26 +95,33 @@ def _forward(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_KV], tl.float32)
-    for start in range(low, high, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        stored = j < high
-        slots = slots_of(table, j, stored, PAGE) * KV_HEADS + kv_head
-        k = load(keys, slots, K, d, stored, K, TYPE)
-        s, _ = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling, SOFTCAP)
-        seen = j[None, :] <= p[:, None]
-        if WINDOW > 0:
-            seen = seen & (p[:, None] - j[None, :] < WINDOW)
-        s = tl.where(seen, s * LOG2E, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        w = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(w, axis=1)
-        if DROPOUT:
-            w = tl.where(kept(hashed[:, None], j[None, :], threshold), w * keep_scale, 0.0)
-        v = load(values, slots, KV, e, stored, KV, TYPE)
-        acc = tl.dot(w.to(TYPE), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
+    # Positions that every query of the tile sees need no mask; the first one's place says how many those are.
+    middle = low
+    if SPLIT:
+        middle = tl.maximum(length - n + (tile * BLOCK_M) // GROUP + 1, 0) // BLOCK_N * BLOCK_N
+    for masked in tl.static_range(0 if SPLIT else 1, 2):
+        for start in range(middle if masked else low, high if masked else middle, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            stored = j < high
+            slots = slots_of(table, j, stored, PAGE) * KV_HEADS + kv_head
+            k = load(keys, slots, K, d, stored, K, TYPE)
+            s, _ = bend(tl.dot(q, tl.trans(k), input_precision="ieee") * scaling, SOFTCAP)
+            s = s * LOG2E
+            if masked:
+                seen = j[None, :] <= p[:, None]
+                if WINDOW > 0:
+                    seen = seen & (p[:, None] - j[None, :] < WINDOW)
+                s = tl.where(seen, s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, axis=1))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+            w = tl.exp2(s - safe[:, None])
+            shrink = tl.exp2(top - safe)
+            total = total * shrink + tl.sum(w, axis=1)
+            if DROPOUT:
+                w = tl.where(kept(hashed[:, None], j[None, :], threshold), w * keep_scale, 0.0)
+            v = load(values, slots, KV, e, stored, KV, TYPE)
+            acc = tl.dot(w.to(TYPE), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     head = token * (KV_HEADS * GROUP) + h
     mask = valid[:, None] & (e < KV)[None, :]
@@ -206,6 +215,7 @@ def _launch(
                 out=out,
                 lse=lse,
                 **shared,
+                SPLIT=not window and block_m >= SPLIT_FROM,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,

@@ -8,7 +8,8 @@ With the weights w recomputed from lse, f the dropout factors, and s, keep, scal
 Shapes: grad_out and out (T, H, Kv), query (T, H, K), lse (T, H); keys, grad_keys (S, Hkv, K); values, grad_values
 (S, Hkv, Kv). One launch for dq (it leaves delta), one for dk and dv: each program owns BLOCK_N positions of one row and
 kv head, runs over their queries in order, and adds its sums to the buffers once. No atomics: the result is the same
-bits every time, and rows of one call must not share pages.
+bits every time, and rows of one call must not share pages. One query in every row and a kv head for each query head:
+one launch for all three, which reads keys and values once.
 10 T H L K flops (half under the causal mask), bound by the tensor cores for prompts. For a few queries bound by memory:
 the buffers' bytes are read and written once a call (16 bytes a position, head and component), in 128-bit accesses.
 Registers at most 255; heads wider than 64 may spill some words.
@@ -87,9 +88,9 @@ def _backward_query(
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _backward_keys(
     grad_out, query, keys, values, lse, delta, grad_keys, grad_values, page_table, rows, row_offsets, lengths,
-    grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
+    grads_from, grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, TYPE: tl.constexpr, HAS_FROM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
@@ -104,7 +105,10 @@ def _backward_keys(
     end = n
     if WINDOW > 0:
         end = tl.minimum(n, start + BLOCK_N - 1 + WINDOW - (length - n))
-    if (start >= length) | (first >= end):
+    added = 0  # the first position whose gradients are added here
+    if HAS_FROM:
+        added = tl.load(grads_from + b)
+    if (start >= length) | (first >= end) | (start + BLOCK_N <= added):
         return
     table = page_table + tl.load(rows + b).to(tl.int64) * table_row
     j = start + tl.arange(0, BLOCK_N)
@@ -143,12 +147,78 @@ def _backward_keys(
         dv = tl.dot(dropped.to(TYPE), do, dv, input_precision="ieee")
         ds = w * (dw - dd[None, :]) * slope
         dk = tl.dot(ds.to(TYPE), q, dk, input_precision="ieee")
+    adds = (stored & (j >= added))[:, None]
     into = grad_keys + slots[:, None] * K + d[None, :]
-    mask = stored[:, None] & (d < K)[None, :]
+    mask = adds & (d < K)[None, :]
     tl.store(into, tl.load(into, mask=mask, other=0.0) + dk * scaling, mask=mask)
     into = grad_values + slots[:, None] * KV + e[None, :]
-    mask = stored[:, None] & (e < KV)[None, :]
+    mask = adds & (e < KV)[None, :]
     tl.store(into, tl.load(into, mask=mask, other=0.0) + dv, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _backward_one(
+    grad_out, query, keys, values, out, lse, grad_query, grad_keys, grad_values, page_table, rows, lengths, grads_from,
+    grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
+    HEADS: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HAS_FROM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + b)
+    if length == 0:
+        return
+    p = length - 1
+    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
+    d = tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_KV)
+    head = b * HEADS + h
+    q = tl.load(query + b * query_token + h * query_head + d, mask=d < K, other=0.0).to(tl.float32)
+    do = tl.load(grad_out + b * grad_token + h * grad_head + e, mask=e < KV, other=0.0).to(tl.float32)
+    o = tl.load(out + head * KV + e, mask=e < KV, other=0.0).to(tl.float32)
+    dd = tl.sum(do * o, axis=0)
+    norm = tl.load(lse + head) * LOG2E
+    added = 0  # the first position whose gradients are added here
+    if HAS_FROM:
+        added = tl.load(grads_from + b)
+    hashed = p
+    if DROPOUT:
+        hashed = words(table, p, p >= 0, h, seed, PAGE)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(length - WINDOW, 0)
+    dq = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(low // BLOCK_N * BLOCK_N, length, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        seen = (j >= low) & (j < length)
+        slots = slots_of(table, j, seen, PAGE) * HEADS + h
+        k = load(keys, slots, K, d, seen, K, tl.float32)
+        v = load(values, slots, KV, e, seen, KV, tl.float32)
+        s, slope = bend(tl.sum(k * q[None, :], axis=1) * scaling, SOFTCAP)
+        w = tl.where(seen, tl.exp2(s * LOG2E - norm), 0.0)
+        dw = tl.sum(v * do[None, :], axis=1)
+        dropped = w
+        if DROPOUT:
+            keep = kept(hashed, j, threshold)
+            dw = tl.where(keep, dw * keep_scale, 0.0)
+            dropped = tl.where(keep, w * keep_scale, 0.0)
+        ds = w * (dw - dd) * slope * scaling
+        dq += ds[:, None] * k
+        if start + BLOCK_N > added:
+            adds = (seen & (j >= added))[:, None]
+            into = grad_keys + slots[:, None] * K + d[None, :]
+            mask = adds & (d < K)[None, :]
+            tl.store(into, tl.load(into, mask=mask, other=0.0) + ds[:, None] * q[None, :], mask=mask)
+            into = grad_values + slots[:, None] * KV + e[None, :]
+            mask = adds & (e < KV)[None, :]
+            tl.store(into, tl.load(into, mask=mask, other=0.0) + dropped[:, None] * do[None, :], mask=mask)
+    tl.store(grad_query + head * K + d, tl.sum(dq, axis=0).to(grad_query.dtype.element_ty), mask=d < K)
+
+
+def _one_tiles(width: int) -> tuple[int, int]:
+    """BLOCK_N and warps of the kernel for one query: 16 elements a thread of each of five tiles."""
+    return max(8, 2048 // width), 4
 
 
 def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -176,8 +246,9 @@ def _key_tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, i
 def _launch(
     grad_out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, row_offsets: torch.Tensor, lengths: torch.Tensor,
-    grad_keys: torch.Tensor, grad_values: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: torch.Tensor | None = None, max_query: int, max_length: int,
+    grad_keys: torch.Tensor, grad_values: torch.Tensor, *, grads_from: torch.Tensor | None = None, page_size: int,
+    scaling: float, window: int = 0, softcap: float = 0.0, dropout: float = 0.0, seed: torch.Tensor | None = None,
+    max_query: int, max_length: int,
 ) -> torch.Tensor:  # fmt: skip
     op = "ragged_attention_backward"
     shared = arguments(
@@ -196,19 +267,36 @@ def _launch(
         check_shape(op, name, tensor, tuple(like.shape), contiguous=True)
         if tensor.dtype != torch.float32:
             raise ValueError(f"{op}: {name} is {tensor.dtype}, expected float32")
+    itemsize, kv_heads, batch = shared["TYPE"].primitive_bitwidth // 8, shared["KV_HEADS"], rows.shape[0]
+    if grads_from is not None:
+        check_shape(op, "grads_from", grads_from, (batch,))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if query.shape[0] == 0:
+    if tokens == 0:
         return grad_query
-    delta = torch.empty_like(lse)
     shared |= {
         "grad_out": grad_out,
         "lse": lse,
-        "delta": delta,
         "grad_token": grad_out.stride(0),
         "grad_head": grad_out.stride(1),
     }
-    pairs, width = max_query * shared["GROUP"], max(shared["BLOCK_K"], shared["BLOCK_KV"])
-    itemsize, kv_heads, batch = shared["TYPE"].primitive_bitwidth // 8, shared["KV_HEADS"], rows.shape[0]
+    width = max(shared["BLOCK_K"], shared["BLOCK_KV"])
+    into = {
+        "grad_keys": grad_keys,
+        "grad_values": grad_values,
+        "grads_from": grads_from,
+        "HAS_FROM": grads_from is not None,
+    }
+    if max_query == 1 and tokens == batch and shared["GROUP"] == 1:
+        block_n, warps = _one_tiles(width)
+        for name in ("row_offsets", "KV_HEADS", "GROUP", "TYPE"):
+            del shared[name]
+        with on_device(query):
+            _backward_one[(heads, batch)](
+                out=out, grad_query=grad_query, **shared, **into, HEADS=heads, BLOCK_N=block_n, num_warps=warps
+            )
+        return grad_query
+    shared["delta"] = torch.empty_like(lse)
+    pairs = max_query * shared["GROUP"]
     with on_device(query):
         block_m, block_n, warps, stages = _query_tiles(pairs, width, itemsize)
         _backward_query[(triton.cdiv(pairs, block_m), kv_heads, batch)](
@@ -222,8 +310,7 @@ def _launch(
         )
         block_m, block_n, warps, stages = _key_tiles(pairs, width, itemsize, arch(query))
         _backward_keys[(triton.cdiv(max_length, block_n), kv_heads, batch)](
-            grad_keys=grad_keys,
-            grad_values=grad_values,
+            **into,
             **shared,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -235,7 +322,7 @@ def _launch(
 
 _OP = register(
     "ragged_attention_backward(Tensor grad_out, Tensor query, Tensor keys, Tensor values, Tensor out, Tensor lse, "
-    f"{LAYOUT}, Tensor(a!) grad_keys, Tensor(b!) grad_values, {KEYWORDS}) -> Tensor",
+    f"{LAYOUT}, Tensor(a!) grad_keys, Tensor(b!) grad_values, {KEYWORDS}, Tensor? grads_from=None) -> Tensor",
     _launch,
     lambda grad_out, query, *args, **kwargs: query.new_empty(query.shape),
 )
@@ -244,16 +331,18 @@ _OP = register(
 def ragged_attention_backward(
     grad_out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor, row_offsets: torch.Tensor, lengths: torch.Tensor,
-    grad_keys: torch.Tensor, grad_values: torch.Tensor, *, page_size: int, scaling: float, window: int = 0,
-    softcap: float = 0.0, dropout: float = 0.0, seed: int | torch.Tensor = 0, max_query: int, max_length: int,
+    grad_keys: torch.Tensor, grad_values: torch.Tensor, *, grads_from: torch.Tensor | None = None, page_size: int,
+    scaling: float, window: int = 0, softcap: float = 0.0, dropout: float = 0.0, seed: int | torch.Tensor = 0,
+    max_query: int, max_length: int,
 ) -> torch.Tensor:  # fmt: skip
     """grad_query (T, H, K) in the query's dtype; adds to grad_keys (S, Hkv, K) and grad_values (S, Hkv, Kv), both fp32.
 
-    out and lse are the forward's. Rows of one call must not share pages. The result is the same bits every time.
-    seed: an int, or an int64 tensor () on the device. ValueError for inputs that do not fit.
+    grads_from int32 (B,): dk and dv of a row's positions before it are left to another call. out and lse are the
+    forward's. Rows of one call must not share pages. The result is the same bits every time.
+    ValueError for inputs that do not fit.
     """
     return _OP(
         grad_out, query, keys, values, out, lse, page_table, rows, row_offsets, lengths, grad_keys, grad_values,
         page_size=page_size, scaling=scaling, window=window, softcap=softcap, dropout=dropout,
-        seed=seed_on(query, seed, dropout), max_query=max_query, max_length=max_length,
+        seed=seed_on(query, seed, dropout), max_query=max_query, max_length=max_length, grads_from=grads_from,
     )  # fmt: skip

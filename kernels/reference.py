@@ -15,11 +15,16 @@ from torch import Tensor
 
 from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
     accept_tokens_ref,
+    column_sums_ref,
+    cross_entropy_backward_ref,
+    cross_entropy_ref,
     few_rows_matmul_ref,
     gated_mlp_ref,
     gelu_backward_ref,
     gelu_ref,
     latent_feedback_ref,
+    layer_norm_backward_ref,
+    layer_norm_ref,
     lm_head_sample_ref,
     matmul_ref,
     pack_matrix_ref,
@@ -100,6 +105,14 @@ def kv_append_ref(
     values[slots[live]] = value.to(values.dtype)[live]
     if query is not None:
         query.copy_(_turn(query, positions, cos, sin, query_norm, eps))
+
+
+# ---- kv_gather -------------------------------------------------------------------------------------------------------
+
+
+def kv_gather_ref(keys: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """keys[slots] and values[slots] in a dtype: keys (S, Hkv, K), values (S, Hkv, Kv), slots int64 (T,)."""
+    return keys.index_select(0, slots).to(dtype), values.index_select(0, slots).to(dtype)
 
 
 # ---- ragged_attention ------------------------------------------------------------------------------------------------
@@ -221,8 +234,8 @@ def ragged_attention_backward_ref(
         delta = dout.out,   ds_j = w_j (f_j dout.v_j - delta) * ds_j/d(scaling q.k_j)
         dq = scaling sum_j ds_j k_j,   dk_j += scaling ds_j q,   dv_j += f_j w_j dout
 
-    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are. On the CPU only, where
-    model/attention.py adds them in another call.
+    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are: model/attention.py adds them in
+    another call.
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, kv_heads = query.shape[1], keys.shape[1]

@@ -44,6 +44,60 @@ def residual_norm_ref(
     return normed, total.to(x.dtype if residual is None else residual.dtype)
 
 
+# ---- layer_norm ------------------------------------------------------------------------------------------------------
+
+
+def layer_norm_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x (N, D) in x's dtype, the same in `dtype`, and (mean, 1 / deviation) of each row (N, 2)."""
+    work = _work(x)
+    mean = work.mean(-1, keepdim=True)
+    scale = torch.rsqrt((work - mean).square().mean(-1, keepdim=True) + eps)
+    y = (work - mean) * scale * weight.to(work.dtype)
+    y = y if bias is None else y + bias.to(work.dtype)
+    return y.to(x.dtype), y.to(dtype), torch.cat([mean, scale], -1)
+
+
+def layer_norm_backward_ref(
+    grad_normed: Tensor | None,
+    grad_rounded: Tensor | None,
+    other: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    sums: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x from those of layer_norm's two results (None: zero), plus `other`: in x's dtype and in `dtype`.
+
+    dtype None: an empty tensor instead of the second.
+
+    sums (P, 2, D): the gradients of weight and bias are added to sums[:, 0] and sums[:, 1], of each P-th of the rows
+    (rounded up) to one entry.
+    """
+    g = sum(_work(grad) for grad in (grad_normed, grad_rounded) if grad is not None)
+    assert isinstance(g, Tensor), "a gradient of at least one result"
+    mean, scale = statistics.to(g.dtype).unsqueeze(-1).unbind(1)
+    xhat, dy = (_work(x) - mean) * scale, g * weight.to(g.dtype)
+    parts = [part.split(max(1, -(-len(x) // len(sums)))) for part in (g * xhat, g)]
+    for i, (of_weight, of_bias) in enumerate(zip(*parts, strict=True)):
+        sums[i] += torch.stack([of_weight.sum(0), of_bias.sum(0)])
+    dx = scale * (dy - dy.mean(-1, keepdim=True) - xhat * (dy * xhat).mean(-1, keepdim=True))
+    dx = dx if other is None else dx + other.to(dx.dtype)
+    return dx.to(x.dtype), x.new_empty(0) if dtype is None else dx.to(dtype)
+
+
+# ---- column_sums -----------------------------------------------------------------------------------------------------
+
+
+def column_sums_ref(x: Tensor, sums: Tensor) -> None:
+    """Adds to sums (P, F) the columns of x (N, F), each P-th of the rows (rounded up) to one entry."""
+    for i, part in enumerate(x.split(max(1, -(-len(x) // len(sums))))):
+        sums[i] += part.to(sums.dtype).sum(0)
+
+
 # ---- gated_mlp -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +197,60 @@ def weight_gradient_ref(
         column_sums.copy_(sums if into is None else column_sums + sums)
     product = _work(left).t() @ _work(right)
     return product if into is None else into.add_(product)
+
+
+# ---- cross_entropy ---------------------------------------------------------------------------------------------------
+
+
+def _scores(logits: Tensor, vocabulary: int, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    scores = _work(logits[:, :vocabulary])
+    scores = scale * (scores if bias is None else scores + bias.to(scores.dtype))
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def cross_entropy_ref(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """losses (N,) and statistics (N, 2) of logits (N, W), of which columns from `vocabulary` on are not read.
+
+    With l = scale (logits + bias), softcap tanh(l / softcap) where set: statistics are top = max l and
+    log = ln sum exp(l - top), a loss is log - (l[target] - top), and 0 where the target, int64 (N,), is -100.
+    """
+    scores = _scores(logits, vocabulary, bias, scale, softcap)
+    top = scores.amax(-1, keepdim=True)
+    log = torch.logsumexp(scores - top, -1, keepdim=True)
+    losses = log - (scores - top).gather(1, targets.clamp_min(0)[:, None])
+    return torch.where(targets >= 0, losses[:, 0], 0.0), torch.cat([top, log], -1)
+
+
+def cross_entropy_backward_ref(
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    *,
+    vocabulary: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """Writes over the logits the derivative of grad () times the sum of the losses; 0 in columns from `vocabulary` on.
+
+    scale slope (exp(l - top - log) - onehot(target)) grad, slope = 1 - (l / softcap)^2 with a softcap, else 1.
+    """
+    scores = _scores(logits, vocabulary, bias, scale, softcap)
+    slope = 1 - (scores / softcap).square() if softcap else 1.0
+    shares = torch.exp(scores - statistics[:, :1] - statistics[:, 1:])
+    shares[torch.arange(len(targets), device=targets.device), targets.clamp_min(0)] -= 1.0
+    shares = torch.where(targets[:, None] >= 0, shares * slope * (grad * scale), 0.0)
+    logits[:, :vocabulary] = shares.to(logits.dtype)
+    logits[:, vocabulary:] = 0.0
 
 
 # ---- skinny_linear ---------------------------------------------------------------------------------------------------

@@ -148,7 +148,13 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    from coconut_fast.kernels import decode_attention, kv_append, ragged_attention, ragged_attention_backward
+    from coconut_fast.kernels import (
+        decode_attention,
+        kv_append,
+        kv_gather,
+        ragged_attention,
+        ragged_attention_backward,
+    )
 
     for name, (heads, kv_heads, head_dim, *_) in ATTENTION_SHAPES.items():
         for dtype in DTYPES[name]:
@@ -193,13 +199,32 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         q, q, *s, q, n, *t, *g, **o
                     ),
                 )
+            one, lse = empty(8, heads, head_dim, dtype=dtype), empty(8, heads, dtype=torch.float32)
+            layout = (indices(64, 64), indices(8), indices(9), indices(8))
+            options = {"page_size": 16, "scaling": 0.125, "max_query": 1, "max_length": 1024, "grads_from": layout[3]}
+            if heads == kv_heads:
+                yield (
+                    f"ragged_attention_backward/{label}/one",
+                    lambda q=one, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
+                        q, q, *s, q, n, *t, *g, **o
+                    ),
+                )
+            yield (
+                f"kv_gather/{label}",
+                lambda p=places, g=grads, t=dtype: kv_gather._launch(*g, p, t),
+            )
 
 
 def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     from coconut_fast.kernels import (
         accept_tokens,
+        column_sums,
+        cross_entropy,
+        cross_entropy_backward,
         gated_mlp,
         latent_feedback,
+        layer_norm,
+        layer_norm_backward,
         lm_head_sample,
         residual_norm,
         skinny_linear,
@@ -218,6 +243,20 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             one, many = empty(1, dim, dtype=torch.float32), empty(8, dim, dtype=dtype)
             norm = {"weight": weight, "bias": bias, "norm": kind}
             numbers = empty(8, dtype=torch.float64)
+            logits, targets = empty(8, -(-vocabulary // 64) * 64, dtype=dtype), indices(8, dtype=torch.int64)
+            for softcap in (0.0, 30.0) if gpt2 else (0.0,):
+                options = {"vocabulary": vocabulary, "softcap": softcap}
+                yield (
+                    f"cross_entropy/{label}/{softcap}",
+                    lambda x=logits, t=targets, o=options: cross_entropy._launch(x, t, **o),
+                )
+                kept = empty(8, 2, dtype=torch.float32)
+                yield (
+                    f"cross_entropy_backward/{label}/{softcap}",
+                    lambda x=logits, t=targets, k=kept, o=options: cross_entropy_backward._launch(
+                        x, t, k, k[0, 0], **o
+                    ),
+                )
             positions, counts = indices(8, dtype=torch.int64), indices(8)
             yield (
                 f"latent_feedback/{label}",
@@ -245,6 +284,21 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 lambda a=activation, w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation=a),
             )
             if gpt2:
+                stream, partial = empty(8, dim, dtype=torch.float32), empty(64, 2, dim, dtype=torch.float32)
+                gain = empty(dim, dtype=torch.float32)
+                yield (
+                    f"layer_norm/{label}",
+                    lambda x=stream, g=gain, t=dtype: layer_norm._launch(x, g, g, eps=1e-5, dtype=t),
+                )
+                for normed in (None, stream):
+                    yield (
+                        f"layer_norm_backward/{label}/{normed is None}",
+                        lambda n=normed, r=many, x=stream, g=gain, s=partial: layer_norm_backward._launch(
+                            n, r, n, x, g, s.new_empty(8, 2), s, dtype=None if n is None else r.dtype
+                        ),
+                    )
+                sums = empty(64, dim, dtype=torch.float32)
+                yield f"column_sums/{label}", lambda x=many, s=sums: column_sums._launch(x, s)
                 yield (
                     f"gated_mlp/{label}/gelu",
                     lambda w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation="gelu"),

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from coconut_fast import Coconut, ops
+from coconut_fast.model import attention
+from coconut_fast.model.attention import num_joined
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_pair, make_row
 
 ROWS = [make_row(9, 3, 5, 1), make_row(20, 1, 4, 2), make_row(6, 0, 7, 3)]
-LABELS = [[IGNORE] * (len(r) - 4) + r[-4:] for r in ROWS]
+JOINED = [make_row(9, 8, 5, 1), make_row(20, 6, 4, 2), make_row(6, 9, 7, 3)]  # five passes of one token a row
 ATTENTION = {"cpu": "cpu", "cuda": "triton"}
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,10 +37,11 @@ def where(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
-def step(model: Coconut, where: str, backend: str | None = None, autocast: bool = False) -> Step:
+def step(model: Coconut, where: str, backend: str | None = None, autocast: bool = False, rows=ROWS) -> Step:
     """Loss and gradients of a copy of the model, on the CPU."""
     model = copy.deepcopy(model).to(where).train()
-    batch = collate(ROWS, TOKENS.thought, LABELS).to(where)
+    labels = [[IGNORE] * (len(r) - 4) + r[-4:] for r in rows]
+    batch = collate(rows, TOKENS.thought, labels).to(where)
     with ops.use(backend):
         with torch.autocast(where, torch.bfloat16, enabled=autocast):
             loss = model(batch=batch, loss_only=True).loss
@@ -46,11 +49,15 @@ def step(model: Coconut, where: str, backend: str | None = None, autocast: bool 
     return loss.detach().cpu(), {name: p.grad.cpu() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("rows", [ROWS, JOINED], ids=["apart", "joined"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_loss_and_gradients_are_the_plain_ones(family: str, where: str) -> None:
+def test_loss_and_gradients_are_the_plain_ones(monkeypatch, family: str, rows, where: str) -> None:
     """In fp32 they differ by the order of sums alone: on the CPU by 2e-7 of the loss, 1e-6 of a largest gradient."""
     model = make_pair(family)[0]
-    (plain, expected), (loss, found), (_, again) = step(model, "cpu", "torch"), step(model, where), step(model, where)
+    monkeypatch.setitem(attention.WORTH_JOINING, "cpu", 3)
+    assert num_joined(collate(rows, TOKENS.thought).to(where), True) == (5 if rows is JOINED else 0)
+    plain, expected = step(model, "cpu", "torch", rows=rows)
+    (loss, found), (_, again) = (step(model, where, rows=rows) for _ in range(2))
     assert abs(loss / plain - 1) < 1e-5
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

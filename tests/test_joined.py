@@ -25,13 +25,13 @@ def joined(monkeypatch) -> list[int]:
     calls: list[int] = []
     add = attention._add_joined
     monkeypatch.setattr(
-        attention, "_add_joined", lambda c, layer, k: calls.append(len(c.waiting[layer])) or add(c, layer, k)
+        attention, "_add_joined", lambda r, layer, k: calls.append(len(r.cache.waiting[layer])) or add(r, layer, k)
     )
     return calls
 
 
 def _gradients(model, monkeypatch, join: bool, **keywords) -> dict[str, torch.Tensor]:
-    monkeypatch.setattr(attention, "WORTH_JOINING", 2 if join else 10**9)
+    monkeypatch.setitem(attention.WORTH_JOINING, "cpu", 2 if join else 10**9)
     torch.manual_seed(4)
     model.zero_grad()
     model(batch=collate(ROWS, TOKENS.thought, LABELS), **keywords).loss.backward()
@@ -75,7 +75,7 @@ def test_autocast_gradients_are_as_good_as_without(joined, monkeypatch) -> None:
 @pytest.mark.parametrize("worth", [2, 10**9], ids=["joined", "apart"])
 def test_a_backward_that_ended_at_a_thought_leaves_nothing_behind(worth: int, monkeypatch) -> None:
     """What waits for the first pass, or for all uses of a weight, must not keep the graph, which keeps it."""
-    monkeypatch.setattr(attention, "WORTH_JOINING", worth)
+    monkeypatch.setitem(attention.WORTH_JOINING, "cpu", worth)
     caches = []
     make = coconut.Storage
     monkeypatch.setattr(coconut, "Storage", lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
@@ -112,7 +112,7 @@ def test_few_passes_are_not_joined() -> None:
     def count(*shapes: tuple[int, int, int]) -> int:
         return attention.num_joined(collate([make_row(*s, seed=0) for s in shapes], TOKENS.thought), False)
 
-    worth = attention.WORTH_JOINING
+    worth = attention.WORTH_JOINING["cpu"]
     assert count((5, worth, 3)) == 0 and count((5, worth + 1, 3)) == worth
     assert count((5, worth + 3, 3), (9, 0, 2)) == worth + 2
     assert count((5, worth + 3, 3), (9, 2, 2)) == 0  # that row's tail comes early

@@ -24,6 +24,10 @@ def _run(op, inputs: list, **options) -> list[torch.Tensor]:
     return [loss.detach(), *(x.grad for x in inputs[:3] if x is not None)]
 
 
+def _on_device(hidden, weight, bias, targets, *, scale: float = 1.0, softcap: float = 0.0) -> torch.Tensor:
+    return kernel._OnDevice.apply(hidden, weight, bias, targets, scale, softcap)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 5, 64])  # 64: several chunks
@@ -65,23 +69,31 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights() -> 
 
 
 @pytest.mark.parametrize("n", [14, 64])  # 64: several chunks
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_probabilities_have_gradients(monkeypatch, dtype: torch.dtype, n: int) -> None:
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        (kernel.linear_cross_entropy, torch.float16),
+        (kernel.linear_cross_entropy, torch.bfloat16),
+        (_on_device, torch.float16),
+    ],
+)
+def test_small_probabilities_have_gradients(monkeypatch, op, dtype: torch.dtype, n: int, device) -> None:
     """A sure model's gradients are below what fp16 holds until the loss is scaled."""
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 24)
-
+    monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", 64 * 2 * 24)
     g = torch.Generator().manual_seed(n)
     targets, weight = torch.randint(0, 5, (n,), generator=g), torch.eye(37, 40)
     hidden = 18.0 * weight[targets] + torch.randn(n, 40, generator=g) / 2  # other tokens have some 1e-8 each
 
     def grads(op, of: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.detach().to(of).requires_grad_() for x in (hidden, weight)]
-        with torch.autocast("cpu", dtype, enabled=of == torch.float32):
-            loss = op(*inputs, None, targets)
+        where = device if op is _on_device else torch.device("cpu")
+        inputs = [x.detach().to(where, of).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast(where.type, dtype, enabled=of == torch.float32):
+            loss = op(*inputs, None, targets.to(where))
         (loss * 65536 / n).backward()
-        return [x.grad for x in inputs]
+        return [x.grad.cpu() for x in inputs]
 
-    ours, plain = grads(kernel.linear_cross_entropy, torch.float32), grads(linear_cross_entropy_ref, torch.float32)
+    ours, plain = grads(op, torch.float32), grads(linear_cross_entropy_ref, torch.float32)
     truth = grads(linear_cross_entropy_ref, torch.float64)
     for name, *tensors in zip(["dhidden", "dweight"], ours, plain, truth, strict=True):
         small = [x[5:] for x in tensors] if name == "dweight" else tensors  # of tokens that are no target
@@ -109,3 +121,44 @@ def test_wrong_shapes_are_refused() -> None:
     hidden, weight, _, targets = _inputs(9, False, torch.float32)
     with pytest.raises(ValueError, match="expected hidden"):
         kernel.linear_cross_entropy(hidden[None], weight, None, targets)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 64])  # 64: several chunks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_on_a_device(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softcap: float, device) -> None:
+    """The way of a GPU, whose weight is padded from 37 rows to 64."""
+    monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", 64 * dtype.itemsize * 25)
+    options = {"scale": 0.6, "softcap": softcap}
+    inputs = _inputs(n, bias, dtype)
+    double = [x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    truth = _run(linear_cross_entropy_ref, double, **options)
+    plain = _run(linear_cross_entropy_ref, _inputs(n, bias, dtype), **options)
+    moved = [None if x is None else x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs]
+    ours = [x.cpu() for x in _run(_on_device, moved, **options)]
+    for name, *tensors in zip(["loss", "dhidden", "dweight", "dbias"], ours, plain, truth, strict=False):
+        assert_as_good_as_torch(*tensors, what=name, working=dtype)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 64 * 4 * 3])
+def test_a_second_backward_on_a_device_gives_the_same(monkeypatch, chunk: int, device) -> None:
+    """The first one writes over the logits."""
+    monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", chunk)
+    hidden, weight, _, targets = (x if x is None else x.detach().to(device) for x in _inputs(7, False, torch.float32))
+    loss = _on_device(hidden.requires_grad_(), weight.requires_grad_(), None, targets)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert first[1].any() and all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight))))
+
+
+def test_rows_that_do_not_count_change_nothing_on_a_device(device) -> None:
+    hidden, weight, _, targets = (x if x is None else x.detach().to(device) for x in _inputs(9, False, torch.float32))
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    padded = torch.cat([hidden.detach(), hidden.detach()[:2] * 3]).requires_grad_()
+    expected = _on_device(*inputs, None, targets)
+    found = _on_device(padded, weight, None, torch.cat([targets, targets.new_full((2,), -100)]))
+    assert torch.equal(found, expected)
+    of_hidden, of_weight = torch.autograd.grad(found, (padded, weight))
+    theirs = torch.autograd.grad(expected, inputs)
+    assert torch.equal(of_hidden[:9], theirs[0]) and not of_hidden[9:].any()
+    torch.testing.assert_close(of_weight, theirs[1])

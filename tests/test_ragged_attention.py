@@ -16,6 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):R
 CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
     "prompts": ([33, 1, 50], [33, 1, 50], 2, 2, 16, None, 16, {}),
     "one query a row, with dropout": ([40, 3], [1, 1], 2, 1, 16, None, 16, {"dropout": 0.3, "seed": 5}),
+    "one query a row": ([150, 3, 1], [1, 1, 1], 2, 2, 16, None, 16, {}),
+    "one query a row, everything": (
+        *([90, 40], [1, 1], 3, 3, 24, 40, 4),
+        {"window": 77, "softcap": 3.0, "dropout": 0.3, "seed": 7},
+    ),
     "a row without queries": ([20, 30, 70], [5, 0, 40], 3, 1, 24, 40, 4, {}),
     "tails, grouped, odd width": ([75, 9], [14, 9], 6, 2, 80, None, 16, {}),
     "window": ([90, 70], [90, 3], 2, 2, 16, None, 16, {"window": 17}),
@@ -69,6 +74,27 @@ def test_backward_adds_to_the_gradients(case, dtype, device) -> None:
         assert_as_good_as_torch(ours.cpu(), plain.cpu().to(dtype), truth, what=name)
     used = torch.isfinite(keys).all(-1).all(-1).cpu()
     assert (runs[0][1].cpu()[~used] == 1).all(), "slots without a token are left alone"
+
+
+@pytest.mark.parametrize("case", ["one query a row", "one query a row, with dropout", "tails, grouped, odd width"])
+def test_gradients_of_earlier_positions_are_left_alone(case, device) -> None:
+    arguments, options = arrange(case, torch.float32, device)
+    _, keys, values, *layout = arguments
+    out, lse = ragged_attention_ref(*arguments, **options)
+    inputs, lengths = (torch.randn_like(out), *arguments[:3], out, lse, *layout), layout[-1]
+    runs = []
+    for grads_from in (None, lengths - 2):
+        grads = [torch.ones(t.shape, device=device) for t in (keys, values)]
+        dq = ops.ragged_attention_backward(*inputs, *grads, **options, grads_from=grads_from, backend="triton")
+        runs.append((dq, *grads))
+    assert torch.equal(runs[0][0], runs[1][0])
+    table, rows, *_ = layout
+    for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        j = torch.arange(length, device=device)
+        slots = table[row].long()[j // options["page_size"]] * options["page_size"] + j % options["page_size"]
+        for whole, part in zip(runs[0][1:], runs[1][1:], strict=True):
+            cut = max(length - 2, 0)
+            assert torch.equal(part[slots[cut:]], whole[slots[cut:]]) and (part[slots[:cut]] == 1).all()
 
 
 def test_strided_queries_and_expanded_gradients(device) -> None:

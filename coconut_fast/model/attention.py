@@ -9,9 +9,9 @@ log-sum-exp. In backward it adds dK and dV of everything it attended to into one
 buffer are complete when its turn comes, because all later passes had theirs before. A token threaded from each call to
 the next one of the same layer makes autograd keep that order even where a thought is detached.
 
-On a CPU a latent pass's backward is bound by memory, and two thirds of it are dK and dV of the prompt, read and written
-again for one query a row. Several latent passes therefore leave these to the backward of the first pass, which adds
-them for all their queries at once (`Ragged.joined`).
+A latent pass's backward is bound by memory, and most of it are dK and dV of the prompt, read and written again for one
+query a row: on a GPU 16 of 20 bytes. Several latent passes therefore leave these to the backward of the first pass,
+which adds them for all their queries at once (`Ragged.joined`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import Ragged, Storage
 
 NAME = "coconut_fast"
-WORTH_JOINING = 8  # passes: a joined call of up to 16 costs as much as 4 to 6 of them would by themselves
+FEW = 512  # queries, whose keys and values cost less memory than copying them costs time
+# Passes from which on joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 of them by themselves,
+# on a GPU, by its bytes, as much as 2.
+WORTH_JOINING = {"cpu": 8, "triton": 3}
 
 
 def attend(
@@ -77,7 +80,8 @@ def attend(
     if reads:
         query = query.index_select(2, reads.at)
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    query_THK = query_THK.contiguous()
+    if not query_THK.is_cuda or len(query_THK) > FEW or query_THK.stride(-1) != 1:
+        query_THK = query_THK.contiguous()  # a view would keep the keys and values beside it, which the cache has too
     # Keys and values are copied to the cache as they lie, if a head's values lie side by side.
     key_THK, value_THK = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_THK, value_THK))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
@@ -138,7 +142,7 @@ class _CachedAttention(torch.autograd.Function):
         ctx.ragged, ctx.row_offsets, ctx.layer, ctx.keywords = ragged, row_offsets, layer, keywords
         ctx.is_first = is_first
         ctx.set_materialize_grads(False)
-        return output, torch.zeros_like(order)
+        return output, torch.empty_like(order)
 
     @staticmethod
     @once_differentiable
@@ -149,7 +153,7 @@ class _CachedAttention(torch.autograd.Function):
         grad_keys, grad_values = cache.gradients(layer)
         waiting = cache.waiting[layer]
         if waiting and ctx.is_first and ragged.joined is None:  # else the first pass itself needs no gradients
-            _add_joined(cache, layer, ctx.keywords)
+            _add_joined(ragged, layer, ctx.keywords)
         if rewritten:
             ops.kv_append(*rewritten, ragged.slots, cache.keys[layer], cache.values[layer])
         if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
@@ -161,16 +165,15 @@ class _CachedAttention(torch.autograd.Function):
         if ragged.joined is not None:
             # Without their graph, which holds the cache: where no first pass clears the list, both would stay forever.
             of = (torch.zeros_like(output) if grad_output is None else grad_output, query, output, lse)
-            waiting.append((ragged.rows, ragged.joined, *(x.detach() for x in of)))
-        grad_key = grad_keys.index_select(0, ragged.slots).to(query.dtype)
-        grad_value = grad_values.index_select(0, ragged.slots).to(query.dtype)
+            waiting.append((ragged.rows, *(x.detach() for x in of)))
+        grad_key, grad_value = ops.kv_gather(grad_keys, grad_values, ragged.slots, query.dtype)
         if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
             grad_keys[ragged.slots] = 0
             grad_values[ragged.slots] = 0
         if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
             cache.waiting[layer] = []
-        return grad_query, grad_key, grad_value, lse.new_zeros((), dtype=torch.float32), *[None] * 5
+        return grad_query, grad_key, grad_value, *[None] * 6
 
 
 def _backward(
@@ -186,26 +189,37 @@ def _backward(
 
 def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
     """How many passes behind the first leave dK and dV of its slots to it: of one token a row, and all are read."""
-    if ops.choose("ragged_attention_backward", batch.input_ids.device)[0] != "cpu":
-        return 0
+    worth = WORTH_JOINING.get(ops.choose("ragged_attention_backward", batch.input_ids.device)[0])
     single = (max(p.counts) == 1 and not (loss_only and p.reads) for p in batch.passes[1:])
     count = sum(itertools.takewhile(bool, single))
-    return count if count >= WORTH_JOINING else 0
+    return count if worth is not None and count >= worth else 0
 
 
-def _add_joined(cache: Storage, layer: int, keywords: dict[str, Any]) -> None:
+def _add_joined(first: Ragged, layer: int, keywords: dict[str, Any]) -> None:
     """dK and dV of all waiting passes: one call in which a row has their tokens, one behind the other, as queries.
 
     It adds to the slots of those tokens too, which nobody reads any more.
     """
-    rows, firsts, *of = (torch.cat(tensors) for tensors in zip(*reversed(cache.waiting[layer]), strict=True))
-    order = rows.argsort(stable=True)
-    rows, counts = torch.unique_consecutive(rows[order], return_counts=True)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    lengths = firsts[order][offsets[:-1]] + counts
-    where = (rows, offsets.int(), lengths.int())
-    keywords = keywords | {"max_query": int(counts.max()), "max_length": int(lengths.max())}
-    _backward(cache, layer, tuple(tensor[order] for tensor in of), where, keywords)
+    cache = first.cache
+    rows, *of = zip(*reversed(cache.waiting[layer]), strict=True)
+    if len(rows) not in cache.joins:  # the same for every layer
+        cache.joins[len(rows)] = _joined_layout(first, torch.cat(rows))
+    order, offsets, lengths = cache.joins[len(rows)]
+    keywords = keywords | {"max_query": len(rows), "max_length": first.max_length + len(rows)}
+    joined = tuple(torch.cat(tensors).index_select(0, order) for tensors in of)
+    _backward(cache, layer, joined, (first.rows, offsets, lengths), keywords)
+
+
+def _joined_layout(first: Ragged, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of tokens that stand pass by pass, the rows of the first pass in `first`: their order row by row, where each
+    row's begin, and how long a row is with them. Nothing here waits for the device.
+    """
+    place = torch.empty(len(first.cache.page_table), dtype=torch.int64, device=rows.device)
+    place[first.rows.long()] = torch.arange(len(first.rows), device=rows.device)
+    at = place[rows.long()]
+    counts = torch.zeros_like(first.rows).index_add_(0, at, torch.ones_like(rows))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
+    return at.argsort(stable=True), offsets, first.lengths + counts
 
 
 AttentionInterface.register(NAME, attend)

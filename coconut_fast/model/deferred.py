@@ -8,10 +8,12 @@ embedding notes ids and gradients, which are added into the gradient of the head
 (V, D) gradient of zeros and a few rows per use (GPT-2: 154 MB), and add that.
 
 The input of a product that is the result of LayerNorm or GELU is not kept but computed again from theirs, which
-autograd keeps anyway: on GPT-2 a third of all activations for some hundredths of the time.
+autograd keeps anyway: on GPT-2 a third of all activations for some hundredths of the time. On a GPU it is kept: there
+memory is not what a step runs out of, and LayerNorm is model/layer_norm.py's.
 
-A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional and `torch.addmm`
-(GPT-2's Conv1D) through it, so the model code stays as it is. Exact: the same products, summed in another order.
+A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional, `torch.addmm`
+(GPT-2's Conv1D) and additions through it, so the model code stays as it is. Exact: the same products, summed in another
+order.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from coconut_fast.model import layer_norm
 from coconut_fast.model.gelu import gelu
 from coconut_fast.model.weight import Weight
 
 SMALL = 512  # rows of uses that are multiplied together; above, the copy costs more than it saves
 functional = nn.functional
+ADDITIONS = (torch.add, torch.Tensor.add)
 
 
 class DeferredWeightGradients(TorchFunctionMode):
@@ -39,6 +43,7 @@ class DeferredWeightGradients(TorchFunctionMode):
         super().__init__()
         self.uses: dict[tuple[int, int], tuple[Tensor, _Uses]] = {}
         self.cheap: _Cheap | None = None  # the last result that is not worth keeping
+        self.stream = layer_norm.Stream()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,10 +57,16 @@ class DeferredWeightGradients(TorchFunctionMode):
                 return self._product(x, weight, bias, transposed=False)
         if func is functional.embedding and len(args) >= 2 and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
             return _Lookup.apply(args[0], *self._uses(args[1], None))
+        if func is functional.layer_norm and layer_norm.fuses(*args, **kwargs):
+            return self._norm(*args, **kwargs)
+        if func in ADDITIONS and len(args) == 2 and not kwargs:
+            args = tuple(self.stream.behind(x) for x in args)
+            if layer_norm.adds(*args):
+                return self.stream.add(*args)
         if func is functional.gelu:
             func = gelu
         result = func(*args, **kwargs)
-        if func is gelu or func is functional.layer_norm:
+        if (func is gelu or func is functional.layer_norm) and not layer_norm.on_gpu(result):
             self.cheap = _Cheap(result, func, args, kwargs)
         return result
 
@@ -70,13 +81,19 @@ class DeferredWeightGradients(TorchFunctionMode):
             self.uses[key] = (_Collect.apply(weight, bias, uses), uses)
         return self.uses[key]
 
+    def _norm(self, x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        if not (_is_trained(weight) and _is_bias(bias, width=weight.shape[0])):
+            return functional.layer_norm(x, shape, weight, bias, eps)
+        return self.stream.norm(x, *self._uses(weight, bias), eps)
+
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         alias, uses = self._uses(weight, bias)
         uses.prepare(compute, transposed)
         cheap = self.cheap if self.cheap is not None and self.cheap.made(x) else None
-        return _Use.apply(x.to(compute), alias, uses, cheap)
+        rounded = self.stream.rounded(x, compute)
+        return _Use.apply(x.to(compute) if rounded is None else rounded, alias, uses, cheap)
 
 
 def _is_trained(weight: Any) -> bool:
@@ -130,13 +147,21 @@ class _Uses:
         self.multiplied: Any = None  # a Weight, once the first use has told dtype and layout
         self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
         self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
+        self.sums: Tensor | None = None  # of a norm, see norm_sums
         self.task = -1  # the call of backward that noted them
 
     def enter_task(self) -> None:
         """Forgets what an earlier backward noted and never collected: it ended at an activation."""
         task = torch._C._current_graph_task_id()
         if task != self.task:
-            self.noted, self.looked_up, self.task = [], [], task
+            self.noted, self.looked_up, self.sums, self.task = [], [], None, task
+
+    def norm_sums(self) -> Tensor:
+        """Where the norm of this weight adds its gradients, pass by pass."""
+        self.enter_task()
+        if self.sums is None:
+            self.sums = self.weight.new_zeros(layer_norm.SHARES, 2, len(self.weight), dtype=torch.float32)
+        return self.sums
 
     def prepare(self, compute: torch.dtype, transposed: bool) -> None:
         if self.multiplied is None:
@@ -149,11 +174,17 @@ class _Uses:
         if self.noted:
             product, bias = self._products()
             total = product if total is None else total.add_(product)
+        if self.sums is not None:
+            of_weight, bias = self.sums.sum(0)
+            total = of_weight if total is None else total.add_(of_weight)
+            self.sums = None
         if self.looked_up:
             total = torch.zeros_like(self.weight) if total is None else total
-            for ids, grad in self.looked_up:
+            looked_up, self.looked_up = self.looked_up, []
+            if not total.is_cpu:  # one call sorts its ids and adds what they share one after the other, so one for all
+                looked_up = [(torch.cat([ids for ids, _ in looked_up]), torch.cat([grad for _, grad in looked_up]))]
+            for ids, grad in looked_up:
                 _add_rows(total, ids, grad.to(total.dtype))
-            self.looked_up = []
         return total, bias
 
     def _products(self) -> tuple[Tensor, Tensor | None]:
