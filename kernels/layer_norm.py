@@ -4,8 +4,8 @@
 
 Shapes: x (N, D), weight, bias (D,); normed in x's dtype, rounded in `dtype`; statistics (N, 2) fp32, the mean and the
 reciprocal deviation that layer_norm_backward.py reads. The row stays in registers between statistics and results.
-Bytes: N D elements of x once and of each result once, in 128-bit accesses. Bound: memory bandwidth. Registers at most
-128.
+Bytes: N D elements of x once and of each result once, in 128-bit accesses. Bound: memory bandwidth.
+Registers at most 128.
 """
 
 from __future__ import annotations

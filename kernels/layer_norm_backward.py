@@ -8,8 +8,8 @@ Shapes: x, grad_normed, grad_rounded, other (N, D), each gradient may be None: `
 it, the residual stream; weight (D,); statistics (N, 2) as layer_norm leaves them; sums (P, 2, D) fp32. Program i of at
 most P adds its consecutive rows to sums[i]: a weight's gradient over several calls is sums.sum(0) at their end, in one
 order always. grad_x comes in x's dtype and, where asked for, once more in another for the product that x came from.
-Bytes: N D elements of x, of each gradient and of grad_x once, in 128-bit accesses. Bound: memory bandwidth. Registers
-at most 128.
+Bytes: N D elements of x, of each gradient and of grad_x once, in 128-bit accesses. Bound: memory bandwidth.
+Registers at most 128.
 """
 
 from __future__ import annotations
