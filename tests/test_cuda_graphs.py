@@ -49,9 +49,9 @@ def test_a_batch_of_any_prompts_thinks_by_replay(monkeypatch) -> None:
     prompts = PROMPTS + OTHERS
     expected = generate(model, prompts, max_new_tokens=3).token_ids
     prefilled, kinds = [], []
-    prefill, replay = cuda_graphs.prefill, GraphRunner.replay
+    prefill, replay = GraphRunner._prefill, GraphRunner.replay
     monkeypatch.setattr(cuda_graphs, "BUCKETS", (1, 2, 4))
-    monkeypatch.setattr(cuda_graphs, "prefill", lambda *a: (prefilled.append(a[3]), prefill(*a))[1])
+    monkeypatch.setattr(GraphRunner, "_prefill", lambda *a: (prefilled.append(a[4]), prefill(*a)))
     monkeypatch.setattr(
         GraphRunner, "replay", lambda self, b, kind, *n: (kinds.append(kind), replay(self, b, kind, *n))
     )
@@ -271,9 +271,9 @@ def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, stream
     assert output.stats.reason == reason
 
 
-def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
+def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
     seen.append(hidden_BD)
-    EagerRunner.first(runner, hidden_BD, drafts)
+    first(runner, hidden_BD, drafts)
 
 
 @pytest.mark.gpu
@@ -290,13 +290,13 @@ def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tenso
 def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     """Bit for bit: tokens and states, of a chain that replays its graph twice, and of batches of several sizes."""
     prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
-    runs = []
+    runs, begun = [], GraphRunner.first
     for pool in (True, False):
         if not pool:
             monkeypatch.setattr(GraphRunner, "_capture", lambda self, passes, stream: passes)
         model = make_pair(family, dtype)[0].cuda()
         seen: list[torch.Tensor] = []
-        first = partial(_first, seen)
+        first = partial(_first, seen, begun)
         monkeypatch.setattr(GraphRunner, "first", lambda self, h, d, first=first: first(self, h, d))
         answers = [generate(model, prompts[:n], max_new_tokens=12, **options) for n in (1, 3, 20)]
         assert all("capture failed" not in a.stats.reason for a in answers)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from coconut_fast.infer import keep
-from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
+from coconut_fast.infer.decode import PREFILL_TOKENS, WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts, whole
@@ -26,7 +26,6 @@ from coconut_fast.model.coconut import Coconut
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
 CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there
-PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
 
 
 @dataclass
