@@ -1,4 +1,4 @@
-"""Prompts read by the fused kernels, in the interpreter, against Hugging Face's body: states, cache, padding, launches."""
+"""Prompts read by the fused kernels, in the interpreter, against Hugging Face's body: states, cache, padding."""
 
 from __future__ import annotations
 

@@ -70,10 +70,10 @@ def silent(family: str, feedback: str, sampling: Sampling, dtype: torch.dtype = 
     prompts.fill(tails, [[3, 4], [6]], [2, 1], cache.reserve(tails, [2, 1]), [0, 1])
     cache.reserve(rows, [4, 4])
     with Listener() as listener:
-        passes.begin(batch)
         passes.read(prompts)
         passes.think(batch, 2)
         passes.feed(batch)
         passes.write(batch)
+        passes.begin(batch)
     assert listener.heard == []
     assert batch.lengths.tolist() == [7, 3]

@@ -64,6 +64,7 @@ class GraphRunner(EagerRunner):
     """
 
     name = "graph"
+    group_tokens = None
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(
@@ -86,7 +87,9 @@ class GraphRunner(EagerRunner):
         self.fresh: tuple[torch.Tensor, Sequence[Draft]] | None = None  # states that first tokens are to follow
         self.standing: list[Draft] = []  # what the static batch that wrote last holds, if nothing came between
         self.captures = 0
-        self.bucketed = model.device.type == "cuda"  # elsewhere there is nothing to capture, and prompts lie as they are
+        self.bucketed = (
+            model.device.type == "cuda"
+        )  # elsewhere there is nothing to capture, and prompts lie as they are
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     @property
@@ -230,7 +233,7 @@ class GraphRunner(EagerRunner):
         rows, batch = [d.row for d in drafts], self.batch_for(len(drafts))
         left = [d.limit - len(d.tokens) - (i >= old) for i, d in enumerate(drafts)]  # behind the first token
         counts = [min(steps, n) for n in left]
-        if fresh or len(drafts) != len(self.standing) or any(a is not b for a, b in zip(drafts, self.standing)):
+        if fresh or list(map(id, drafts)) != list(map(id, self.standing)):
             last = [d.tokens[-1] if d.tokens else 0 for d in drafts]
             batch.fill(rows, self._lengths(rows), left, last, fresh)
             if states_BD is not None:

@@ -15,7 +15,7 @@ import torch
 class Clock:
     """Seconds and passes of each phase: "prefill", "think" (latent passes), "write" (answer tokens).
 
-    On a GPU they are the device's, from event to event, and nobody waits for it: phases are queued one behind the other.
+    On a GPU they are the device's, from event to event, and nobody waits for it: phases are queued.
     """
 
     def __init__(self, device: torch.device) -> None:
