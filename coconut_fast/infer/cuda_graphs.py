@@ -102,6 +102,18 @@ class GraphRunner(EagerRunner):
     def model(self, model: Coconut) -> None:
         self._model = weakref.ref(model)
 
+    def refresh(self) -> None:
+        """Takes up weights that were written in place since the last call, by replay: it is a launch a matrix."""
+        key = ((), "refresh", ())
+        if not isinstance(self.passes, fused.FusedPasses):
+            return
+        if key not in self.graphs:
+            with aside(self.cache.device) as stream:
+                self.passes.refresh()
+                self.graphs[key] = self._capture(self.passes.refresh, stream)
+            self.captures += 1
+        self.graphs[key]()
+
     @torch.inference_mode()
     def read(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None

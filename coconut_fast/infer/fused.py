@@ -92,7 +92,7 @@ class FusedPasses:
     def refresh(self) -> None:
         """Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters."""
         for index, packed in enumerate(self.layers):
-            for name, tensor in self.plan.layer(index).named().items():
+            for name, tensor in self.plan.layer(index, into=packed).named().items():
                 kept = getattr(packed, name)
                 if kept.data_ptr() != tensor.data_ptr():
                     kept.copy_(tensor)

@@ -25,8 +25,9 @@ class KeptRunner(GraphRunner):
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(model, num_slots=num_slots, max_rows=max_rows, max_length=max_length, sampling=sampling)
         self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-        self.made_for = _made_for(model, sampling)
+        self.made_for, self.structure = _made_for(model, sampling), _structure(model)
         self.fleeting = fleeting(model)
+        self.current = False  # whether `hooked` has just found the model's structure to be what it was
 
     def release(self) -> None:
         """The call is over and its rows are free: the model's next call may have this runner.
@@ -50,9 +51,9 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
     """
     runner = _kept.pop(model, None)
     wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-    if runner is not None and _holds(runner, wanted) and runner.made_for == _made_for(model, sampling):
-        runner.clock = Clock(model.device)
-        runner.passes.refresh()
+    if runner is not None and _holds(runner, wanted) and _fits(runner, model, sampling):
+        runner.clock, runner.current = Clock(model.device), False
+        runner.refresh()
         return runner
     del runner  # its memory first
     return KeptRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
@@ -81,8 +82,10 @@ def hooked(model: Coconut) -> str | None:
         if getattr(type(model), name) is not getattr(Coconut, name):
             return f"{type(model).__name__} has a {name} of its own"
     kept = _kept.get(model)
-    if kept is not None and kept.made_for[0] == _structure(model):
-        return None
+    if kept is not None:
+        kept.current = kept.structure == _structure(model)
+        if kept.current:
+            return None
     return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
 
 
@@ -97,12 +100,20 @@ def fleeting(model: Coconut) -> str | None:
     return hooked(model)
 
 
+def _fits(runner: KeptRunner, model: Coconut, sampling: Sampling) -> bool:
+    """Whether what its graphs have fixed is still so. The walk over the modules is a third of what a call costs."""
+    if runner.made_for != _made_for(model, sampling):
+        return False
+    return runner.current or runner.structure == _structure(model)
+
+
 def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
-    """What captured graphs have fixed: the model, its feedback, end-of-text, sampling, and who runs the kernels."""
+    """What captured graphs have fixed beside the model's structure: its feedback, end-of-text, sampling, and who runs
+    the kernels."""
     mean_norm = getattr(model.feedback, "mean_norm", None)
     constant = float(mean_norm) if mean_norm is not None else None
     runs = ops.choose("skinny_linear", model.device)
-    return _structure(model), fused.compute_dtype(model), constant, model.tokens.eos, sampling, runs
+    return fused.compute_dtype(model), constant, model.tokens.eos, sampling, runs
 
 
 def _structure(model: Coconut) -> list[object]:
