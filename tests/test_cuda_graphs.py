@@ -140,6 +140,30 @@ def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
     assert replays.count("think") == 1 and replays.count("feed") == 1
 
 
+def test_a_look_that_changes_no_row_fills_nothing(kept, monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=30, temperature=0.7, seed=1).token_ids
+    filled = []
+    fill = StaticBatch.fill
+    monkeypatch.setattr(StaticBatch, "fill", lambda self, *a: (filled.append(a[0]), fill(self, *a)))
+    assert generate(model, PROMPTS, max_new_tokens=30, temperature=0.7, seed=1).token_ids == expected
+    assert all(len(ids) == 30 for ids in expected), "nobody ends early, so four looks find the same rows"
+    assert len(filled) == 2, "for the thoughts, for the first tokens, and not at the next three looks"
+
+
+def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
+    """Rows that end early are not followed one by one: every group's thoughts hold up all others."""
+    model, _ = make_pair("llama")
+    prompts = [make_row(5 + n % 7, n % 3, 0, n) for n in range(30)]
+    limits = [1 + 7 * n % 29 for n in range(30)]
+    expected = [generate(model, [p], max_new_tokens=m).token_ids[0] for p, m in zip(prompts, limits, strict=True)]
+    groups = []
+    read = GraphRunner.read
+    monkeypatch.setattr(GraphRunner, "read", lambda self, rows, *a: (groups.append(len(rows)), read(self, rows, *a))[1])
+    assert generate(model, prompts, max_new_tokens=limits, batch_size=12).token_ids == expected
+    assert groups[0] == 12 and sum(groups) == 30 and min(groups[:-1]) >= 3
+
+
 def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
