@@ -94,11 +94,11 @@ class Timed:
         runner.cache.truncate(self.rows, [PROMPT] * self.size)
         runner.cache.reserve(self.rows, [THOUGHTS + 1] * self.size)
         runner.replay(batch, "think", THOUGHTS)
-        batch.remaining[: self.size] = 1
+        batch.tails.fill_(1)
         batch.tokens.fill_(self.model.tokens.end)
         runner.replay(batch, "feed")
         drafts = [Draft(row, 0, TOKENS, []) for row in self.rows]
-        runner.first(batch.hidden[: self.size].to(self.model.dtype), drafts)
+        runner.first(batch.hidden[: self.size].clone(), drafts)
         while not all(d.done(self.model.tokens.eos) for d in drafts):
             runner.write(drafts, WRITE_STEPS)
         return [d.tokens for d in drafts]

@@ -77,3 +77,16 @@ def test_fused_passes(compiled, shape, rows) -> None:
         assert found["shared"] <= SHARED[found["capability"]], found
     streams = [found for found in built if found["kernel"] in ("_linear", "_head", "_decode", "_norm", "_feed")]
     assert streams and all(found["vector_loads"] for found in streams), "weights, cache and states move in 128 bits"
+
+
+@pytest.mark.parametrize("tokens", [64, 16384])
+@pytest.mark.parametrize("shape", ["gpt2", "llama1b"])
+def test_reading_prompts(compiled, shape, tokens) -> None:
+    mine = [found for found in compiled if found["case"] == f"fused_pass/{shape}/bfloat16/{tokens}/read"]
+    names = next(found["launches"] for found in mine if "launches" in found)
+    first, last = (["_norm", "_append", attend, "_norm", "_activate"] for attend in ("_forward", "_decode"))
+    assert names == ["_feed", *first, *last, "_norm", "_norm"]
+    for found in mine:
+        if "kernel" in found:
+            assert found["spilled"] == 0 and found["vector_loads"], found
+            assert found["shared"] <= SHARED[found["capability"]], found

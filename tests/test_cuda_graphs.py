@@ -49,9 +49,9 @@ def test_a_batch_of_any_prompts_thinks_by_replay(monkeypatch) -> None:
     prompts = PROMPTS + OTHERS
     expected = generate(model, prompts, max_new_tokens=3).token_ids
     prefilled, kinds = [], []
-    prefill, replay = cuda_graphs.prefill, GraphRunner.replay
+    prefill, replay = GraphRunner._prefill, GraphRunner.replay
     monkeypatch.setattr(cuda_graphs, "BUCKETS", (1, 2, 4))
-    monkeypatch.setattr(cuda_graphs, "prefill", lambda *a: (prefilled.append(a[3]), prefill(*a))[1])
+    monkeypatch.setattr(GraphRunner, "_prefill", lambda *a: (prefilled.append(a[4]), prefill(*a)))
     monkeypatch.setattr(
         GraphRunner, "replay", lambda self, b, kind, *n: (kinds.append(kind), replay(self, b, kind, *n))
     )
@@ -138,6 +138,30 @@ def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
     answer = generate(model, [PROMPTS[0]], max_new_tokens=33).token_ids[0]
     assert len(answer) == 33 and len(looks) == 4 and replays.count("write") == 32
     assert replays.count("think") == 1 and replays.count("feed") == 1
+
+
+def test_a_look_that_changes_no_row_fills_nothing(kept, monkeypatch) -> None:
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=30, temperature=0.7, seed=1).token_ids
+    filled = []
+    fill = StaticBatch.fill
+    monkeypatch.setattr(StaticBatch, "fill", lambda self, *a: (filled.append(a[0]), fill(self, *a)))
+    assert generate(model, PROMPTS, max_new_tokens=30, temperature=0.7, seed=1).token_ids == expected
+    assert all(len(ids) == 30 for ids in expected), "nobody ends early, so four looks find the same rows"
+    assert len(filled) == 2, "for the thoughts, for the first tokens, and not at the next three looks"
+
+
+def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
+    """Rows that end early are not followed one by one: every group's thoughts hold up all others."""
+    model, _ = make_pair("llama")
+    prompts = [make_row(5 + n % 7, n % 3, 0, n) for n in range(30)]
+    limits = [1 + 7 * n % 29 for n in range(30)]
+    expected = [generate(model, [p], max_new_tokens=m).token_ids[0] for p, m in zip(prompts, limits, strict=True)]
+    groups = []
+    read = GraphRunner.read
+    monkeypatch.setattr(GraphRunner, "read", lambda self, rows, *a: (groups.append(len(rows)), read(self, rows, *a))[1])
+    assert generate(model, prompts, max_new_tokens=limits, batch_size=12).token_ids == expected
+    assert groups[0] == 12 and sum(groups) == 30 and min(groups[:-1]) >= 3
 
 
 def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatch) -> None:
@@ -271,9 +295,9 @@ def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, stream
     assert output.stats.reason == reason
 
 
-def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
+def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
     seen.append(hidden_BD)
-    EagerRunner.first(runner, hidden_BD, drafts)
+    first(runner, hidden_BD, drafts)
 
 
 @pytest.mark.gpu
@@ -290,13 +314,13 @@ def _first(seen: list[torch.Tensor], runner: GraphRunner, hidden_BD: torch.Tenso
 def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     """Bit for bit: tokens and states, of a chain that replays its graph twice, and of batches of several sizes."""
     prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
-    runs = []
+    runs, begun = [], GraphRunner.first
     for pool in (True, False):
         if not pool:
             monkeypatch.setattr(GraphRunner, "_capture", lambda self, passes, stream: passes)
         model = make_pair(family, dtype)[0].cuda()
         seen: list[torch.Tensor] = []
-        first = partial(_first, seen)
+        first = partial(_first, seen, begun)
         monkeypatch.setattr(GraphRunner, "first", lambda self, h, d, first=first: first(self, h, d))
         answers = [generate(model, prompts[:n], max_new_tokens=12, **options) for n in (1, 3, 20)]
         assert all("capture failed" not in a.stats.reason for a in answers)

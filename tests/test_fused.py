@@ -72,7 +72,7 @@ class Bench:
 
     @torch.inference_mode()
     def feed(self) -> torch.Tensor:
-        self.batch.remaining[: len(self.rows)] = 1
+        self.batch.tails[: len(self.rows)] = 1
         self.batch.tokens.copy_(torch.arange(1, self.batch.size + 1))
         self.passes.feed(self.batch)
         return self.batch.hidden[: len(self.rows)].clone()

@@ -27,15 +27,15 @@ def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
     model, _ = make_pair(family)
     first = generate(model, PROMPTS, max_new_tokens=11)
     runner = keep._kept[model]
-    captured = runner.captures
-    assert captured == len(runner.graphs) > 0
+    assert runner.captures == len(runner.graphs) > 0
+    captured = runner.captures + (family == "gpt2")  # packed weights are written again from the second call on
     for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
         again = generate(model, prompts, max_new_tokens=11)
         assert keep._kept[model] is runner and runner.captures == captured
     assert again.token_ids == first.token_ids
     assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
-    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket, and a chain of another length
-    assert keep._kept[model] is runner and runner.captures == captured + 3
+    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket: a chain of thoughts, feed, begin, write
+    assert keep._kept[model] is runner and runner.captures == captured + 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

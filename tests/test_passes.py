@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coconut_fast.infer.decode import Sampling
-from coconut_fast.infer.passes import HuggingFacePasses, StaticBatch
+from coconut_fast.infer.passes import HuggingFacePasses, StaticBatch, StaticPrompts
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
@@ -58,17 +58,22 @@ def test_feedbacks_keep_to_the_device(feedback: str) -> None:
 def silent(family: str, feedback: str, sampling: Sampling, dtype: torch.dtype = torch.float32) -> None:
     model, _ = make_pair(family, dtype)
     model.feedback = make_feedback(feedback, model.hf.get_input_embeddings())
-    cache = KVCache(model.num_layers, num_slots=128, max_rows=4, max_length=64)
+    cache = KVCache(model.num_layers, num_slots=128, max_rows=8, max_length=64)
     rows = cache.alloc(2)
     hidden_BD = prefill(model, cache, rows, [[3, 4, 5], [6, 7]])
     passes = HuggingFacePasses(model, cache, sampling, "asked for")
     batch = StaticBatch(2, hidden_BD.shape[1], 2, torch.float32, model.device)
-    batch.fill(rows, [3, 2], [4, 1])
+    batch.fill(rows, [3, 2], [3, 1], [9, None], fresh=1)
     batch.hidden.copy_(hidden_BD)
+    prompts = StaticPrompts((3, 2, 2), hidden_BD.shape[1], torch.float32, model.device)
+    tails = cache.alloc(2)
+    prompts.fill(tails, [[3, 4], [6]], [2, 1], cache.reserve(tails, [2, 1]), [0, 1])
     cache.reserve(rows, [4, 4])
     with Listener() as listener:
+        passes.read(prompts)
         passes.think(batch, 2)
         passes.feed(batch)
         passes.write(batch)
+        passes.begin(batch)
     assert listener.heard == []
     assert batch.lengths.tolist() == [7, 3]

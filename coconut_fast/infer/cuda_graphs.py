@@ -1,9 +1,10 @@
 """The graph runner: the chain of thoughts as one CUDA graph, and decoding as graphed steps.
 
-The host fills a `StaticBatch` (infer/passes.py), reserves pages for what the passes will append, replays, and looks at
-the results once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until
-then. `choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate`
-calls too (infer/keep.py).
+The host fills `StaticPrompts` or a `StaticBatch` (infer/passes.py), reserves pages for what the passes will append,
+replays, and goes on without waiting: what one graph leaves on the device the next one takes. It looks at the results
+once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until then.
+`choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate` calls
+too (infer/keep.py).
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import torch
 
 from coconut_fast.infer import fused, persistent
 from coconut_fast.infer.capture import aside, captured
-from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
+from coconut_fast.infer.decode import PREFILL_TOKENS, WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
-from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
-from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch, StaticPrompts
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.sampling import uniform
 from coconut_fast.infer.stats import copy_bandwidth
@@ -45,13 +45,26 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
     return HuggingFacePasses(model, cache, sampling, reason)
 
 
+def prompt_sizes(tokens: int, rows: int, longest: int) -> tuple[int, int, int]:
+    """Sizes of StaticPrompts to hold so many: tokens by at most a half more, rows by at most four times.
+
+    The longest row sizes the grid of attention, where a program without a query costs little but is not free; of few
+    tokens it is 256 at least.
+    """
+    size = 16
+    while size < tokens:
+        size = size * 3 // 2 if size >= 1024 and size & (size - 1) == 0 else 1 << size.bit_length()
+    return size, next(b for b in (1, 4, 16, 64, 256) if b >= rows), min(size, max(256, 1 << (longest - 1).bit_length()))
+
+
 class GraphRunner(EagerRunner):
-    """Prefill as the eager runner does it; thoughts and tokens by replay. Keeps no model alive: it may outlive a call.
+    """Prompts, thoughts and tokens by replay. Keeps no model alive: it may outlive a call.
 
     captures: how often something was captured.
     """
 
     name = "graph"
+    group_tokens = None
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(
@@ -69,8 +82,14 @@ class GraphRunner(EagerRunner):
             self.bytes_per_pass = self.passes.bytes_per_pass
             self.measure_bandwidth = partial(copy_bandwidth, model.device)
         self.batches: dict[int, StaticBatch] = {}
-        self.graphs: dict[tuple[int, str, tuple[int, ...]], Callable[[], None]] = {}
+        self.prompts: dict[tuple[int, int, int], StaticPrompts] = {}
+        self.graphs: dict[tuple[object, str, tuple[int, ...]], Callable[[], None]] = {}
+        self.fresh: tuple[torch.Tensor, Sequence[Draft]] | None = None  # states that first tokens are to follow
+        self.standing: list[Draft] = []  # what the static batch that wrote last holds, if nothing came between
         self.captures = 0
+        self.bucketed = (
+            model.device.type == "cuda"
+        )  # elsewhere there is nothing to capture, and prompts lie as they are
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     @property
@@ -83,70 +102,109 @@ class GraphRunner(EagerRunner):
     def model(self, model: Coconut) -> None:
         self._model = weakref.ref(model)
 
+    def refresh(self) -> None:
+        """Takes up weights that were written in place since the last call, by replay: it is a launch a matrix."""
+        key = ((), "refresh", ())
+        if not isinstance(self.passes, fused.FusedPasses):
+            return
+        if key not in self.graphs:
+            with aside(self.cache.device) as stream:
+                self.passes.refresh()
+                self.graphs[key] = self._capture(self.passes.refresh, stream)
+            self.captures += 1
+        self.graphs[key]()
+
     @torch.inference_mode()
     def read(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
-        """As EagerRunner.read, but thoughts replay; so does a single token behind them, as prompts usually end."""
+        """As EagerRunner.read, in at least fp32; a single token behind thoughts, as prompts usually end, replays."""
         if len(rows) > BUCKETS[-1]:
             parts = [slice(start, start + BUCKETS[-1]) for start in range(0, len(rows), BUCKETS[-1])]
             return torch.cat([self.read(rows[p], prompts[p], None if thoughts is None else thoughts[p]) for p in parts])
+        batch, self.standing = self.batch_for(len(rows)), []
         with self.clock("prefill"):
-            hidden_BD = prefill(self.model, self.cache, rows, [p.pieces[0].tokens for p in prompts])
+            self._prefill(batch, range(len(rows)), rows, [p.pieces[0].tokens for p in prompts])
         for r in range(max(len(p.pieces) for p in prompts) - 1):
             counts = [p.pieces[r].thoughts if r < len(p.pieces) else 0 for p in prompts]
             tails = [p.pieces[r + 1].tokens if r + 1 < len(p.pieces) else () for p in prompts]
             if max(map(len, tails)) <= 1:
-                hidden_BD = self._think(rows, hidden_BD, counts, tails, thoughts)
+                self._think(batch, rows, counts, tails, thoughts)
                 continue
-            hidden_BD = self._think(rows, hidden_BD, counts, [()] * len(rows), thoughts)
+            self._think(batch, rows, counts, [()] * len(rows), thoughts)
             members = [i for i, tail in enumerate(tails) if tail]
             with self.clock("prefill"):
-                ends_BD = prefill(self.model, self.cache, [rows[i] for i in members], [tails[i] for i in members])
-                hidden_BD[torch.tensor(members, device=self.cache.device)] = ends_BD
-        return hidden_BD
+                self._prefill(batch, members, [rows[i] for i in members], [tails[i] for i in members])
+        return batch.hidden[: len(rows)].clone()
+
+    def _prefill(
+        self, batch: StaticBatch, into: Sequence[int], rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> None:
+        """`tokens[i]` at the end of `rows[i]`, and its last hidden state to row `into[i]` of the batch."""
+        start = 0
+        while start < len(rows):
+            stop, total = start + 1, len(tokens[start])
+            while stop < len(rows) and total + len(tokens[stop]) <= PREFILL_TOKENS:
+                total += len(tokens[stop])
+                stop += 1
+            part = slice(start, stop)
+            counts = [len(t) for t in tokens[part]]
+            slots = self.cache.reserve(rows[part], counts)
+            size = (total, len(counts), max(counts))
+            graphed = self.bucketed and total <= self.passes.graphed_tokens
+            prompts = self._prompts_for(*size) if graphed else self._static_prompts(size)
+            prompts.fill(rows[part], tokens[part], self._lengths(rows[part]), slots, into[part])
+            if graphed:
+                self.replay(prompts, "read")
+            else:
+                self._run(prompts, "read")
+            batch.hidden.index_copy_(0, prompts.into[: len(counts)], prompts.hidden[: len(counts)])
+            start = stop
 
     def _think(
         self,
+        batch: StaticBatch,
         rows: Sequence[int],
-        hidden_BD: torch.Tensor,
         counts: Sequence[int],
         tails: Sequence[tuple[int, ...]],
         thoughts: list[list[torch.Tensor]] | None,
-    ) -> torch.Tensor:
-        """Each row's `counts` thoughts, then its token in `tails`, if it has one -> its last hidden state, (B, D)."""
-        batch, here = self.batch_for(len(rows)), slice(len(rows))
-        batch.fill(rows, self._lengths(rows), counts)
-        batch.hidden[here] = hidden_BD
+    ) -> None:
+        """Each row's `counts` thoughts, then its token in `tails`, if it has one; states are the batch's."""
+        batch.fill(rows, self._lengths(rows), counts, [tail[0] if tail else None for tail in tails])
         self.cache.reserve(rows, [count + len(tail) for count, tail in zip(counts, tails, strict=True)])
         longest = LONGEST_CHAIN if thoughts is None else 1  # whoever wants the thoughts has them one by one
         done = 0
         with self.clock("think", passes=max(counts)):
             while done < max(counts):
                 if thoughts is not None:
-                    fed_BD = batch.hidden[here].to(hidden_BD.dtype, copy=True)
+                    fed_BD = batch.hidden[: len(rows)].to(self.model.dtype, copy=True)
                     for sink, count, thought_D in zip(thoughts, counts, fed_BD, strict=True):
                         sink.extend([thought_D] if done < count else [])
                 chain = min(max(counts) - done, longest)
                 self.replay(batch, "think", chain)
                 done += chain
         if any(tails):
-            given = [[len(tail) for tail in tails], [tail[0] if tail else 0 for tail in tails]]
-            batch.remaining[here], batch.tokens[here] = torch.tensor(given, device=self.cache.device)
             with self.clock("prefill"):
                 self.replay(batch, "feed")
-        return batch.hidden[here].to(hidden_BD.dtype, copy=True)
+
+    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
+        """The drafts' first tokens are chosen by the `write` that follows, in which they come last."""
+        self.fresh = hidden_BD, drafts
 
     @torch.inference_mode()
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
-        """As EagerRunner.write; one look at the device behind `steps` replays."""
+        """As EagerRunner.write, with one look at the device behind `steps` replays; first tokens are written too."""
         assert steps <= WRITE_STEPS, f"{steps} tokens between two looks, the static batch holds {WRITE_STEPS}"
         eos = self.model.tokens.eos
+        hidden_BD, fresh = self.fresh or (None, ())
+        self.fresh = None
         writing = [d for d in drafts if not d.done(eos)]
+        old = len(writing) - len(fresh)
+        assert all(a is b for a, b in zip(writing[old:], fresh, strict=True)), "first tokens of other drafts are due"
         for start in range(0, len(writing), BUCKETS[-1]):
-            part = writing[start : start + BUCKETS[-1]]
-            with self.clock("write", passes=max(min(steps, d.limit - len(d.tokens)) for d in part)):
-                self._write(part, steps)
+            part = slice(start, start + BUCKETS[-1])
+            states_BD = None if hidden_BD is None else hidden_BD[max(start - old, 0) : max(part.stop - old, 0)]
+            self._write(writing[part], steps, states_BD if states_BD is not None and len(states_BD) else None)
 
     def batch_for(self, rows: int) -> StaticBatch:
         """The static batch of the smallest bucket that holds so many rows."""
@@ -154,10 +212,22 @@ class GraphRunner(EagerRunner):
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
             dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self.batches[size] = StaticBatch(size, dim, WRITE_STEPS, dtype, self.cache.device)
+            self.batches[size] = StaticBatch(size, dim, WRITE_STEPS + 1, dtype, self.cache.device)
         return self.batches[size]
 
-    def replay(self, batch: StaticBatch, kind: str, *count: int) -> None:
+    def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
+        """The static prompts of the smallest buckets that hold so many."""
+        size = prompt_sizes(tokens, rows, longest)
+        if size not in self.prompts:
+            self.prompts[size] = self._static_prompts(size)
+        return self.prompts[size]
+
+    def _static_prompts(self, size: tuple[int, int, int]) -> StaticPrompts:
+        dim = self.model.hf.get_input_embeddings().weight.shape[1]
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return StaticPrompts(size, dim, dtype, self.cache.device)
+
+    def replay(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
         """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
@@ -167,27 +237,50 @@ class GraphRunner(EagerRunner):
             self.captures += 1
         self.graphs[key]()
 
-    def _write(self, drafts: Sequence[Draft], steps: int) -> None:
-        rows = [d.row for d in drafts]
-        counts = [min(steps, d.limit - len(d.tokens)) for d in drafts]
-        batch = self.batch_for(len(rows))
-        batch.fill(rows, self._lengths(rows), counts)
-        batch.tokens[: len(rows)] = torch.tensor([d.tokens[-1] for d in drafts], device=self.cache.device)
+    def _write(self, drafts: list[Draft], steps: int, states_BD: torch.Tensor | None) -> None:
+        """states_BD: of the last drafts, which have no token yet."""
+        fresh = 0 if states_BD is None else len(states_BD)
+        old = len(drafts) - fresh
+        begun = int(fresh > 0)
+        rows, batch = [d.row for d in drafts], self.batch_for(len(drafts))
+        left = [d.limit - len(d.tokens) - (i >= old) for i, d in enumerate(drafts)]  # behind the first token
+        counts = [min(steps, n) for n in left]
+        if fresh or list(map(id, drafts)) != list(map(id, self.standing)):
+            last = [d.tokens[-1] if d.tokens else 0 for d in drafts]
+            batch.fill(rows, self._lengths(rows), left, last, fresh)
+            if states_BD is not None:
+                batch.hidden[old : len(drafts)] = states_BD
+        else:
+            batch.step.zero_()  # all else is on the device as the last look found it
         if self.sampling.temperature:
-            numbers = [[uniform(d.seed, len(d.tokens) + i) for i in range(steps)] for d in drafts]
-            batch.numbers[: len(rows), :steps] = torch.tensor(numbers, dtype=torch.float64, device=self.cache.device)
+            numbers = [
+                [uniform(d.seed, len(d.tokens) + i - (begun and d.tokens != [])) for i in range(steps + begun)]
+                for d in drafts
+            ]
+            batch.numbers[: len(rows), : steps + begun] = torch.tensor(
+                numbers, dtype=torch.float64, device=self.cache.device
+            )
         self.cache.reserve(rows, counts)
-        for _ in range(max(counts)):
-            self.replay(batch, "write")
-        for draft, written in zip(drafts, batch.written[: len(rows), : max(counts)].tolist(), strict=True):
-            draft.tokens.extend(t for t in written if t >= 0)
+        with self.clock("write", passes=max(counts)):
+            if begun:
+                self.replay(batch, "begin")
+            for _ in range(max(counts)):
+                self.replay(batch, "write")
+        written = batch.written.cpu()[: len(rows), : max(counts) + begun].tolist()
+        for draft, tokens in zip(drafts, written, strict=True):
+            draft.tokens.extend(t for t in tokens if t >= 0)
+        self.standing = drafts
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         lengths = self.cache.layout.lengths
         return [int(lengths[r]) for r in rows]
 
-    def _warm_up(self, batch: StaticBatch, kind: str, *count: int) -> None:
-        """Runs the passes once without an active row, which compiles kernels and changes nothing that is read.
+    def _warm_up(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
+        """Runs the passes once without an active row, which compiles kernels and changes nothing that is read."""
+        self._run(batch, kind, *count)
+
+    def _run(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
+        """Runs the passes launch by launch.
 
         Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
         """
@@ -203,7 +296,7 @@ class GraphRunner(EagerRunner):
         self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
         self.trouble = self.passes.reason
         self.graphs.clear()
-        self._warm_up(batch, kind, *count)
+        self._run(batch, kind, *count)
 
     def _capture(self, passes: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
         """What replays the passes; they themselves, run launch by launch, where they cannot be captured."""

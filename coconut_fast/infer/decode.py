@@ -13,6 +13,7 @@ from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
 WRITE_STEPS = 8  # tokens between two looks at who has finished and who waits: what a static batch has room for
+PREFILL_TOKENS = 16384  # of one forward; more are read in several
 
 
 @dataclass(frozen=True)

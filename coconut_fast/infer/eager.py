@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from coconut_fast.infer.decode import Draft, Sampling, choose, decode
+from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, choose, decode
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
@@ -21,6 +21,7 @@ class EagerRunner:
     name = "eager"
     bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
     measure_bandwidth: Callable[[], float] | None = None  # bytes a second that a pass could read at most
+    group_tokens: int | None = PREFILL_TOKENS  # of the prompts that `read` takes at a time; None: it cuts them itself
     reason = ""  # what there is to say of the passes beyond who runs them
     trouble = ""  # why the passes did not run as they were meant to, if so
 

@@ -22,11 +22,11 @@ from coconut_fast.infer.prompts import Prompt, read_prompts, whole
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.cache import PAGE_SIZE
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.plan import modules_of
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
 CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there
-PREFILL_TOKENS = 16384  # of one forward; more prompts are read in several
 
 
 @dataclass
@@ -97,8 +97,9 @@ def generate(
     sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
     engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights)
     engine.keep_thoughts = return_thoughts
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
+    in_training = [module for module in modules_of(model) if module.training]
+    for module in in_training:
+        module.training = False
     try:
         engine.run()
     except KeyboardInterrupt:
@@ -146,8 +147,11 @@ class Engine:
         longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
         num_slots = batch_size * (-(-longest // PAGE_SIZE) + 1) * PAGE_SIZE
-        check_memory(model, num_slots, batch_size)
-        self.seeds = _seeds(prompts, seed, num_samples)
+        # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
+        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * answers
+        room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
+        if not keep.holds(model, **room):
+            check_memory(model, num_slots, batch_size)
         runner, reason = choose_runner(model)
         if runner is not keep.lease:
             keep.forget(model)  # it has left the GPU, or may not use what the last call left there
@@ -155,13 +159,7 @@ class Engine:
             if runner is not NativeRunner:
                 raise ValueError(f"weights: found {weights!r}, but only the native chain packs weights; {reason}")
             runner, reason = partial(NativeRunner, native=packed(model, weights)), f"{reason}, {weights} weights"
-        self.runner = runner(
-            model,
-            num_slots=num_slots,
-            max_rows=batch_size + 1,
-            max_length=longest + PAGE_SIZE,
-            sampling=sampling,
-        )
+        self.runner = runner(model, **room, sampling=sampling)
         self.batch_size = batch_size
         self.stats = GenerateStats(self.runner.name, "; ".join(r for r in (reason, self.runner.reason) if r))
         if self.runner.bytes_per_pass is not None:
@@ -174,13 +172,7 @@ class Engine:
         active: dict[int, Draft] = {}  # answer number -> draft
         with tqdm(total=len(self.prompts) * self.num_samples, desc="generate", unit="answer", delay=2) as bar:
             while waiting or active:
-                group = []
-                room = self.batch_size - len(active)
-                tokens = 0
-                while waiting and room >= self.num_samples and tokens <= PREFILL_TOKENS:
-                    group.append(waiting.popleft())
-                    tokens += len(self.prompts[group[-1]].ids)
-                    room -= self.num_samples
+                group = self._next(waiting, self.batch_size - len(active))
                 if group:
                     active.update(self._read(group))
                 self.runner.write(list(active.values()), WRITE_STEPS)
@@ -190,6 +182,22 @@ class Engine:
                     self._finish(number, draft)
                     bar.update()
         self.runner.release()
+
+    def _next(self, waiting: deque[int], room: int) -> list[int]:
+        """The prompts to read now: as many as there is room for, and as one forward takes.
+
+        Where passes cost the same for few rows and many, a group waits until a quarter of the batch is free: its
+        thoughts hold up everybody.
+        """
+        group: list[int] = []
+        tokens, most = 0, self.runner.group_tokens
+        if most is None and room < min(self.batch_size // 4, len(waiting) * self.num_samples):
+            return group
+        while waiting and room >= self.num_samples and (most is None or tokens <= most):
+            group.append(waiting.popleft())
+            tokens += len(self.prompts[group[-1]].ids)
+            room -= self.num_samples
+        return group
 
     def _read(self, group: list[int]) -> dict[int, Draft]:
         """Prompts -> the first token of each of their answers."""

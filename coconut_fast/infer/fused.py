@@ -29,8 +29,9 @@ import torch
 from torch.nn import functional as F
 
 from coconut_fast import ops
-from coconut_fast.infer.decode import Sampling
-from coconut_fast.infer.passes import BUCKETS, StaticBatch
+from coconut_fast.infer.decode import PREFILL_TOKENS, Sampling
+from coconut_fast.infer.fused_prefill import read
+from coconut_fast.infer.passes import BUCKETS, StaticBatch, StaticPrompts
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Projection, Rescale
@@ -59,6 +60,8 @@ def reason_not(model: Coconut) -> str | None:
 
 class FusedPasses:
     """Passes over a StaticBatch and a cache; infer/passes.py says what each does. ValueError where `reason_not`."""
+
+    graphed_tokens = PREFILL_TOKENS
 
     def __init__(self, model: Coconut, cache: KVCache, sampling: Sampling) -> None:
         reason = reason_not(model)
@@ -89,12 +92,15 @@ class FusedPasses:
     def refresh(self) -> None:
         """Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters."""
         for index, packed in enumerate(self.layers):
-            for name, tensor in self.plan.layer(index).named().items():
+            for name, tensor in self.plan.layer(index, into=packed).named().items():
                 kept = getattr(packed, name)
                 if kept.data_ptr() != tensor.data_ptr():
                     kept.copy_(tensor)
         if self.head.data_ptr() != self.plan.head.data_ptr():
             self.head.copy_(self.plan.head)
+
+    def read(self, prompts: StaticPrompts) -> None:
+        read(self, prompts)
 
     def think(self, batch: StaticBatch, count: int) -> None:
         if self.direct:
@@ -117,15 +123,23 @@ class FusedPasses:
             self._leave(batch, self._layers(batch))
 
     def feed(self, batch: StaticBatch) -> None:
-        self._enter(batch, self.plan.embed, batch.tokens)
+        self._enter(batch, self.plan.embed, batch.tokens, remaining=batch.tails)
         self._leave(batch, self._layers(batch))
 
+    def begin(self, batch: StaticBatch) -> None:
+        self._choose(batch, batch.hidden)
+
     def write(self, batch: StaticBatch) -> None:
-        plan, sampling = self.plan, self.sampling
+        plan = self.plan
         self._enter(batch, plan.embed, batch.tokens)
         hidden_BD, _ = ops.residual_norm(
             self._layers(batch), plan.final_norm, kind=plan.norm, norm_bias=plan.final_norm_bias, eps=plan.eps
         )
+        self._choose(batch, hidden_BD)
+
+    def _choose(self, batch: StaticBatch, hidden_BD: torch.Tensor) -> None:
+        """The tokens that follow these states, in the rows with `attended`."""
+        plan, sampling = self.plan, self.sampling
         numbers_B = None if sampling.temperature == 0 else batch.numbers.index_select(1, batch.step)[:, 0]
         ids_B = ops.lm_head_sample(
             hidden_BD,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 
+from coconut_fast import ops
 from coconut_fast.infer import fused
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.decode import Sampling
@@ -24,7 +25,9 @@ class KeptRunner(GraphRunner):
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(model, num_slots=num_slots, max_rows=max_rows, max_length=max_length, sampling=sampling)
         self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-        self.made_for = _made_for(model, sampling)
+        self.made_for, self.structure = _made_for(model, sampling), _structure(model)
+        self.fleeting = fleeting(model)
+        self.current = False  # whether `hooked` has just found the model's structure to be what it was
 
     def release(self) -> None:
         """The call is over and its rows are free: the model's next call may have this runner.
@@ -33,7 +36,7 @@ class KeptRunner(GraphRunner):
         which the next call may be spared.
         """
         model = self.model
-        if not self.trouble and fused.compute_dtype(model) == model.dtype and fleeting(model) is None:
+        if not self.trouble and fused.compute_dtype(model) == model.dtype and self.fleeting is None:
             _kept[model] = self
 
 
@@ -48,14 +51,17 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
     """
     runner = _kept.pop(model, None)
     wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
-    large_enough = runner is not None and all(runner.capacity[name] >= n for name, n in wanted.items())
-    same = runner is not None and runner.made_for == _made_for(model, sampling) and fleeting(model) is None
-    if runner is not None and large_enough and same:
-        runner.clock = Clock(model.device)
-        runner.passes.refresh()
+    if runner is not None and _holds(runner, wanted) and _fits(runner, model, sampling):
+        runner.clock, runner.current = Clock(model.device), False
+        runner.refresh()
         return runner
     del runner  # its memory first
     return KeptRunner(model, sampling=sampling, **{name: _roomy(n) for name, n in wanted.items()})
+
+
+def holds(model: Coconut, **wanted: int) -> bool:
+    """Whether the model's kept runner has room for so much: no memory is needed then."""
+    return model in _kept and _holds(_kept[model], wanted)
 
 
 def forget(model: Coconut) -> None:
@@ -75,6 +81,11 @@ def hooked(model: Coconut) -> str | None:
     for name in ("embed", "body", "head"):
         if getattr(type(model), name) is not getattr(Coconut, name):
             return f"{type(model).__name__} has a {name} of its own"
+    kept = _kept.get(model)
+    if kept is not None:
+        kept.current = kept.structure == _structure(model)
+        if kept.current:
+            return None
     return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
 
 
@@ -89,14 +100,39 @@ def fleeting(model: Coconut) -> str | None:
     return hooked(model)
 
 
+def _fits(runner: KeptRunner, model: Coconut, sampling: Sampling) -> bool:
+    """Whether what its graphs have fixed is still so. The walk over the modules is a third of what a call costs."""
+    if runner.made_for != _made_for(model, sampling):
+        return False
+    return runner.current or runner.structure == _structure(model)
+
+
 def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
-    """What captured graphs have fixed: addresses of weights, the feedback, end-of-text, and sampling."""
-    tensors = [*model.parameters(), *model.buffers()]
-    addresses = tuple((t.data_ptr(), t.dtype) for t in tensors)
+    """What captured graphs have fixed beside the model's structure: its feedback, end-of-text, sampling, and who runs
+    the kernels."""
     mean_norm = getattr(model.feedback, "mean_norm", None)
     constant = float(mean_norm) if mean_norm is not None else None
-    dtype = fused.compute_dtype(model)
-    return addresses, dtype, type(model.feedback), constant, model.tokens.eos, sampling, fused.reason_not(model)
+    runs = ops.choose("skinny_linear", model.device)
+    return fused.compute_dtype(model), constant, model.tokens.eos, sampling, runs
+
+
+def _structure(model: Coconut) -> list[object]:
+    """Its modules, whether Python does more in them than their class says, and the addresses of its weights.
+
+    Where it is what it was, so is what `fleeting`, `hooked` and `fused.reason_not` said of the model.
+    """
+    found: list[object] = []
+    for module in plan.modules_of(model):
+        does_more = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+        found += id(module), type(module), does_more
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found += tensor.data_ptr(), tensor.dtype
+    return found
+
+
+def _holds(runner: KeptRunner, wanted: dict[str, int]) -> bool:
+    return all(runner.capacity[name] >= n for name, n in wanted.items())
 
 
 def _roomy(count: int) -> int:

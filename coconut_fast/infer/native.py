@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
 from coconut_fast.infer import keep
-from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
@@ -199,6 +199,7 @@ class NativeRunner:
 
     name = "native"
     reason = trouble = ""
+    group_tokens: int | None = PREFILL_TOKENS
 
     def __init__(
         self,

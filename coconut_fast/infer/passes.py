@@ -11,10 +11,13 @@ The passes are plain functions on tensors: on a CPU they run as they stand, whic
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from coconut_fast.infer.decode import Sampling
@@ -23,67 +26,192 @@ from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.coconut import Coconut
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # sizes of a StaticBatch
+ALIGNMENT = 16  # bytes: kernels load vectors where an address allows it
+
+
+class Staged:
+    """Integers at addresses that never change, side by side, so that one copy from the host fills them all."""
+
+    def __init__(self, device: torch.device, **fields: tuple[int, torch.dtype]) -> None:
+        """fields: how many of which dtype."""
+        self.places: dict[str, tuple[int, int, torch.dtype]] = {}
+        stop = 0
+        for name, (count, dtype) in fields.items():
+            self.places[name] = (stop, stop + count * dtype.itemsize, dtype)
+            stop += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.block = torch.zeros(stop, dtype=torch.uint8, device=device)
+
+    def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: block[start:stop].view(dtype) for name, (start, stop, dtype) in self.places.items()}
+
+    @contextmanager
+    def filling(self) -> Iterator[dict[str, np.ndarray]]:
+        """Within the block zeros on the host, by name; behind it they are on their way to the device."""
+        pinned = self.block.device.type == "cuda"  # such memory is kept until the copy is done
+        host = torch.zeros(self.block.shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        yield {name: view.numpy() for name, view in self.views(host).items()}
+        self.block.copy_(host, non_blocking=True)
 
 
 class StaticBatch:
     """B rows at addresses that never change. hidden is the state after the final norm, of each row's last position, in
     at least fp32."""
 
-    def __init__(self, size: int, dim: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+    rows: torch.Tensor  # (B,) int32
+    lengths: torch.Tensor  # (B,) int32: tokens in the cache
+    remaining: torch.Tensor  # (B,) int32: passes that the row is still to go through
+    tails: torch.Tensor  # (B,) int32: the same, of `feed`: 1 for a row whose thoughts a token follows
+    attended: torch.Tensor  # (B,) int32: positions the row attends to in the pass that runs; 0 for one that stands
+    none: torch.Tensor  # (B,) int32: passes that remain where none follows
+    positions: torch.Tensor  # (B,) int64: of the last token in the cache
+    tokens: torch.Tensor  # (B,) int64
+    step: torch.Tensor  # (1,) int64: the column of `written` that is next
 
+    def __init__(self, size: int, dim: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size = size
-        self.rows, self.lengths, self.remaining = ints(size), ints(size), ints(size)
-        self.positions = ints(size, dtype=torch.int64)  # of the last token in the cache
-        self.attended = ints(size)  # positions that each row attends to in the pass that runs; 0 for one that stands
-        self.none = ints(size)  # passes that remain where none follows
+        small, large = (size, torch.int32), (size, torch.int64)
+        self.staged = Staged(
+            device,
+            rows=small,
+            lengths=small,
+            remaining=small,
+            tails=small,
+            attended=small,
+            none=small,
+            positions=large,
+            tokens=large,
+            step=(1, torch.int64),
+        )
+        vars(self).update(self.staged.views(self.staged.block))
         self.index = torch.arange(size, device=device)
         self.stream = torch.zeros(size, dim, dtype=torch.float32, device=device)  # the input of the pass that runs
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device)
-        self.tokens = ints(size, dtype=torch.int64)
-        self.written = ints(size, steps, dtype=torch.int64)
-        self.step = ints(1, dtype=torch.int64)
+        self.written = torch.zeros(size, steps, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(size, steps, dtype=torch.float64, device=device)
         self.hidden = torch.zeros(size, dim, dtype=dtype, device=device)
 
-    def fill(self, rows: Sequence[int], lengths: Sequence[int], passes: Sequence[int]) -> None:
-        """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes."""
-        values = torch.zeros(3, self.size, dtype=torch.int32, device="cpu")
-        values[:, : len(rows)] = torch.tensor(
-            [list(rows), list(lengths), list(passes)], dtype=torch.int32, device="cpu"
-        )
-        for static, value in zip((self.rows, self.lengths, self.remaining), values, strict=True):
-            static.copy_(value, non_blocking=True)
-        self.positions.copy_(values[1] - 1, non_blocking=True)
-        self.step.zero_()
+    def fill(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        passes: Sequence[int],
+        tokens: Sequence[int | None] = (),
+        fresh: int = 0,
+    ) -> None:
+        """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes.
+
+        tokens: what `feed` or `write` begins with; None for a row without a tail. The last `fresh` rows have their
+        first token chosen by `begin`.
+        """
+        count = len(rows)
+        with self.staged.filling() as host:
+            host["rows"][:count], host["lengths"][:count], host["remaining"][:count] = rows, lengths, passes
+            host["positions"][:] = host["lengths"] - 1
+            host["tails"][: len(tokens)] = [token is not None for token in tokens]
+            host["tokens"][: len(tokens)] = [token or 0 for token in tokens]
+            host["attended"][count - fresh : count] = 1
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Within the block no row is active: passes may run and change nothing that is read."""
-        saved = self.remaining.clone(), self.step.clone()
-        self.remaining.zero_()
-        self.step.zero_()
+        saved = self.staged.block.clone()
+        for counts in (self.remaining, self.tails, self.attended):
+            counts.zero_()
+        self.step.clamp_(max=self.written.shape[1] - 1)  # the column that is written next anyway
         try:
             yield
         finally:
-            self.remaining.copy_(saved[0])
-            self.step.copy_(saved[1])
+            self.staged.block.copy_(saved)
+
+
+class StaticPrompts:
+    """Tokens of several rows, end to end, to be read behind what the cache holds of these rows.
+
+    size: how many tokens, how many rows, and the most tokens of any row, at most. What remains of the tokens is written
+    nowhere (slot -1), what remains of the rows has no tokens. hidden is the state after the final norm of each row's
+    last token, as a StaticBatch holds it.
+    """
+
+    ids: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64: of the token before; `read` moves it on by one
+    slots: torch.Tensor  # (T,) int64
+    last: torch.Tensor  # (B,) int64: where each row's last token stands
+    into: torch.Tensor  # (B,) int64: the row of a StaticBatch that gets the state
+    rows: torch.Tensor  # (B,) int32
+    offsets: torch.Tensor  # (B + 1,) int32
+    lengths: torch.Tensor  # (B,) int32: tokens in the cache, these included
+    unused: torch.Tensor  # (T,) int32
+
+    def __init__(self, size: tuple[int, int, int], dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size = size
+        tokens, rows, _ = size
+        self.staged = Staged(
+            device,
+            ids=(tokens, torch.int64),
+            positions=(tokens, torch.int64),
+            slots=(tokens, torch.int64),
+            last=(rows, torch.int64),
+            into=(rows, torch.int64),
+            rows=(rows, torch.int32),
+            offsets=(rows + 1, torch.int32),
+            lengths=(rows, torch.int32),
+        )
+        vars(self).update(self.staged.views(self.staged.block))
+        self.unused = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(rows, dim, dtype=dtype, device=device)
+
+    def fill(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        slots: torch.Tensor,
+        into: Sequence[int],
+    ) -> None:
+        """`tokens[i]` go to the end of `rows[i]`, which makes it `lengths[i]` tokens long, into `slots`."""
+        count, counts = len(rows), np.fromiter(map(len, tokens), np.int64, len(tokens))
+        ends = counts.cumsum()
+        total = int(ends[-1])
+        with self.staged.filling() as host:
+            host["ids"][:total] = np.frombuffer(array("q", chain.from_iterable(tokens)), np.int64)
+            host["positions"][:] = -1
+            host["positions"][:total] += np.arange(total) + (np.asarray(lengths) - ends).repeat(counts)
+            host["slots"][:total], host["slots"][total:] = slots.numpy(), -1
+            host["last"][:count], host["into"][:count] = ends - 1, into
+            host["rows"][:count], host["lengths"][:count] = rows, lengths
+            host["offsets"][1 : count + 1], host["offsets"][count + 1 :] = ends, total
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Within the block nothing is written to the cache; states are of no use."""
+        saved = self.staged.block.clone()
+        self.slots.fill_(-1)
+        try:
+            yield
+        finally:
+            self.staged.block.copy_(saved)
 
 
 class Passes(Protocol):
     """The passes of a model over a StaticBatch. Each can be captured: fixed launches, no word to the host."""
 
     reason: str  # what they are made of, and why
+    graphed_tokens: int  # the most prompt tokens worth a graph: more are read launch by launch
 
     def refresh(self) -> None:
         """Takes up weights that were written in place since the last call; addresses stay."""
+
+    def read(self, prompts: StaticPrompts) -> None:
+        """One pass over given tokens, up to the hidden states of each row's last one."""
 
     def think(self, batch: StaticBatch, count: int) -> None:
         """`count` latent passes: hidden -> feedback -> body -> hidden."""
 
     def feed(self, batch: StaticBatch) -> None:
-        """One pass over `tokens`, up to the hidden state."""
+        """One pass over `tokens` of the rows with `tails`, up to the hidden state."""
+
+    def begin(self, batch: StaticBatch) -> None:
+        """The first tokens, of `hidden`, in the rows with `attended`: the end of `write` without its pass."""
 
     def write(self, batch: StaticBatch) -> None:
         """One pass over `tokens`, and the tokens that follow; a row that meets end-of-text becomes inactive."""
@@ -91,6 +219,8 @@ class Passes(Protocol):
 
 class HuggingFacePasses:
     """For any model: its own body, over our attention. What an inactive row computes goes to a spare row's one slot."""
+
+    graphed_tokens = 1024  # beyond, the device is the slower one, and a graph would keep the memory of its activations
 
     def __init__(self, model: Coconut, cache: KVCache, sampling: Sampling, why: str) -> None:
         self._model = weakref.ref(model)
@@ -108,6 +238,21 @@ class HuggingFacePasses:
     def refresh(self) -> None:
         """Nothing: a pass reads the model's own weights."""
 
+    def read(self, prompts: StaticPrompts) -> None:
+        prompts.positions.add_(1)
+        limit = self.cache.page_table.shape[1] * self.cache.page_size
+        ragged = Ragged(
+            self.cache,
+            prompts.rows,
+            prompts.offsets,
+            prompts.lengths,
+            prompts.slots,
+            max_query=prompts.size[2],
+            max_length=limit,
+        )
+        hidden_TD = self.model.body(self.model.embed(prompts.ids), prompts.positions, ragged)
+        prompts.hidden.copy_(hidden_TD.index_select(0, prompts.last))
+
     def think(self, batch: StaticBatch, count: int) -> None:
         dtype = self.model.dtype
         for _ in range(count):
@@ -116,13 +261,21 @@ class HuggingFacePasses:
             batch.remaining.sub_(active.int())
 
     def feed(self, batch: StaticBatch) -> None:
-        active = batch.remaining > 0
+        active = batch.tails > 0
         self._pass(batch, self.model.embed(batch.tokens), active)
-        batch.remaining.sub_(active.int())
+        batch.tails.sub_(active.int())
+
+    def begin(self, batch: StaticBatch) -> None:
+        self._choose(batch, batch.attended > 0)
 
     def write(self, batch: StaticBatch) -> None:
         active = batch.remaining > 0
         self._pass(batch, self.model.embed(batch.tokens), active)
+        batch.remaining.sub_(active.int())
+        self._choose(batch, active)
+
+    def _choose(self, batch: StaticBatch, active: torch.Tensor) -> None:
+        """The tokens that follow `hidden` in active rows; the last one of a row is end-of-text."""
         logits_BV = self.model.head(batch.hidden.to(self.model.dtype))  # as the body left it: the copy is exact
         if self.sampling.temperature == 0:
             chosen = logits_BV.argmax(-1)
@@ -134,7 +287,7 @@ class HuggingFacePasses:
         batch.tokens.copy_(torch.where(active, chosen, batch.tokens))
         batch.written.index_copy_(1, batch.step, torch.where(active, chosen, -1)[:, None])
         ended = chosen == self.model.tokens.eos if self.model.tokens.eos is not None else torch.zeros_like(active)
-        batch.remaining.copy_(torch.where(active & ended, 0, batch.remaining - active.int()))
+        batch.remaining.copy_(torch.where(active & ended, 0, batch.remaining))
         batch.step.add_(1)
 
     def _pass(self, batch: StaticBatch, embeds_BD: torch.Tensor, active: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
@@ -51,7 +52,9 @@ def read_prompts(
         raise ValueError(f"{expected} one flat list of ints")
     limits = _each("max_new_tokens", max_new_tokens, 1, len(prompts))
     counts = [None] * len(prompts) if num_thoughts is None else _each("num_thoughts", num_thoughts, 0, len(prompts))
-    return [_read(model, i, *of) for i, of in enumerate(zip(prompts, counts, limits, strict=True))]
+    limit, vocabulary = model.max_positions, model.hf.get_input_embeddings().weight.shape[0]
+    each = enumerate(zip(prompts, counts, limits, strict=True))
+    return [_read(model, limit, vocabulary, i, prompt, count, most) for i, (prompt, count, most) in each]
 
 
 def whole(name: str, value: Any, low: int) -> int:
@@ -75,8 +78,16 @@ def _each(name: str, value: Any, low: int, prompts: int) -> list[int]:
     return [whole(f"{name} of prompt {i}", v, low) for i, v in enumerate(values)]
 
 
-def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None, max_new_tokens: int) -> Prompt:
-    tokens, limit = model.tokens, model.max_positions
+def _read(
+    model: Coconut,
+    limit: int | None,
+    vocabulary: int,
+    i: int,
+    prompt: str | Sequence[int],
+    count: int | None,
+    max_new_tokens: int,
+) -> Prompt:
+    tokens = model.tokens
     if not isinstance(prompt, Collection):
         raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
@@ -87,16 +98,17 @@ def _read(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None
             ids = as_trained(model, ids)
     else:
         try:
+            ids = array("q", prompt).tolist()  # 20 ns a token, where a loop of Python takes 60
+        except OverflowError:
             ids = [index(t) for t in prompt]
         except TypeError as error:
             raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
     if count is not None and (limit is None or count <= limit):
         ids = with_thoughts(model, ids, count)
-    vocabulary = model.hf.get_input_embeddings().weight.shape[0]
     if not ids:
         raise ValueError(f"prompts: prompt {i} is empty")
-    wrong = next((t for t in ids if not 0 <= t < vocabulary), None)
-    if wrong is not None:
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        wrong = next(t for t in ids if not 0 <= t < vocabulary)
         raise ValueError(f"prompts: prompt {i} holds token id {wrong}, expected 0 to {vocabulary - 1}")
     if ids[0] == tokens.thought:
         raise ValueError(f"prompts: prompt {i} starts with a thought; a thought needs a token in front of it")
@@ -141,20 +153,14 @@ def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
 def cut(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
     """[a, b, T, T, c] -> (a b, 2 thoughts), (c, none)."""
     pieces: list[Piece] = []
-    tokens: list[int] = []
-    thoughts = 0
-    for t in ids:
-        if t == thought_id:
-            thoughts += 1
-            continue
-        if thoughts:
-            pieces.append(Piece(tuple(tokens), thoughts))
-            tokens, thoughts = [], 0
-        tokens.append(t)
-    pieces.append(Piece(tuple(tokens), thoughts))
-    if thoughts:
-        pieces.append(Piece((), 0))
-    return tuple(pieces)
+    start, ids = 0, tuple(ids)
+    while thought_id in ids[start:]:
+        stop = end = ids.index(thought_id, start)
+        while end < len(ids) and ids[end] == thought_id:
+            end += 1
+        pieces.append(Piece(ids[start:stop], end - stop))
+        start = end
+    return *pieces, Piece(ids[start:], 0)
 
 
 def _tokenize(model: Coconut, i: int, text: str) -> list[int]:

@@ -15,27 +15,42 @@ import torch
 class Clock:
     """Seconds and passes of each phase: "prefill", "think" (latent passes), "write" (answer tokens).
 
-    On a GPU a phase ends when the device has done it; phases are whole reads or writes, so that costs nothing.
+    On a GPU they are the device's, from event to event, and nobody waits for it: phases are queued.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.passes: Counter[str] = Counter()
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, phase: str, passes: int = 1) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - start
+            stream = torch.cuda.current_stream(self.device)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            yield
+            stop.record(stream)
+            self.events.append((phase, start, stop))
+        else:
+            begun = time.perf_counter()
+            yield
+            self.seconds[phase] += time.perf_counter() - begun
         self.passes[phase] += passes
+
+    def read(self) -> None:
+        """Waits for the device, and adds what its events say."""
+        for phase, start, stop in self.events:
+            stop.synchronize()
+            self.seconds[phase] += start.elapsed_time(stop) / 1e3
+        self.events.clear()
 
 
 @dataclass
 class GenerateStats:
-    """backend: who ran the passes, and reason: why. Counts are of all rows; seconds are wall clock.
+    """backend: who ran the passes, and reason: why. Counts are of all rows; seconds are wall clock,
+    on a GPU the device's.
 
     A pass is one forward of the whole batch. bytes_per_*_pass: the weights it must read (a latent pass has no LM head).
     """
@@ -57,6 +72,7 @@ class GenerateStats:
 
     def take(self, clock: Clock) -> None:
         """Brings seconds and passes up to date."""
+        clock.read()
         self.prefill_seconds = clock.seconds["prefill"]
         self.think_seconds = clock.seconds["think"]
         self.write_seconds = clock.seconds["write"]

@@ -163,8 +163,8 @@ class KVCache(Storage):
         slots, copies = self.layout.append(list(rows), list(counts))
         if len(copies):
             self._copy_pages(copies)
-        if self.device.type != "cpu":
-            self.page_table.copy_(self.layout.page_table, non_blocking=True)
+        if self.device.type == "cuda":  # from page-locked memory: else a large table would wait for the device
+            self.page_table.copy_(self.layout.page_table.pin_memory(), non_blocking=True)
         return slots
 
     def fork(self, rows: Sequence[int]) -> list[int]:

