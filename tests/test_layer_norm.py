@@ -13,7 +13,7 @@ from tests.paged import truth_of
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "dim", "shares"), [(1, 1, 4), (3, 100, 4), (11, 768, 4)])
+@pytest.mark.parametrize(("rows", "dim", "shares"), [(1, 5, 4), (3, 100, 4), (11, 768, 4)])
 def test_against_the_reference(rows, dim, shares, bias, dtype, device) -> None:
     x, weight = (torch.randn(rows, dim) * 3 + 5).to(device), (torch.rand(dim) + 0.5).to(device)
     b = torch.randn(dim).to(device) if bias else None
