@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .common import check_dtypes, check_shape, on_device, register
 
+BLOCK_N, BLOCK_F, STAGES, WARPS = 32, 128, 4, 4
+
 
 @triton.jit
 def _sums(
@@ -22,14 +24,15 @@ def _sums(
 ):  # fmt: skip
     program = tl.program_id(1)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    into = sums + program.to(tl.int64) * F + f
+    before = tl.load(into, mask=f < F, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     end = tl.minimum(program * share + share, rows)
     for start in tl.range(program * share, end, BLOCK_N, num_stages=STAGES):
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = (n < end)[:, None] & (f < F)[None, :]
         total += tl.load(x + n[:, None] * x_row + f[None, :], mask=mask, other=0.0).to(tl.float32)
-    into = sums + program.to(tl.int64) * F + f
-    tl.store(into, tl.load(into, mask=f < F, other=0.0) + tl.sum(total, axis=0), mask=f < F)
+    tl.store(into, before + tl.sum(total, axis=0), mask=f < F)
 
 
 def _launch(x: torch.Tensor, sums: torch.Tensor) -> None:
@@ -40,17 +43,17 @@ def _launch(x: torch.Tensor, sums: torch.Tensor) -> None:
     if rows and width:
         share = triton.cdiv(rows, len(sums))
         with on_device(x):
-            _sums[(triton.cdiv(width, 128), triton.cdiv(rows, share))](
+            _sums[(triton.cdiv(width, BLOCK_F), triton.cdiv(rows, share))](
                 x=x,
                 sums=sums,
                 rows=rows,
                 share=share,
                 x_row=x.stride(0),
                 F=width,
-                BLOCK_N=16,
-                BLOCK_F=128,
-                STAGES=3,
-                num_warps=4,
+                BLOCK_N=BLOCK_N,
+                BLOCK_F=BLOCK_F,
+                STAGES=STAGES,
+                num_warps=WARPS,
             )
 
 

@@ -20,44 +20,47 @@ import triton.language as tl
 
 from .common import check_dtypes, check_shape, on_device, register
 
-STAGES = 2  # rows whose loads are under way
+BLOCK_N = 2  # rows a tile: their sums share barriers
+STAGES = 2  # tiles of rows whose loads are under way
 
 
 @triton.jit
 def _gradient(
     grad_normed, grad_rounded, other, x, weight, statistics, grad_x, copy, sums, rows, share, x_row,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMED: tl.constexpr, HAS_ROUNDED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMED: tl.constexpr, HAS_ROUNDED: tl.constexpr,
     HAS_OTHER: tl.constexpr, HAS_COPY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
-    mask = d < D
-    w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
-    of_weight = tl.zeros([BLOCK_D], tl.float32)
-    of_bias = tl.zeros([BLOCK_D], tl.float32)
-    first = program * share
-    for i in tl.range(0, tl.minimum(share, rows - first), num_stages=STAGES):
-        row = (first + i).to(tl.int64)
-        t = tl.load(x + row * x_row + d, mask=mask, other=0.0).to(tl.float32)
-        g = tl.zeros([BLOCK_D], tl.float32)
-        if HAS_NORMED:
-            g += tl.load(grad_normed + row * D + d, mask=mask, other=0.0).to(tl.float32)
-        if HAS_ROUNDED:
-            g += tl.load(grad_rounded + row * D + d, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(statistics + 2 * row + 1)
-        xhat = tl.where(mask, (t - tl.load(statistics + 2 * row)) * scale, 0.0)
-        dy = g * w
-        of_weight += g * xhat
-        of_bias += g
-        dx = scale * (dy - tl.sum(dy, axis=0) / D - xhat * (tl.sum(dy * xhat, axis=0) / D))
-        if HAS_OTHER:
-            dx += tl.load(other + row * D + d, mask=mask, other=0.0).to(tl.float32)
-        if HAS_COPY:
-            tl.store(copy + row * D + d, dx.to(copy.dtype.element_ty), mask=mask)
-        tl.store(grad_x + row * D + d, dx.to(grad_x.dtype.element_ty), mask=mask)
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     into = sums + program.to(tl.int64) * 2 * D + d
-    tl.store(into, tl.load(into, mask=mask, other=0.0) + of_weight, mask=mask)
-    tl.store(into + D, tl.load(into + D, mask=mask, other=0.0) + of_bias, mask=mask)
+    of_weight = tl.load(into, mask=d < D, other=0.0)
+    of_bias = tl.load(into + D, mask=d < D, other=0.0)
+    end = tl.minimum(program * share + share, rows)
+    for start in tl.range(program * share, end, BLOCK_N, num_stages=STAGES):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (n < end)[:, None] & (d < D)[None, :]
+        at = n[:, None] * D + d[None, :]
+        t = tl.load(x + n[:, None] * x_row + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if HAS_NORMED:
+            g += tl.load(grad_normed + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_ROUNDED:
+            g += tl.load(grad_rounded + at, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(statistics + 2 * n, mask=n < end, other=0.0)
+        scale = tl.load(statistics + 2 * n + 1, mask=n < end, other=0.0)[:, None]
+        xhat = tl.where(mask, (t - mean[:, None]) * scale, 0.0)
+        dy = g * w[None, :]
+        of_weight += tl.sum(g * xhat, axis=0)
+        of_bias += tl.sum(g, axis=0)
+        dx = scale * (dy - (tl.sum(dy, axis=1) / D)[:, None] - xhat * (tl.sum(dy * xhat, axis=1) / D)[:, None])
+        if HAS_OTHER:
+            dx += tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_COPY:
+            tl.store(copy + at, dx.to(copy.dtype.element_ty), mask=mask)
+        tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(into, of_weight, mask=d < D)
+    tl.store(into + D, of_bias, mask=d < D)
 
 
 def _launch(
@@ -92,6 +95,7 @@ def _launch(
                 share=share,
                 x_row=x.stride(0),
                 D=dim,
+                BLOCK_N=BLOCK_N,
                 BLOCK_D=block_d,
                 HAS_NORMED=grad_normed is not None,
                 HAS_ROUNDED=grad_rounded is not None,

@@ -143,6 +143,8 @@ def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, 
         return min(m, 32), 16 if m == 16 or width > 64 else 32, 4 if width <= 64 else 8, 1
     if width > 128 or (width > 64 and arch < 90):
         return min(m, 64), 32, 4, 2
+    if width <= 64 and m <= 512:
+        return min(m, 64), 64, 4, 3
     return min(m, 128), 64, 4 if m <= 64 else 8, 3 if width <= 64 else 2
 
 

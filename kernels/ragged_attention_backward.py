@@ -99,10 +99,8 @@ def _backward_keys(
     start_row = tl.load(row_offsets + b)
     n = tl.load(row_offsets + b + 1) - start_row
     length = tl.load(lengths + b)
-    first = tl.maximum(
-        start - (length - n), 0
-    )  # the first query that sees a position of this tile, and the end of them
-    end = n
+    first = tl.maximum(start - (length - n), 0)  # the first query that sees a position of this tile
+    end = n  # of those queries
     if WINDOW > 0:
         end = tl.minimum(n, start + BLOCK_N - 1 + WINDOW - (length - n))
     added = 0  # the first position whose gradients are added here
@@ -162,7 +160,7 @@ def _backward_one(
     grad_token, grad_head, query_token, query_head, table_row, scaling, seed, threshold, keep_scale,
     HEADS: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, HAS_FROM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -189,7 +187,7 @@ def _backward_one(
     if WINDOW > 0:
         low = tl.maximum(length - WINDOW, 0)
     dq = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(low // BLOCK_N * BLOCK_N, length, BLOCK_N):
+    for start in tl.range(low // BLOCK_N * BLOCK_N, length, BLOCK_N, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_N)
         seen = (j >= low) & (j < length)
         slots = slots_of(table, j, seen, PAGE) * HEADS + h
@@ -216,9 +214,11 @@ def _backward_one(
     tl.store(grad_query + head * K + d, tl.sum(dq, axis=0).to(grad_query.dtype.element_ty), mask=d < K)
 
 
-def _one_tiles(width: int) -> tuple[int, int]:
-    """BLOCK_N and warps of the kernel for one query: 16 elements a thread of each of five tiles."""
-    return max(8, 2048 // width), 4
+def _one_tiles(width: int, programs: int) -> tuple[int, int, int]:
+    """BLOCK_N, warps, stages of the kernel for one query: 16 elements a thread of each tile. A warp by itself waits for
+    nobody, and all of a large batch's fit at once; of a small batch there are too few."""
+    warps = 1 if programs >= 512 else 8
+    return max(1, 512 * warps // width), warps, 3
 
 
 def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, int]:
@@ -228,7 +228,7 @@ def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, 
         return 16, 16, 4 if width <= 64 else 8, 1
     if width > 128:
         return min(m, 32), 32, 8, 1
-    return min(m, 64), 64, 4 if width <= 64 else 8, 2
+    return (min(m, 64), 64, 4, 3) if width <= 64 else (min(m, 64), 64, 8, 2)
 
 
 def _key_tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, int, int]:
@@ -287,12 +287,19 @@ def _launch(
         "HAS_FROM": grads_from is not None,
     }
     if max_query == 1 and tokens == batch and shared["GROUP"] == 1:
-        block_n, warps = _one_tiles(width)
+        block_n, warps, stages = _one_tiles(width, heads * batch)
         for name in ("row_offsets", "KV_HEADS", "GROUP", "TYPE"):
             del shared[name]
         with on_device(query):
             _backward_one[(heads, batch)](
-                out=out, grad_query=grad_query, **shared, **into, HEADS=heads, BLOCK_N=block_n, num_warps=warps
+                out=out,
+                grad_query=grad_query,
+                **shared,
+                **into,
+                HEADS=heads,
+                BLOCK_N=block_n,
+                STAGES=stages,
+                num_warps=warps,
             )
         return grad_query
     shared["delta"] = torch.empty_like(lse)

@@ -183,7 +183,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                     f"decode_attention/{label}/{length}/append",
                     lambda q=query, s=store, t=layout, o=fresh: decode_attention._launch(q, *s, *t, **o),
                 )
-            for dropout, queries in ((0.1, 1024), (0.1, 1)) if name == "gpt2" else ((0.0, 1024),):
+            for dropout, queries in ((0.1, 1024), (0.1, 330), (0.1, 1)) if name == "gpt2" else ((0.0, 1024),):
                 out, lse = empty(64, heads, head_dim, dtype=dtype), empty(64, heads, dtype=torch.float32)
                 layout = (indices(64, 64), indices(8), indices(9), indices(8))
                 options = {"page_size": 16, "scaling": 0.125, "max_query": queries, "max_length": 1024}
@@ -199,12 +199,13 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         q, q, *s, q, n, *t, *g, **o
                     ),
                 )
-            one, lse = empty(8, heads, head_dim, dtype=dtype), empty(8, heads, dtype=torch.float32)
-            layout = (indices(64, 64), indices(8), indices(9), indices(8))
-            options = {"page_size": 16, "scaling": 0.125, "max_query": 1, "max_length": 1024, "grads_from": layout[3]}
-            if heads == kv_heads:
+            for batch in (8, 64) if heads == kv_heads else ():
+                one, lse = empty(batch, heads, head_dim, dtype=dtype), empty(batch, heads, dtype=torch.float32)
+                layout = (indices(64, 64), indices(batch), indices(batch + 1), indices(batch))
+                options = {"page_size": 16, "scaling": 0.125, "max_query": 1, "max_length": 1024}
+                options |= {"grads_from": layout[3]}
                 yield (
-                    f"ragged_attention_backward/{label}/one",
+                    f"ragged_attention_backward/{label}/one/{batch}",
                     lambda q=one, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
                         q, q, *s, q, n, *t, *g, **o
                     ),

@@ -37,6 +37,7 @@ class Case:
         given = self.start()
         if double:
             given = {k: truth_of(v)[0] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            given = {k: torch.float64 if isinstance(v, torch.dtype) else v for k, v in given.items()}
         return self.results(given, getattr(ops, self.op)(**given, backend=backend))
 
 
@@ -102,6 +103,32 @@ def _ragged(heads: int, kv_heads: int, head_dim: int, backward: bool, **options:
     return make
 
 
+def _one_query(rows: int) -> Callable[..., Case]:
+    """A latent pass of which a first pass adds dK and dV of the positions before."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> Case:
+        lengths = [(1, 70, 64, 333 if CUDA else 33)[b % 4] for b in range(rows)]
+        cache = cache_of(dtype, device, lengths, 12, 64)
+        table, used, length = cache.layout()
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        given = {
+            "query": torch.randn(rows, 12, 64).to(device, dtype), "keys": cache.keys, "values": cache.values,
+            "page_table": table, "rows": used, "row_offsets": offsets, "lengths": length, "page_size": 16,
+            "scaling": 0.125, "max_query": 1, "max_length": max(lengths),
+        }  # fmt: skip
+        out, lse = ops.ragged_attention(**given, backend="torch")
+        given |= {"grad_out": torch.randn_like(out), "out": out, "lse": lse, "grads_from": (length - 3).clamp_min(0)}
+        given |= {f"grad_{n}": torch.zeros(given[n].shape, device=device) for n in ("keys", "values")}
+        return Case("ragged_attention_backward", given, ("grad_keys", "grad_values"))
+
+    return make
+
+
+def _gather(dtype: torch.dtype, device: torch.device) -> Case:
+    given = {name: torch.randn(1000, 12, 64, device=device) for name in ("keys", "values")}
+    return Case("kv_gather", given | {"slots": torch.randperm(1000, device=device)[:300], "dtype": dtype}, exact=True)
+
+
 def _append(dtype: torch.dtype, device: torch.device) -> Case:
     fused = torch.randn(300, 36, 64).to(device, dtype)
     _, key, value = fused.split(12, dim=1)
@@ -143,6 +170,42 @@ def _accept(dtype: torch.dtype, device: torch.device) -> Case:
     given |= {"written": torch.zeros(64, 8, dtype=torch.int64, device=device), "eos": 4}
     given["step"] = torch.tensor([3], device=device)
     return Case("accept_tokens", given, ("tokens", "written", "remaining", "step"), exact=True)
+
+
+def _trained_norm(backward: bool) -> Callable[..., Case]:
+    def make(dtype: torch.dtype, device: torch.device) -> Case:
+        rows, dim = (1201, 768) if CUDA else (7, 100)
+        x, weight, bias = torch.randn(rows, dim) * 3 + 5, torch.rand(dim) + 0.5, torch.randn(dim)
+        given = {"x": x.to(device), "weight": weight.to(device)}
+        if not backward:
+            return Case("layer_norm", given | {"bias": bias.to(device), "eps": 1e-5, "dtype": dtype})
+        statistics = ops.layer_norm(**given, bias=None, eps=1e-5, dtype=dtype, backend="torch")[2]
+        given |= {"grad_normed": None, "grad_rounded": torch.randn(rows, dim).to(device, dtype)}
+        given |= {"other": torch.randn(rows, dim, device=device), "statistics": statistics, "dtype": dtype}
+        return Case("layer_norm_backward", given | {"sums": torch.randn(512, 2, dim, device=device)}, ("sums",))
+
+    return make
+
+
+def _columns(dtype: torch.dtype, device: torch.device) -> Case:
+    x = torch.randn(1201 if CUDA else 77, 2304 if CUDA else 200)
+    given = {"x": x.to(device, dtype), "sums": torch.randn(64, x.shape[1], device=device)}
+    return Case("column_sums", given, ("sums",))
+
+
+def _losses(backward: bool) -> Callable[..., Case]:
+    def make(dtype: torch.dtype, device: torch.device) -> Case:
+        vocabulary, width = (50260, 50304) if CUDA else (300, 320)
+        logits, targets = torch.randn(9, width) * 4, torch.randint(0, vocabulary, (9,))
+        targets[4] = -100
+        given = {"logits": logits.to(device, dtype), "targets": targets.to(device), "vocabulary": vocabulary}
+        if not backward:
+            return Case("cross_entropy", given)
+        _, statistics = ops.cross_entropy(**given, backend="torch")
+        grad = torch.tensor(0.4, device=device)
+        return Case("cross_entropy_backward", given | {"statistics": statistics, "grad": grad}, ("logits",))
+
+    return make
 
 
 def _norm(kind: str) -> Callable[..., Case]:
@@ -209,6 +272,14 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Case]] = {
     "ragged_attention_backward, dropout": _ragged(12, 12, 64, True, dropout=0.1, seed=2**35 + 3),
     "ragged_attention_backward, grouped, wide": _ragged(16, 8, 128, True),
     "ragged_attention_backward, window and softcap": _ragged(4, 2, 256, True, window=50, softcap=20.0),
+    "ragged_attention_backward, one query of GPT-2": _one_query(4),
+    "ragged_attention_backward, one query, many rows": _one_query(64),
+    "kv_gather": _gather,
+    "layer_norm": _trained_norm(False),
+    "layer_norm_backward": _trained_norm(True),
+    "column_sums": _columns,
+    "cross_entropy": _losses(False),
+    "cross_entropy_backward": _losses(True),
     "latent_feedback": _feedback,
     "accept_tokens": _accept,
     "residual_norm, layer": _norm("layer"),
