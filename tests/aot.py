@@ -199,6 +199,18 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         q, q, *s, q, n, *t, *g, **o
                     ),
                 )
+            for pairs in (64, 16) if head_dim <= 64 and dtype != torch.float32 else ():  # few queries, many rows
+                queries = pairs * kv_heads // heads
+                out, lse = empty(64, heads, head_dim, dtype=dtype), empty(64, heads, dtype=torch.float32)
+                layout = (indices(64, 64), indices(64), indices(65), indices(64))
+                options = {"page_size": 16, "scaling": 0.125, "max_query": queries, "max_length": 1024}
+                options |= {"dropout": 0.1, "seed": indices(dtype=torch.int64), "grads_from": layout[3]}
+                yield (
+                    f"ragged_attention_backward/{label}/few/{pairs}",
+                    lambda q=out, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
+                        q, q, *s, q, n, *t, *g, **o
+                    ),
+                )
             for batch in (8, 64) if heads == kv_heads else ():
                 one, lse = empty(batch, heads, head_dim, dtype=dtype), empty(batch, heads, dtype=torch.float32)
                 layout = (indices(64, 64), indices(batch), indices(batch + 1), indices(batch))

@@ -82,9 +82,16 @@ def fused(heads: int, kv_heads: int, head_dim: int, rotary: bool, norm: bool) ->
     return make
 
 
-def _ragged(heads: int, kv_heads: int, head_dim: int, backward: bool, **options: Any) -> Callable[..., Case]:
+def _ragged(
+    heads: int, kv_heads: int, head_dim: int, backward: bool, many: int = 0, **options: Any
+) -> Callable[..., Case]:
     def make(dtype: torch.dtype, device: torch.device) -> Case:
         lengths, queries = ([330, 64, 500, 9], [330, 1, 14, 9]) if CUDA else ([40, 20], [40, 3])
+        if many:
+            lengths, queries = (
+                [60 + 7 * b % 50 for b in range(many)],
+                [b % (64 * kv_heads // heads) for b in range(many)],
+            )
         cache = cache_of(dtype, device, lengths, kv_heads, head_dim)
         table, rows, length = cache.layout()
         offsets = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=device)
@@ -272,6 +279,8 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Case]] = {
     "ragged_attention_backward, dropout": _ragged(12, 12, 64, True, dropout=0.1, seed=2**35 + 3),
     "ragged_attention_backward, grouped, wide": _ragged(16, 8, 128, True),
     "ragged_attention_backward, window and softcap": _ragged(4, 2, 256, True, window=50, softcap=20.0),
+    "ragged_attention_backward, few queries, many rows": _ragged(12, 12, 64, True, many=32),
+    "ragged_attention_backward, few queries, grouped": _ragged(32, 8, 64, True, many=32, dropout=0.1, seed=5),
     "ragged_attention_backward, one query of GPT-2": _one_query(4),
     "ragged_attention_backward, one query, many rows": _one_query(64),
     "kv_gather": _gather,

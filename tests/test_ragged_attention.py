@@ -27,7 +27,23 @@ CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
     "window and dropout": ([60, 35], [20, 35], 4, 2, 8, None, 1, {"window": 33, "dropout": 0.5, "seed": -(2**40) - 7}),
     "tiny": ([5, 3], [2, 3], 2, 1, 8, None, 4, {}),
     "softcap": ([40, 50], [40, 2], 2, 1, 32, None, 16, {"softcap": 3.0}),
+    "few, everything": (
+        *([90, 40, 31], [14, 0, 9], 6, 2, 24, 40, 4),
+        {"window": 33, "softcap": 3.0, "dropout": 0.3, "seed": 7},
+    ),
 }
+FEW = ("prompts", "one query a row, with dropout", "few, everything")  # of a large batch one launch takes these
+
+
+def _as_in_a_large_batch(monkeypatch) -> list[int]:
+    """The backward takes few queries in one launch, however many rows there are; lists such launches."""
+    from coconut_fast.kernels import ragged_attention_backward
+
+    tiles, launched = ragged_attention_backward._few_tiles, []
+    monkeypatch.setattr(ragged_attention_backward, "PROGRAMS", 1)
+    monkeypatch.setattr(ragged_attention_backward, "arch", lambda tensor: 90)
+    monkeypatch.setattr(ragged_attention_backward, "_few_tiles", lambda pairs: launched.append(pairs) or tiles(pairs))
+    return launched
 
 
 def arrange(case: str, dtype: torch.dtype, device: torch.device):
@@ -54,9 +70,13 @@ def test_forward(case, dtype, device) -> None:
         assert_as_good_as_torch(a.cpu(), b.cpu(), c, what=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES)
-def test_backward_adds_to_the_gradients(case, dtype, device) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "large"),
+    [(case, dtype, False) for case in CASES for dtype in (torch.float32, torch.float16)]
+    + [(case, torch.float16, True) for case in FEW],
+)
+def test_backward_adds_to_the_gradients(monkeypatch, case, dtype, large, device) -> None:
+    launched = _as_in_a_large_batch(monkeypatch) if large else None
     arguments, options = arrange(case, dtype, device)
     _, keys, values, *layout = arguments
     out, lse = ragged_attention_ref(*arguments, **options)
@@ -74,11 +94,18 @@ def test_backward_adds_to_the_gradients(case, dtype, device) -> None:
         assert_as_good_as_torch(ours.cpu(), plain.cpu().to(dtype), truth, what=name)
     used = torch.isfinite(keys).all(-1).all(-1).cpu()
     assert (runs[0][1].cpu()[~used] == 1).all(), "slots without a token are left alone"
+    assert launched is None or len(launched) == 1
 
 
-@pytest.mark.parametrize("case", ["one query a row", "one query a row, with dropout", "tails, grouped, odd width"])
-def test_gradients_of_earlier_positions_are_left_alone(case, device) -> None:
-    arguments, options = arrange(case, torch.float32, device)
+@pytest.mark.parametrize(
+    ("case", "large"),
+    [*((c, False) for c in ("one query a row", "one query a row, with dropout", "tails, grouped, odd width"))]
+    + [(case, True) for case in FEW],
+)
+def test_gradients_of_earlier_positions_are_left_alone(monkeypatch, case, large, device) -> None:
+    if large:
+        _as_in_a_large_batch(monkeypatch)
+    arguments, options = arrange(case, torch.float16 if large else torch.float32, device)
     _, keys, values, *layout = arguments
     out, lse = ragged_attention_ref(*arguments, **options)
     inputs, lengths = (torch.randn_like(out), *arguments[:3], out, lse, *layout), layout[-1]
