@@ -15,7 +15,7 @@ over one chunk.
 On a GPU the passes are two kernels (cross_entropy.py and its backward): logits stay in the products' dtype, forward
 reads them once, and backward, which knows the incoming gradient, makes g of them in place; of several chunks it
 computes them again, a fourth product. The weight is padded to whole tiles of 64 rows: with GPT-2's 50,260 the library
-falls back to kernels for odd strides, 230 us for a product that takes 80.
+falls back to kernels for odd strides, 5.5 ms for products of 5,120 rows that take 1.5.
 """
 
 from __future__ import annotations

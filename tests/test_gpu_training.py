@@ -21,6 +21,7 @@ from tests.families import TOKENS, make_pair, make_row
 
 ROWS = [make_row(9, 3, 5, 1), make_row(20, 1, 4, 2), make_row(6, 0, 7, 3)]
 JOINED = [make_row(9, 8, 5, 1), make_row(20, 6, 4, 2), make_row(6, 9, 7, 3)]  # five passes of one token a row
+MANY = [make_row(5 + i % 9, 2 + i % 2, 4, i) for i in range(130)]  # backward of few queries a row is another kernel's
 ATTENTION = {"cpu": "cpu", "cuda": "triton"}
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,11 +66,13 @@ def test_loss_and_gradients_are_the_plain_ones(monkeypatch, family: str, rows, w
         assert torch.equal(found[name], again[name]), f"{name}: two runs differ"
 
 
+@pytest.mark.parametrize("rows", [ROWS, MANY], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_step_under_autocast_is_as_good_as_torch(family: str, where: str) -> None:
+def test_a_step_under_autocast_is_as_good_as_torch(family: str, rows, where: str) -> None:
     model = make_pair(family)[0]
-    (plain, expected), (loss, found) = step(model, "cpu", "torch", autocast=True), step(model, where, autocast=True)
-    truth, true_gradients = step(model.double(), "cpu", "torch")
+    plain, expected = step(model, "cpu", "torch", autocast=True, rows=rows)
+    loss, found = step(model, where, autocast=True, rows=rows)
+    truth, true_gradients = step(model.double(), "cpu", "torch", rows=rows)
     assert_as_good_as_torch(loss, plain, truth.double(), what="loss", working=torch.bfloat16)
     for name, gradient in true_gradients.items():
         assert found[name].dtype == torch.float32
