@@ -206,7 +206,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 options = {"page_size": 16, "scaling": 0.125, "max_query": queries, "max_length": 1024}
                 options |= {"dropout": 0.1, "seed": indices(dtype=torch.int64), "grads_from": layout[3]}
                 yield (
-                    f"ragged_attention_backward/{label}/few/{pairs}",
+                    f"ragged_attention_few/{label}/{pairs}",
                     lambda q=out, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
                         q, q, *s, q, n, *t, *g, **o
                     ),
@@ -217,7 +217,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                 options = {"page_size": 16, "scaling": 0.125, "max_query": 1, "max_length": 1024}
                 options |= {"grads_from": layout[3]}
                 yield (
-                    f"ragged_attention_backward/{label}/one/{batch}",
+                    f"ragged_attention_few/{label}/one/{batch}",
                     lambda q=one, n=lse, s=store, t=layout, o=options, g=grads: ragged_attention_backward._launch(
                         q, q, *s, q, n, *t, *g, **o
                     ),

@@ -37,12 +37,12 @@ FEW = ("prompts", "one query a row, with dropout", "few, everything")  # of a la
 
 def _as_in_a_large_batch(monkeypatch) -> list[int]:
     """The backward takes few queries in one launch, however many rows there are; lists such launches."""
-    from coconut_fast.kernels import ragged_attention_backward
+    from coconut_fast.kernels import ragged_attention_few
 
-    tiles, launched = ragged_attention_backward._few_tiles, []
-    monkeypatch.setattr(ragged_attention_backward, "PROGRAMS", 1)
-    monkeypatch.setattr(ragged_attention_backward, "arch", lambda tensor: 90)
-    monkeypatch.setattr(ragged_attention_backward, "_few_tiles", lambda pairs: launched.append(pairs) or tiles(pairs))
+    tiles, launched = ragged_attention_few._few_tiles, []
+    monkeypatch.setattr(ragged_attention_few, "PROGRAMS", 1)
+    monkeypatch.setattr(ragged_attention_few, "arch", lambda tensor: 90)
+    monkeypatch.setattr(ragged_attention_few, "_few_tiles", lambda pairs: launched.append(pairs) or tiles(pairs))
     return launched
 
 
