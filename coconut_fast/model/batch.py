@@ -12,8 +12,10 @@ tensors of a batch are views of one buffer, so that it reaches a device in one c
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -87,54 +89,52 @@ class RaggedBatch:
         return unpacked(packed(self).pin_memory(), self)
 
 
-def tensors(part: Any) -> Iterator[torch.Tensor]:
+def tensors(part: RaggedBatch | Pass | Reads) -> Iterator[torch.Tensor]:
     """The tensors of a batch, or of a part of one, in the order of its fields."""
-    if isinstance(part, torch.Tensor):
-        yield part
-    elif isinstance(part, tuple):
-        for value in part:
-            yield from tensors(value)
-    elif isinstance(part, (RaggedBatch, Pass, Reads)):
-        for field in fields(part):
-            if field.name != "words":
-                yield from tensors(getattr(part, field.name))
+    for field in FIELDS[type(part)]:
+        value = getattr(part, field)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif value is not None:
+            for inner in value if isinstance(value, tuple) else (value,):
+                yield from tensors(inner)
 
 
 def packed(batch: RaggedBatch) -> torch.Tensor:
     """(W,) int32: all tensors of a batch one behind the other."""
     if batch.words is not None:
         return batch.words
-    parts = list(tensors(batch))
-    words = torch.zeros(sum(_room(part) for part in parts), dtype=torch.int32, device=batch.input_ids.device)
-    start = 0
-    for part in parts:
-        words[start : start + _room(part)].view(part.dtype)[: part.numel()] = part.flatten()
-        start += _room(part)
-    return words
+    pieces = []
+    for part in tensors(batch):
+        if part.numel():
+            words = part.flatten().view(torch.int32)
+            pieces += [words, words.new_zeros(-len(words) % ALIGNMENT)]
+    return torch.cat(pieces)
 
 
 def unpacked(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
     """A batch of the same shapes whose tensors are views of `words`."""
-    start = 0
+    sizes = [part.numel() * part.element_size() // 4 for part in tensors(like)]
+    pieces = iter(words.split([n for size in sizes for n in (size, -size % ALIGNMENT)])[::2])
 
     def view(part: Any) -> Any:
-        nonlocal start
-        if isinstance(part, torch.Tensor):
-            taken = words[start : start + part.numel() * part.element_size() // 4]
-            start += _room(part)
-            return taken.view(part.dtype).view(part.shape)
-        if isinstance(part, tuple):
-            return tuple(view(value) for value in part)
-        if isinstance(part, (RaggedBatch, Pass, Reads)):
-            return replace(part, **{f.name: view(getattr(part, f.name)) for f in fields(part) if f.name != "words"})
-        return part
+        found: dict[str, Any] = {}
+        for field in FIELDS[type(part)]:
+            value = getattr(part, field)
+            if isinstance(value, torch.Tensor):
+                found[field] = next(pieces).view(value.dtype).view(value.shape)
+            elif value is not None:
+                found[field] = tuple(map(view, value)) if isinstance(value, tuple) else view(value)
+        return replace(part, **found)
 
     return replace(view(like), words=words)
 
 
-def _room(part: torch.Tensor) -> int:
-    """Words a tensor takes, up to where the next one starts."""
-    return -(-part.numel() * part.element_size() // 4 // ALIGNMENT) * ALIGNMENT
+# In these a batch's tensors are, in this order.
+FIELDS = {
+    kind: [f.name for f in fields(kind) if f.name != "words" and ("Tensor" in f.type or f.name in ("passes", "reads"))]
+    for kind in (RaggedBatch, Pass, Reads)
+}
 
 
 def collate(
@@ -152,84 +152,135 @@ def collate(
     Raises ValueError, naming the row, for an empty row, a thought in front of which no token stands, or labels of
     another length than the row.
     """
-    rows = [np.asarray(row, dtype=np.int64) for row in input_ids]
-    lengths = [len(row) for row in rows]
-    if not rows or min(lengths) == 0:
-        raise ValueError(f"input_ids: row {lengths.index(0) if rows else 0} is empty; a row needs at least one token")
-    segments = []  # per row: its cut points, len = thoughts + 2
-    for b, row in enumerate(rows):
-        thoughts = np.flatnonzero(row == thought_id)
-        if len(thoughts) and thoughts[0] == 0:
-            raise ValueError(f"input_ids: row {b} starts with a thought; a thought needs a token in front of it")
-        if labels is not None and len(labels[b]) != len(row):
-            raise ValueError(f"labels: row {b} has {len(labels[b])} labels for {len(row)} tokens")
-        segments.append([0, *thoughts.tolist(), len(row)])
+    lengths = [len(row) for row in input_ids]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(
+            f"input_ids: row {lengths.index(0) if lengths else 0} is empty; a row needs at least one token"
+        )
+    for b, row in enumerate(labels or ()):
+        if len(row) != lengths[b]:
+            raise ValueError(f"labels: row {b} has {len(row)} labels for {lengths[b]} tokens")
+    batch = cut(
+        np.asarray(lengths),
+        flattened(input_ids),
+        thought_id,
+        labels_T=None if labels is None else flattened(labels),
+        positions_T=None if position_ids is None else flattened(position_ids),
+        columns_T=None if columns is None else flattened(columns),
+        width=width,
+    )
+    return unpacked(packed(batch), batch)
 
-    width = width or max(lengths)
-    target_rows = [_shifted(labels[b]) if labels is not None else None for b in range(len(rows))]
-    pages = [-(-n // PAGE_SIZE) for n in lengths]
-    first_pages = np.cumsum([0, *pages])
-    flat, positions, padded, passes = [], [], [], []
-    ends: dict[int, int] = {}  # row -> position, within the previous pass, of its last token
+
+def flattened(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """(T,) int64: rows of numbers, one behind the other."""
+    if all(isinstance(row, list) for row in rows):  # an array takes the numbers of one list faster than NumPy of many
+        return np.frombuffer(array("q", list(chain.from_iterable(rows))), dtype=np.int64)
+    return np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+
+
+def cut(
+    lengths_B: np.ndarray,
+    ids_T: np.ndarray,
+    thought_id: int,
+    *,
+    labels_T: np.ndarray | None = None,
+    positions_T: np.ndarray | None = None,
+    columns_T: np.ndarray | None = None,
+    width: int | None = None,
+) -> RaggedBatch:
+    """`collate` of rows that stand one behind the other, none of them empty; its tensors are still apart.
+
+    Segments, suffix S, are those of pass 0, then those of pass 1, ..., each pass's by row.
+    """
+    starts_B, number_T, at_T, pass_T = row_major(lengths_B, ids_T, thought_id)
+    thoughts_B = pass_T[starts_B + lengths_B - 1]
+    width = width or int(lengths_B.max())
+    pages_B = -(-lengths_B // PAGE_SIZE)
+    first_pages = np.append(0, np.cumsum(pages_B))
+    shape = int(thoughts_B.max()) + 1, len(lengths_B)
+    counts_PB = np.bincount(pass_T * shape[1] + number_T, minlength=shape[0] * shape[1]).reshape(shape)
+
+    order_T = np.argsort(pass_T.astype(np.min_scalar_type(len(counts_PB))), kind="stable")
+    targets_T = np.full(len(ids_T), IGNORE) if labels_T is None else shifted(labels_T, starts_B)
+    ids_T, number_T, at_T, targets_T = ids_T[order_T], number_T[order_T], at_T[order_T], targets_T[order_T]
+    slots_T = at_T + first_pages[number_T] * PAGE_SIZE
+    padded_T = (at_T if columns_T is None else columns_T[order_T]) + number_T * width
+    positions_T = at_T if positions_T is None else positions_T[order_T]
+
+    pass_S, row_S = np.nonzero(counts_PB)
+    count_S = counts_PB[pass_S, row_S]
+    start_S = np.cumsum(count_S) - count_S
+    stop_S = np.cumsum(counts_PB, axis=0)[pass_S, row_S]  # within the row
+    left_S = thoughts_B[row_S] - pass_S
+    # In front of the first labelled position, or of the last token, which feeds the next thought.
+    labelled_T = np.where(targets_T != IGNORE, np.arange(len(ids_T)), len(ids_T))
+    unread_S = np.minimum(count_S - (left_S > 0), np.minimum.reduceat(labelled_T, start_S) - start_S)
+    ends_PB = np.cumsum(counts_PB, axis=1) - 1  # where, in its pass, each row's last token stands
+
+    passes: list[Pass] = []
+    bounds = np.searchsorted(pass_S, np.arange(len(counts_PB) + 1)).tolist()
     stop = 0
-    for j in range(max(len(s) for s in segments) - 1):
-        members = [b for b, s in enumerate(segments) if j < len(s) - 1]
-        start, offset = stop, 0
-        thought_at, source, index, targets, counts, unread, slots = [], [], [], [], [], [], []
-        for b in members:
-            low, high = segments[b][j], segments[b][j + 1]
-            flat.append(rows[b][low:high])
-            positions.append(position_ids[b][low:high] if position_ids is not None else np.arange(low, high))
-            column = columns[b][low:high] if columns is not None else np.arange(low, high)
-            padded.append(np.asarray(column) + b * width)
-            slots.append(np.arange(low, high) + first_pages[b] * PAGE_SIZE)
-            if j:
-                thought_at.append(offset)
-                source.append(ends[b])
-            goes_on = j + 2 < len(segments[b])
-            unread.append(high - low - goes_on)  # the last one feeds the next thought
-            row_targets = target_rows[b]
-            if row_targets is not None:
-                labelled = np.flatnonzero(row_targets[low:high] != IGNORE)
-                index.append(labelled + offset)
-                targets.append(row_targets[low:high][labelled])
-                unread[-1] = min([unread[-1], *labelled[:1].tolist()])
-            counts.append(high - low)
-            offset += high - low
-        ends = dict(zip(members, (np.cumsum(counts) - 1).tolist(), strict=True))
-        stop = start + offset
+    for j, (low, high) in enumerate(pairwise(bounds)):
+        members, counts = row_S[low:high], count_S[low:high]
+        offsets = np.append(0, np.cumsum(counts))
+        start, stop = stop, stop + int(offsets[-1])
+        index = np.flatnonzero(targets_T[start:stop] != IGNORE)
         passes.append(
             Pass(
                 start=start,
                 stop=stop,
-                rows=tuple(members),
-                counts=tuple(counts),
+                rows=tuple(members.tolist()),
+                counts=tuple(counts.tolist()),
                 rows_R=_int32(members),
-                row_offsets=_int32(np.cumsum([0, *counts])),
-                lengths=_int32([segments[b][j + 1] for b in members]),
-                slots=_int64(np.concatenate(slots)),
-                max_query=max(counts),
-                max_length=max(segments[b][j + 1] for b in members),
-                thought_at=_int64(thought_at),
-                source=_int64(source),
-                detachable=_int64([len(segments[b]) - 2 - j for b in members] if j else []),
-                loss_index=_int64(np.concatenate(index) if index else []),
-                targets=_int64(np.concatenate(targets) if targets else []),
-                reads=make_reads(counts, unread),
+                row_offsets=_int32(offsets),
+                lengths=_int32(stop_S[low:high]),
+                slots=_int64(slots_T[start:stop]),
+                max_query=int(counts.max()),
+                max_length=int(stop_S[low:high].max()),
+                thought_at=_int64(offsets[:-1] if j else []),
+                source=_int64(ends_PB[j - 1, members] if j else []),
+                detachable=_int64(left_S[low:high] if j else []),
+                loss_index=_int64(index),
+                targets=_int64(targets_T[start:stop][index]),
+                reads=make_reads(counts, unread_S[low:high]),
             )
         )
-    batch = RaggedBatch(
-        input_ids=_int64(np.concatenate(flat)),
-        position_ids=_int64(np.concatenate(positions)),
+    return RaggedBatch(
+        input_ids=_int64(ids_T),
+        position_ids=_int64(positions_T),
         passes=tuple(passes),
-        lengths=tuple(lengths),
-        padded_at=_int64(np.concatenate(padded)),
+        lengths=tuple(lengths_B.tolist()),
+        padded_at=_int64(padded_T),
         width=width,
         num_targets=sum(p.targets.numel() for p in passes),
         page_table=_page_table(first_pages),
         num_slots=int(first_pages[-1]) * PAGE_SIZE,
     )
-    return unpacked(packed(batch), batch)
+
+
+def row_major(
+    lengths_B: np.ndarray, ids_T: np.ndarray, thought_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where rows begin (B,), and of every token its row, its position there, and its pass (T,).
+
+    ValueError, naming the row, for a thought in front of which no token stands.
+    """
+    starts_B = np.cumsum(lengths_B) - lengths_B
+    is_thought_T = ids_T == thought_id
+    wrong = np.flatnonzero(is_thought_T[starts_B])
+    if len(wrong):
+        raise ValueError(f"input_ids: row {wrong[0]} starts with a thought; a thought needs a token in front of it")
+    number_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    thoughts_T = np.cumsum(is_thought_T)
+    return starts_B, number_T, np.arange(len(ids_T)) - starts_B[number_T], thoughts_T - thoughts_T[starts_B][number_T]
+
+
+def shifted(labels_T: np.ndarray, starts_B: np.ndarray) -> np.ndarray:
+    """The target of each position: the label of the next one; the last position of a row predicts nothing."""
+    targets_T = np.append(labels_T[1:], IGNORE)
+    targets_T[starts_B[1:] - 1] = IGNORE
+    return targets_T
 
 
 def from_padded(
@@ -279,19 +330,14 @@ def check_range(batch: RaggedBatch, vocabulary: int, max_positions: int | None) 
             raise ValueError(f"{name}: found {int(wrong[0])}, expected 0 to {limit - 1}")
 
 
-def _shifted(labels: Sequence[int]) -> np.ndarray:
-    """The target of each position: the label of the next one; the last position predicts nothing."""
-    return np.append(np.asarray(labels, dtype=np.int64)[1:], IGNORE)
-
-
-def make_reads(counts: list[int], unread: list[int]) -> Reads | None:
+def make_reads(counts: np.ndarray, unread: np.ndarray) -> Reads | None:
     """Of rows with so many tokens each, of which the first so many are unread."""
-    offsets = np.cumsum([0, *(n - m for n, m in zip(counts, unread, strict=True))])
-    if not 0 < 2 * offsets[-1] <= sum(counts):
+    read = counts - unread
+    offsets = np.append(0, np.cumsum(read))
+    if not 0 < 2 * offsets[-1] <= counts.sum():
         return None
-    starts = np.cumsum([0, *counts[:-1]])
-    at = np.concatenate([start + np.arange(m, n) for start, n, m in zip(starts, counts, unread, strict=True)])
-    return Reads(_int64(at), _int32(offsets), int(np.diff(offsets).max()))
+    at = np.repeat(np.cumsum(counts) - offsets[1:], read) + np.arange(offsets[-1])
+    return Reads(_int64(at), _int32(offsets), int(read.max()))
 
 
 def _page_table(first_pages: np.ndarray) -> torch.Tensor:

@@ -18,7 +18,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from coconut_fast.model.batch import PAGE_SIZE, Pass, RaggedBatch, collate, make_reads, packed, unpacked
+from coconut_fast.model.batch import (
+    PAGE_SIZE,
+    Pass,
+    RaggedBatch,
+    cut,
+    flattened,
+    make_reads,
+    packed,
+    row_major,
+    shifted,
+    unpacked,
+)
 from coconut_fast.tokens import IGNORE
 
 LENGTH_STEP = 256  # of bounds on lengths: they size grids, whose idle programs end at once
@@ -29,28 +40,36 @@ def bucketed(
     ids: Sequence[Sequence[int]], thought_id: int, labels: Sequence[Sequence[int]], idle_id: int
 ) -> RaggedBatch:
     """`collate` of the rows with thoughts and `idle_id` around them, which change its shapes and nothing else."""
-    plan = _Plan(ids, thought_id, labels)
-    tails = plan.tails(idle_id, thought_id)
-    idle = [[idle_id] * size for size in plan.sizes]
-    batch = collate(
-        [[*row, *tail] for row, tail in zip(ids, tails, strict=True)] + idle,
+    lengths_B = np.array([len(row) for row in ids])
+    ids_T, labels_T = flattened(ids), flattened(labels)
+    plan = _Plan(lengths_B, ids_T, labels_T, thought_id)
+    tails_B, tails = plan.tails(thought_id, idle_id)
+    idle = np.full(sum(plan.sizes), idle_id)
+    # Rows and what stands behind them take turns; the fillers come last.
+    own = np.repeat(np.tile([True, False], len(lengths_B)), np.stack([lengths_B, tails_B], axis=1).flatten())
+
+    def around(values_T: np.ndarray, behind: np.ndarray, last: np.ndarray) -> np.ndarray:
+        result = np.empty(len(own), dtype=np.int64)
+        result[own], result[~own] = values_T, behind
+        return np.append(result, last)
+
+    batch = cut(
+        np.append(lengths_B + tails_B, plan.sizes),
+        around(ids_T, tails, idle),
         thought_id,
-        [[*row, *[IGNORE] * len(tail)] for row, tail in zip(labels, tails, strict=True)]
-        + [[IGNORE] * len(row) for row in idle],
+        labels_T=around(labels_T, np.full(len(tails), IGNORE), np.full(len(idle), IGNORE)),
         # What stands behind a row has the position of its end, as the model may have no later one.
-        [[*range(len(row)), *[len(row) - 1] * len(tail)] for row, tail in zip(ids, tails, strict=True)]
-        + [[0] * len(row) for row in idle],
+        positions_T=around(plan.at_T, np.repeat(lengths_B - 1, tails_B), np.zeros(len(idle))),
     )
     max_length = _up(max(batch.lengths))
     passes = [plan.filled(p, number, max_length) for number, p in enumerate(batch.passes)]
-    filled = replace(
+    batch = replace(
         batch,
         passes=tuple(passes),
         page_table=torch.nn.functional.pad(batch.page_table, (0, max_length // PAGE_SIZE - batch.page_table.shape[1])),
         num_slots=(len(batch.input_ids) // PAGE_SIZE + len(batch.lengths)) * PAGE_SIZE,  # for rows of any lengths
-        words=None,
     )
-    return unpacked(packed(filled), filled)
+    return unpacked(packed(batch), batch)
 
 
 def signature(batch: RaggedBatch) -> tuple:
@@ -65,20 +84,16 @@ def signature(batch: RaggedBatch) -> tuple:
 class _Plan:
     """What has to be added to rows of token ids."""
 
-    def __init__(self, ids: Sequence[Sequence[int]], thought_id: int, labels: Sequence[Sequence[int]]) -> None:
-        self.rows = len(ids)
-        cuts = [np.append(np.flatnonzero(np.asarray(row) == thought_id), len(row)) for row in ids]
-        predicts = [np.append(np.asarray(row[1:]) != IGNORE, False) for row in labels]
-        self.thoughts = np.array([len(c) - 1 for c in cuts])
+    def __init__(self, lengths_B: np.ndarray, ids_T: np.ndarray, labels_T: np.ndarray, thought_id: int) -> None:
+        self.rows = len(lengths_B)
+        starts_B, _, self.at_T, pass_T = row_major(lengths_B, ids_T, thought_id)
+        predicts_T = shifted(labels_T, starts_B) != IGNORE
+        self.thoughts = pass_T[starts_B + lengths_B - 1]
         self.most = int(self.thoughts.max())
         self.mixed = self.most > int(self.thoughts.min())
-        # Of every pass, all rows together: its tokens, and those that predict a labelled one.
-        tokens, labelled = np.zeros((2, self.most + 1), dtype=np.int64)
-        for cut, hits in zip(cuts, predicts, strict=True):
-            starts = np.append(0, cut[:-1])
-            tokens[: len(cut)] += cut - starts
-            labelled[: len(cut)] += np.add.reduceat(hits, starts, dtype=np.int64)
-            tokens[len(cut) :] += 1
+        # Of every pass, all rows together: its tokens, one of each row that is past its end, and those that predict.
+        tokens = np.bincount(pass_T) + [int((self.thoughts < number).sum()) for number in range(self.most + 1)]
+        labelled = np.bincount(pass_T[predicts_T], minlength=self.most + 1)
         self.labelled, self.added = [self.bucket(int(labelled[0]))], [0]
         for number in range(1, self.most + 1):
             share = int(tokens.sum()) // 128  # what may be wasted behind the first pass, where counts vary more
@@ -87,14 +102,13 @@ class _Plan:
             room = self.labelled[number] + self.bucket(int(tokens[number] - labelled[number]), share)
             self.added.append(0 if single else room - int(tokens[number]))
         # The first pass: of each row the tokens that nobody reads, the fillers' reads, and their tokens.
-        self.unread = [
-            min([int(cut[0]) - (self.most > 0), *np.flatnonzero(hits[: cut[0]])[:1].tolist()])
-            for cut, hits in zip(cuts, predicts, strict=True)
-        ]
+        ends_B = np.add.reduceat(pass_T == 0, starts_B, dtype=np.int64)
+        firsts_B = np.minimum.reduceat(np.where(predicts_T, self.at_T, len(ids_T)), starts_B)
+        self.unread = np.minimum(ends_B - (self.most > 0), firsts_B)
         fillers = -(-self.rows // ROWS_A_FILLER)
-        read, first = int(tokens[0]) - sum(self.unread), int(labelled[0])
+        read, first = int(tokens[0] - self.unread.sum()), int(labelled[0])
         self.reads = _shares(self.labelled[0] + self.bucket(read - first + fillers) - read, fillers)
-        room = self.labelled[0] + self.bucket(int(tokens[0]) - first + sum(self.reads))
+        room = self.labelled[0] + self.bucket(int(tokens[0]) - first + int(self.reads.sum()))
         self.sizes = _shares(room - int(tokens[0]), fillers)
 
     def bucket(self, count: int, least: int = 0) -> int:
@@ -102,14 +116,15 @@ class _Plan:
         step = max(8, _power(self.rows // 8), _power(count // 12), _power(least))
         return -(-count // step) * step
 
-    def tails(self, idle_id: int, thought_id: int) -> list[list[int]]:
-        """What stands behind every row."""
-        tails: list[list[int]] = [[] for _ in range(self.rows)]
+    def tails(self, thought_id: int, idle_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """What stands behind the rows: how many tokens (B,), and the tokens of one row after the other."""
+        idle_BP, thinks_BP = np.zeros((2, self.rows, self.most + 1), dtype=np.int64)
         for number in range(self.most + 1):
-            past = np.flatnonzero(self.thoughts <= number).tolist()
-            for b, share in zip(past, _shares(self.added[number], len(past)), strict=True):
-                tails[b] += [thought_id] * int(self.thoughts[b] < number) + [idle_id] * share
-        return tails
+            past = np.flatnonzero(self.thoughts <= number)
+            idle_BP[past, number] = _shares(self.added[number], len(past))
+            thinks_BP[:, number] = self.thoughts < number
+        tails = np.tile([thought_id, idle_id], idle_BP.size)
+        return (idle_BP + thinks_BP).sum(axis=1), tails.repeat(np.stack([thinks_BP, idle_BP], axis=2).flatten())
 
     def filled(self, p: Pass, number: int, max_length: int) -> Pass:
         """A pass with its labelled positions filled up, and bounds in the place of maxima."""
@@ -120,8 +135,7 @@ class _Plan:
         if number:
             left = torch.from_numpy(self.thoughts - number)  # below 0: a thought of nobody
         else:
-            idly = [size - read for size, read in zip(self.sizes, self.reads, strict=True)]
-            reads = make_reads(list(p.counts), [*self.unread, *idly])
+            reads = make_reads(np.array(p.counts), np.append(self.unread, self.sizes - self.reads))
         return replace(
             p,
             max_query=_bound(p.max_query) if number else max_length,
@@ -133,8 +147,8 @@ class _Plan:
         )
 
 
-def _shares(total: int, parts: int) -> list[int]:
-    return [total // parts + (i < total % parts) for i in range(parts)] if parts else []
+def _shares(total: int, parts: int) -> np.ndarray:
+    return total // parts + (np.arange(parts) < total % parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _power(count: int) -> int:
