@@ -245,7 +245,7 @@ class Coconut(nn.Module):
         first_B = batch.passes[0].lengths  # which has all rows
         for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
-                thoughts_BD = self.feedback(self._detached(hidden[-1][p.source], p.detachable))
+                thoughts_BD = self.feedback(self._detached(hidden[-1].index_select(0, p.source), p.detachable))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
             ragged = Ragged(
                 cache=cache,
@@ -278,7 +278,8 @@ class Coconut(nn.Module):
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         # Only labelled positions reach the head: labels are -100 on questions and thoughts, most of a row.
-        labelled_ND = torch.cat([h[p.loss_index] for h, p in zip(hidden, batch.passes, strict=True)])
+        # The backward of a look-up by brackets sorts its indices on a GPU; these are no token's twice but where it is 0.
+        labelled_ND = torch.cat([h.index_select(0, p.loss_index) for h, p in zip(hidden, batch.passes, strict=True)])
         targets_N = torch.cat([p.targets for p in batch.passes])
         total = ops.linear_cross_entropy(
             labelled_ND,

@@ -112,8 +112,8 @@ class _Plan:
         self.sizes = _shares(room - int(tokens[0]), fillers)
 
     def bucket(self, count: int, least: int = 0) -> int:
-        """The count rounded up to a multiple of about 1/16 of it, of `least`, or of some tokens where rows are many."""
-        step = max(8, _power(self.rows // 8), _power(count // 12), _power(least))
+        """The count rounded up to a multiple of about 1/8 of it, of `least`, or of some tokens where rows are many."""
+        step = max(8, _power(self.rows // 8), _power(count // 6), _power(least))
         return -(-count // step) * step
 
     def tails(self, thought_id: int, idle_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -162,4 +162,4 @@ def _up(count: int) -> int:
 
 def _bound(count: int) -> int:
     """A bound of the most tokens of a row; 1 remains, as it makes another kernel."""
-    return count if count == 1 else max(16, 2 * _power(count - 1)) if count <= LENGTH_STEP else _up(count)
+    return count if count == 1 else max(64, 2 * _power(count - 1)) if count <= LENGTH_STEP else _up(count)

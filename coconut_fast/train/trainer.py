@@ -3,7 +3,8 @@
 Its arguments, callbacks, trackers, mixed precision, accumulation and distributed engines are transformers'. Ours are:
 
     the stage of an epoch, and the optimizer's reset (train/schedule.py)
-    ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py)
+    ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py), on a GPU
+        by a thread beside the step (train/ahead.py)
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
     evaluation by batched generation
     checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
@@ -16,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.checkpoints import load, write
 from coconut_fast.model.coconut import Coconut, CoconutOutput
 from coconut_fast.train import saving, sharding
+from coconut_fast.train.ahead import Ahead
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.graphed import GraphedStep
 from coconut_fast.train.order import EpochBatches
@@ -107,6 +110,8 @@ class CoconutTrainer(Trainer):
         if self._fits_graphs():
             self.graphed = GraphedStep(self._forward_backward, model.parameters(), self.args.device)
         self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
+        self.makes_ahead = self.args.device.type == "cuda"  # elsewhere it would take the step's own cores
+        self.ahead: Ahead | None = None  # of the present epoch
         self.step_rows: list[Any] = []  # the rows of the step in progress
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
         self.skipped = torch.zeros((), device=self.args.device)
@@ -138,14 +143,18 @@ class CoconutTrainer(Trainer):
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            # Batches alone are pinned, in `_ready`: the loader would go through every token of the rows they are of.
             generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if self.makes_ahead:
+            if self.ahead is None or self.ahead.source is not epoch_iterator:
+                self.ahead = Ahead(epoch_iterator, self._ready)
+            epoch_iterator = self.ahead
+        batches = list(islice(epoch_iterator, num_batches))
         self.step_rows = [row for batch in batches for row in batch["rows"]]
         self.counted["rows"] += len(self.step_rows) * self.args.world_size
         self.counted["tokens"] += sum(len(ids) for _, ids, _ in self.step_rows) * self.args.world_size
@@ -156,6 +165,9 @@ class CoconutTrainer(Trainer):
         if self.is_fsdp_enabled:
             batches = sharding.agree_on_passes(batches, self.collate, device)
         return batches, labelled
+
+    def _ready(self, made: dict[str, Any]) -> dict[str, Any]:
+        return {**made, "batch": made["batch"].pin_memory()} if self.args.dataloader_pin_memory else made
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {**inputs, "batch": inputs["batch"].to(self.args.device, non_blocking=True)}

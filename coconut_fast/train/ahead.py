@@ -1,0 +1,39 @@
+"""Batches made ahead of time: a thread prepares the next ones while the host launches a step and the device runs it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+AHEAD = 2  # batches: one that is ready, and one in the making
+
+
+class Ahead:
+    """`map(ready, source)`, in its order, with the next `AHEAD` items made by a thread; errors come in their place.
+
+    Only what is due is made, so a source that is left before its end leaves no thread that waits.
+    """
+
+    def __init__(self, source: Iterator[Any], ready: Callable[[Any], Any]) -> None:
+        self.source = source
+        self.ready = ready
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.due: deque[Future[list[Any]]] = deque(self.thread.submit(self._make) for _ in range(AHEAD))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        made = self.due[0].result()
+        if not made:
+            raise StopIteration
+        self.due.popleft()
+        self.due.append(self.thread.submit(self._make))
+        return made[0]
+
+    def _make(self) -> list[Any]:
+        """The next item, if there is one."""
+        return [self.ready(item) for item in islice(self.source, 1)]

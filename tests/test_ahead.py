@@ -1,0 +1,42 @@
+"""Batches made ahead of time: the same, in the same order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from coconut_fast.train.ahead import AHEAD, Ahead
+
+
+def test_items_come_in_order_and_the_end_stays() -> None:
+    ahead = Ahead(iter(range(10)), lambda item: item * item)
+    assert list(ahead) == [n * n for n in range(10)]
+    assert list(ahead) == []
+
+
+def test_another_thread_makes_the_next_ones_while_one_is_used() -> None:
+    made, enough = [], threading.Event()
+
+    def ready(item: int) -> str:
+        made.append(item)
+        if len(made) == 1 + AHEAD:
+            enough.set()
+        return threading.current_thread().name
+
+    ahead = Ahead(iter(range(100)), ready)
+    assert next(ahead) != threading.current_thread().name
+    assert enough.wait(10)
+    ahead.thread.shutdown()
+    assert made == [0, 1, 2], "only what is due"
+
+
+def test_an_error_comes_where_the_item_would() -> None:
+    def items():
+        yield 1
+        raise ValueError("a broken problem")
+
+    ahead = Ahead(items(), lambda item: item)
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="a broken problem"):
+        next(ahead)
