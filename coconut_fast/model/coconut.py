@@ -278,7 +278,7 @@ class Coconut(nn.Module):
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         # Only labelled positions reach the head: labels are -100 on questions and thoughts, most of a row.
-        # The backward of a look-up by brackets sorts its indices on a GPU; these are no token's twice but where it is 0.
+        # Brackets would sort their indices in backward, on a GPU; none comes twice but where the gradient is 0.
         labelled_ND = torch.cat([h.index_select(0, p.loss_index) for h, p in zip(hidden, batch.passes, strict=True)])
         targets_N = torch.cat([p.targets for p in batch.passes])
         total = ops.linear_cross_entropy(
