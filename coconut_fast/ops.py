@@ -31,6 +31,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("triton", "torch"),
     "layer_norm_backward": ("triton", "torch"),
     "column_sums": ("triton", "torch"),
+    "transpose": ("triton", "torch"),
     "gated_mlp": ("triton", "torch"),
     "skinny_linear": ("triton", "torch"),
     "lm_head_sample": ("triton", "torch"),
@@ -124,7 +125,8 @@ def _implementation(op: str, backend: str) -> Callable[..., Any]:
 
 def call(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
     """Run `op` on the backend chosen for its first tensor argument's device."""
-    device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+    given = (a[0] if isinstance(a, list) and a else a for a in (*args, *kwargs.values()))
+    device = next(a.device for a in given if isinstance(a, torch.Tensor))
     chosen, _ = choose(op, device, backend)
     return _implementation(op, chosen)(*args, **kwargs)
 

@@ -31,6 +31,7 @@ from .reference_dense import (  # noqa: F401 (the ops without a cache; one impor
     packed_matmul_ref,
     residual_norm_ref,
     skinny_linear_ref,
+    transpose_ref,
     weight_gradient_ref,
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,15 @@ def column_sums_ref(x: Tensor, sums: Tensor) -> None:
     """Adds to sums (P, F) the columns of x (N, F), each P-th of the rows (rounded up) to one entry."""
     for i, part in enumerate(x.split(max(1, -(-len(x) // len(sums))))):
         sums[i] += part.to(sums.dtype).sum(0)
+
+
+# ---- transpose -------------------------------------------------------------------------------------------------------
+
+
+def transpose_ref(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Writes x[i] (R, C), transposed, to out[i] (C, R)."""
+    for source, target in zip(x, out, strict=True):
+        target.copy_(source.t())
 
 
 # ---- gated_mlp -------------------------------------------------------------------------------------------------------

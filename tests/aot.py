@@ -35,14 +35,18 @@ class Launch:
 
     def __init__(self, kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any]) -> None:
         self.kernel, self.options = kernel, options
-        self.signature: dict[str, str] = {}
+        self.signature: dict[str, str | tuple[str, ...]] = {}
         self.constants: dict[tuple[int], Any] = {}
-        self.attributes: dict[tuple[int], list[Any]] = {}
+        self.attributes: dict[tuple[int, ...], list[Any]] = {}
         for i, parameter in enumerate(kernel.params):
             self._specialise(i, parameter, arguments[parameter.name])
 
     def _specialise(self, i: int, parameter: Any, value: Any) -> None:
         name = parameter.name
+        if isinstance(value, tuple):  # of tensors
+            self.signature[name] = tuple(POINTER[t.dtype] for t in value)
+            self.attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+            return
         fixed = parameter.is_constexpr or value is None
         if not fixed and isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             fixed = not isinstance(value, bool)
@@ -241,6 +245,7 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         lm_head_sample,
         residual_norm,
         skinny_linear,
+        transpose,
     )
 
     tokens = [indices(8, dtype=torch.int64), indices(8, dtype=torch.int64), indices(8, 8, dtype=torch.int64)]
@@ -310,6 +315,8 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                             n, r, n, x, g, s.new_empty(8, 2), s, dtype=None if n is None else r.dtype
                         ),
                     )
+                matrices = [[empty(*shape, dtype=dtype) for _ in range(12)] for shape in ((dim, inner), (inner, dim))]
+                yield f"transpose/{label}", lambda m=matrices: transpose._launch(*m)
                 sums = empty(64, dim, dtype=torch.float32)
                 yield f"column_sums/{label}", lambda x=many, s=sums: column_sums._launch(x, s)
                 yield (

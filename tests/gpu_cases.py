@@ -26,12 +26,15 @@ class Case:
 
     def start(self) -> dict[str, Any]:
         """The arguments, with copies of those that the op writes."""
-        return {k: v.clone() if k in self.written else v for k, v in self.arguments.items()}
+        return {k: copied(v) if k in self.written else v for k, v in self.arguments.items()}
 
     def results(self, given: dict[str, Any], returned: Any) -> dict[str, torch.Tensor]:
         """Everything the call computed, by name."""
         out = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
-        return {f"result {i}": t for i, t in enumerate(out)} | {k: given[k] for k in self.written}
+        lists = {k: given[k] if isinstance(given[k], list) else [given[k]] for k in self.written}
+        return {f"result {i}": t for i, t in enumerate(out)} | {
+            f"{k} {i}": t for k, v in lists.items() for i, t in enumerate(v)
+        }
 
     def run(self, backend: str, double: bool = False) -> dict[str, torch.Tensor]:
         given = self.start()
@@ -39,6 +42,13 @@ class Case:
             given = {k: truth_of(v)[0] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
             given = {k: torch.float64 if isinstance(v, torch.dtype) else v for k, v in given.items()}
         return self.results(given, getattr(ops, self.op)(**given, backend=backend))
+
+
+def copied(value: Any) -> Any:
+    """Tensors, and lists of them, cloned."""
+    if isinstance(value, list):
+        return [t.clone() for t in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def cache_of(dtype: torch.dtype, device: torch.device, lengths: list[int], kv_heads: int, head_dim: int) -> Paged:
@@ -215,6 +225,12 @@ def _losses(backward: bool) -> Callable[..., Case]:
     return make
 
 
+def _transpose(dtype: torch.dtype, device: torch.device) -> Case:
+    shape = (768, 2304) if CUDA else (70, 130)
+    matrices = [torch.randn(shape).to(device, dtype) for _ in range(3)]
+    return Case("transpose", {"x": matrices, "out": [m.new_zeros(shape[::-1]) for m in matrices]}, ("out",), exact=True)
+
+
 def _norm(kind: str) -> Callable[..., Case]:
     def make(dtype: torch.dtype, device: torch.device) -> Case:
         given = {"x": torch.randn(37, 768).to(device, dtype), "weight": torch.rand(768).to(device, dtype), "kind": kind}
@@ -291,6 +307,7 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Case]] = {
     "cross_entropy_backward": _losses(True),
     "latent_feedback": _feedback,
     "accept_tokens": _accept,
+    "transpose": _transpose,
     "residual_norm, layer": _norm("layer"),
     "residual_norm, rms": _norm("rms"),
     "gated_mlp, gelu": _mlp("gelu_tanh"),

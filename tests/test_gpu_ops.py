@@ -77,8 +77,9 @@ def test_in_a_cuda_graph(name, device) -> None:
     for source in (case, other, case):  # other values at the same addresses
         expected = source.run("triton")
         for key, value in source.start().items():
-            if isinstance(value, torch.Tensor):
-                given[key].copy_(value)
+            for target, new in zip(*(v if isinstance(v, list) else [v] for v in (given[key], value)), strict=True):
+                if isinstance(new, torch.Tensor):
+                    target.copy_(new)
         graph.replay()
         assert all(same(expected[k], found[k]) for k in expected)
 

@@ -91,11 +91,19 @@ class FusedPasses:
     @torch.inference_mode()
     def refresh(self) -> None:
         """Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters."""
+        turned: dict[torch.Size, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for index, packed in enumerate(self.layers):
             for name, tensor in self.plan.layer(index, into=packed).named().items():
                 kept = getattr(packed, name)
-                if kept.data_ptr() != tensor.data_ptr():
+                if kept.data_ptr() == tensor.data_ptr():
+                    continue
+                if kept.dtype == tensor.dtype and tensor.t().is_contiguous():
+                    for group, matrix in zip(turned.setdefault(kept.shape, ([], [])), (tensor.t(), kept), strict=True):
+                        group.append(matrix)
+                else:
                     kept.copy_(tensor)
+        for sources, copies in turned.values():
+            ops.transpose(sources, copies)
         if self.head.data_ptr() != self.plan.head.data_ptr():
             self.head.copy_(self.plan.head)
 
