@@ -10,11 +10,19 @@ from coconut_fast.infer.sampling import sample, uniform
 
 def test_uniform_is_splitmix64() -> None:
     # the generator's published first outputs for seed 1234567
-    assert [int(uniform(1234567, n) * 2**53) for n in range(3)] == [
-        6457827717110365317 >> 11,
-        3203168211198807973 >> 11,
-        9817491932198370423 >> 11,
-    ]
+    first = [6457827717110365317 >> 11, 3203168211198807973 >> 11, 9817491932198370423 >> 11]
+    numbers = uniform([1234567, 2**64 - 1, 1234567], [0, 5, 1], 3) * 2**53
+    assert numbers[0].tolist() == first and numbers[2, :2].tolist() == first[1:]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63, 2**64 - 1])
+def test_uniform_is_arithmetic_modulo_two_to_the_64(seed: int) -> None:
+    mask = 2**64 - 1
+    for n, number in enumerate(uniform([seed], [3], 5)[0].tolist()):
+        z = (seed + (3 + n + 1) * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        assert number == ((z ^ (z >> 31)) >> 11) / 2**53
 
 
 def test_greedy_takes_the_lowest_of_ties() -> None:

@@ -253,13 +253,9 @@ class GraphRunner(EagerRunner):
         else:
             batch.step.zero_()  # all else is on the device as the last look found it
         if self.sampling.temperature:
-            numbers = [
-                [uniform(d.seed, len(d.tokens) + i - (begun and d.tokens != [])) for i in range(steps + begun)]
-                for d in drafts
-            ]
-            batch.numbers[: len(rows), : steps + begun] = torch.tensor(
-                numbers, dtype=torch.float64, device=self.cache.device
-            )
+            written = [len(d.tokens) - (begun and d.tokens != []) for d in drafts]
+            numbers = torch.from_numpy(uniform([d.seed for d in drafts], written, steps + begun))
+            batch.numbers[: len(rows), : steps + begun] = numbers.to(self.cache.device)
         self.cache.reserve(rows, counts)
         with self.clock("write", passes=max(counts)):
             if begun:

@@ -79,14 +79,10 @@ class FusedPasses:
         self.cos, self.sin = rotations(plan, self.limit)
         self.layers = [_packed(plan.layer(i), self.dtype) for i in range(plan.layers)]
         self.head = plan.head.detach().to(self.dtype)
+        body = sum(t.nbytes for layer in self.layers for t in layer.named().values())
+        self.bytes_per_pass = (body, body + self.head.nbytes)  # weights read by a latent pass, by a token pass
         # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
         self.counters = torch.zeros(BUCKETS[-1] * plan.kv_heads, dtype=torch.int32, device=cache.device)
-
-    @property
-    def bytes_per_pass(self) -> tuple[int, int]:
-        """Weights read by a latent pass, and by a token pass."""
-        body = sum(t.nbytes for layer in self.layers for t in layer.named().values())
-        return body, body + self.head.nbytes
 
     @torch.inference_mode()
     def refresh(self) -> None:

@@ -8,6 +8,7 @@ to the next (`fleeting`).
 from __future__ import annotations
 
 import weakref
+from itertools import chain
 
 from coconut_fast import ops
 from coconut_fast.infer import fused
@@ -121,14 +122,12 @@ def _structure(model: Coconut) -> list[object]:
 
     Where it is what it was, so is what `fleeting`, `hooked` and `fused.reason_not` said of the model.
     """
-    found: list[object] = []
-    for module in plan.modules_of(model):
-        does_more = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        found += id(module), type(module), does_more
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found += tensor.data_ptr(), tensor.dtype
-    return found
+    modules = plan.modules_of(model)
+    found = [vars(module) for module in modules]
+    more = [i for i, d in enumerate(found) if d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d]
+    held = chain.from_iterable([d[kind].values() for kind in ("_parameters", "_buffers") for d in found if d[kind]])
+    weights = [(tensor.data_ptr(), tensor.dtype) for tensor in held if tensor is not None]
+    return [list(map(id, modules)), list(map(type, modules)), more, weights]
 
 
 def _holds(runner: KeptRunner, wanted: dict[str, int]) -> bool:

@@ -153,13 +153,13 @@ def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
 def cut(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
     """[a, b, T, T, c] -> (a b, 2 thoughts), (c, none)."""
     pieces: list[Piece] = []
-    start, ids = 0, tuple(ids)
-    while thought_id in ids[start:]:
+    start, ids, left = 0, tuple(ids), ids.count(thought_id)
+    while left:
         stop = end = ids.index(thought_id, start)
         while end < len(ids) and ids[end] == thought_id:
             end += 1
         pieces.append(Piece(ids[start:stop], end - stop))
-        start = end
+        start, left = end, left - (end - stop)
     return *pieces, Piece(ids[start:], 0)
 
 

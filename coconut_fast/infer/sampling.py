@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-_MASK = (1 << 64) - 1
 
-
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) from a 64-bit seed and a step: splitmix64 (Steele, Lea, Flood 2014), its top 53 bits."""
-    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
+def uniform(seeds: Sequence[int], steps: Sequence[int], count: int) -> np.ndarray:
+    """(B, count) fp64: numbers in [0, 1) from 64-bit seeds[i] and steps[i], steps[i] + 1, ...: splitmix64 (Steele, Lea,
+    Flood 2014), its top 53 bits. Arithmetic is modulo 2**64."""
+    step_BN = np.array(steps, np.uint64)[:, None] + np.arange(1, count + 1, dtype=np.uint64)
+    z: np.ndarray = np.array(seeds, np.uint64)[:, None] + step_BN * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / (1 << 53)
 
 
 def sample(
@@ -37,8 +38,7 @@ def sample(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    numbers = [uniform(seed, step) for seed, step in zip(seeds, steps, strict=True)]
-    numbers_B = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)
+    numbers_B = torch.from_numpy(uniform(seeds, steps, 1)[:, 0]).to(logits_BV.device)
     return sample_at(logits_BV, numbers_B, temperature, top_k, top_p)
 
 
