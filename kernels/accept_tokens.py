@@ -16,11 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_shape, on_device, register
+from .common import check_shape, follow, on_device, overlaps, register, release
 
 
 @triton.jit
-def _accept(ids, tokens, written, remaining, attended, step, eos, batch, written_row, BLOCK_B: tl.constexpr):
+def _accept(ids, tokens, written, remaining, attended, step, eos, batch, written_row, BLOCK_B: tl.constexpr,
+            OVERLAP: tl.constexpr):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     b = tl.arange(0, BLOCK_B)
     mask = b < batch
     now = tl.load(step)
@@ -56,7 +59,9 @@ def _launch(
             batch=batch,
             written_row=written.stride(0),
             BLOCK_B=triton.next_power_of_2(batch),
+            OVERLAP=overlaps(ids),
             num_warps=1 if batch <= 64 else 4,
+            launch_pdl=overlaps(ids),
         )
 
 

@@ -56,6 +56,16 @@ def arch(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
+def overlaps(tensor: torch.Tensor) -> bool:
+    """Whether a kernel may begin while the one before it in the stream still runs: sm_90 and later.
+
+    It waits (`follow`) before it reads what that kernel writes, and before it writes anything, so that whatever ran
+    before has then ended. Ahead of the wait it reads what nobody has written for long enough: constants, and behind a
+    kernel that lets it begin only after its own wait, all that this one does not write itself.
+    """
+    return not INTERPRETED and arch(tensor) >= 90
+
+
 def check_dtypes(op: str, **tensors: torch.Tensor | None) -> None:
     """ValueError unless every tensor is fp32, fp16 or bf16 (fp64 runs on the torch backend)."""
     for name, tensor in tensors.items():
@@ -111,6 +121,39 @@ def compute_type(*dtypes: torch.dtype) -> Any:
 
 
 # ---- device functions ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def follow(OVERLAP: tl.constexpr, ready=None):
+    """Wait until the kernels before have ended and their writes are here (`overlaps`); first work out `ready`, fp32."""
+    if OVERLAP:
+        if ready is None:
+            tl.extra.cuda.gdc_wait()
+        else:  # both branches wait: one that needs the number cannot move ahead of it
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.eq.b32 p, $1, 0x7fffffff; @p griddepcontrol.wait; @!p griddepcontrol.wait; "
+                "mov.b32 $0, $1; }",
+                "=r,r", [ready], dtype=tl.float32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr):
+    """Behind `follow`: let the next kernel begin, as soon as every program of this one has come here."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(base, rows, row, IN: tl.constexpr):
+    """Ask for rows of a matrix to be brought to L2, by lines of 128 bytes. On a device alone."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((IN + LINE - 1) // LINE)
+    k = tl.minimum(tl.arange(0, LINES) * LINE, IN - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [base + rows[:, None] * row + k[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

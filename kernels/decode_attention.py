@@ -8,13 +8,15 @@ Optionally the launch also takes the new token's key and value, as they leave th
 and key (Qwen3, Llama), attends to them, and writes them to the slot of position p. A layer then needs no kv_append.
 
 Shapes: query (B, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32 (R, P); rows, lengths int32 (B,).
-Work: one program a (row, kv head, split); splits lie at fixed positions, so a row's result does not depend on the rows
-beside it. The programs of one row leave partial sums (fp32) and count up an integer; whoever comes last adds them in
-the order of the splits. No float is added atomically.
+Work: one program a (row, head, split); above 16 rows heads that share keys are one program's, on tensor cores. Splits
+lie at fixed positions, so a row's result does not depend on the rows beside it. The programs of one head leave partial
+sums (fp32) and count up an integer; whoever comes last adds them in the order of the splits. No float is added
+atomically. With `overlap` the kernel begins while the one before still runs (common.py, `overlaps`), and has read
+places, keys and values when the query comes.
 Rows are the grid's fastest axis: rows that share a prefix read its pages at the same time, once from memory and then
 from L2 (60 MB on an H200, 1,600 tokens of GPT-2's 36 KiB), which is why there is no separate path for shared prefixes.
-Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 1.6% for partial sums (one
-fp32 vector a split of 64 positions). Bound: memory bandwidth; at batch 1 latency (two dependent loads, page then key).
+Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 0.4% for partial sums (one
+fp32 vector a split of 256 positions). Bound: memory bandwidth; at batch 1 latency (two dependent loads, page then key).
 Registers at most 200.
 """
 
@@ -31,12 +33,70 @@ from .common import (
     check_shape,
     check_turn,
     compute_type,
+    follow,
     load_head,
     on_device,
+    overlaps,
     register,
+    release,
     slots_of,
     tanh,
 )
+
+FEW_ROWS = 16  # up to which heads that share keys still run one by one: more programs, and no tensor cores to fill
+
+
+@triton.jit
+def _place(
+    lengths, rows, positions, page_table, table_row, b, split,
+    SPLIT: tl.constexpr, WINDOW: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """length of row b, its pages, its turn in cos and sin, and of what it sees the first position, the first and last
+    split, and where its stored positions in `split` end."""
+    length = tl.load(lengths + b)
+    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
+    turn = tl.zeros([], tl.int64)
+    if ROTARY > 0:
+        turn = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
+    low = length * 0
+    if WINDOW > 0:
+        low = tl.maximum(length - WINDOW, 0)
+    end = tl.minimum((split + 1) * SPLIT, length)
+    if APPEND:
+        end = tl.minimum(end, length - 1)
+    return length, table, turn, low, low // SPLIT, (length - 1) // SPLIT, end
+
+
+@triton.jit
+def _combine(
+    sums, sums_lse, counter, out, lse, e, first, last,
+    HEADS: tl.constexpr, KV: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The end of a program that left partial sums of HEADS heads: the last of them to come here adds all, in order."""
+    tl.debug_barrier()  # all of this program's stores, then the count that publishes them
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == last - first:
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        for g in tl.static_range(HEADS):
+            top = tl.full([], float("-inf"), tl.float32)
+            total = tl.full([], 0.0, tl.float32)
+            acc = tl.zeros([e.shape[0]], tl.float32)
+            for chunk in range(first, last + 1, CHUNK):
+                # .cg: from L2, past an L1 line that may be older than the partial sums
+                i = chunk + tl.arange(0, CHUNK)
+                at = i * HEADS + g
+                part_lse = tl.load(sums_lse + at, mask=i <= last, other=float("-inf"), cache_modifier=".cg")
+                part = tl.load(sums + at[:, None] * KV + e[None, :], mask=(i <= last)[:, None] & (e < KV)[None, :],
+                               other=0.0, cache_modifier=".cg")  # fmt: skip
+                new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+                shrink = tl.exp2(top - new_top)
+                share = tl.exp2(part_lse - new_top)
+                total = total * shrink + tl.sum(share, axis=0)
+                acc = acc * shrink + tl.sum(part * share[:, None], axis=0)
+                top = new_top
+            tl.store(out + g * KV + e, (acc / total).to(out.dtype.element_ty), mask=e < KV)
+            tl.store(lse + g, (top + tl.log2(total)) * LN2)
 
 
 @triton.jit
@@ -46,151 +106,241 @@ def _decode(
     query_row, query_head, key_row, key_head, value_row, value_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
-    NORM_QUERY: tl.constexpr, NORM_KEY: tl.constexpr, DOT: tl.constexpr, TYPE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
+    NORM_QUERY: tl.constexpr, NORM_KEY: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
+    """One query head. A lane is so many threads as hold a vector in 128-bit loads; it has positions, a running maximum
+    and sums of its own until the end, so that nothing but a dot product's last adds crosses threads on the way."""
+    if EARLY:
+        release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    head = tl.program_id(1)
+    kv_head = head // GROUP
     split = tl.program_id(2)
-    SPLIT: tl.constexpr = BLOCK_N * BLOCKS
-    length = tl.load(lengths + b)
-    last = (length - 1) // SPLIT
-    first = 0
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(length - WINDOW, 0)
-        first = low // SPLIT
+
+    # -- what no kernel just before writes: places, and the first stored tokens of this split
+    length, table, turn, low, first, last, end = _place(
+        lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
+    )
+    p = tl.arange(0, LANES)
     d = tl.arange(0, BLOCK_K)
     e = tl.arange(0, BLOCK_KV)
-    g = tl.arange(0, BLOCK_G)
-    h = kv_head * GROUP + g
+    mask_e = e < KV
+    keys += kv_head * K
+    values += kv_head * KV
+    j = split * SPLIT + tl.arange(0, DEPTH)[:, None] * LANES + p[None, :]
+    stored = (j >= low) & (j < end)
+    slots = slots_of(table, j, stored, PAGE)[:, :, None] * KV_HEADS
+    inside = stored[:, :, None]
+    k = tl.load(keys + slots * K + d[None, None, :], mask=inside & (d < K)[None, None, :], other=0.0)
+    v = tl.load(values + slots * KV + e[None, None, :], mask=inside & mask_e[None, None, :], other=0.0)
+    follow(OVERLAP)
+    at = b * (KV_HEADS * GROUP) + head
+    out += at * KV
+    lse += at
     if length <= 0:  # a row that is not in use (a padded batch): zeros, and no weight in a later combine
         if split == 0:
-            mask_g = g < GROUP
-            tl.store(out + (b * (KV_HEADS * GROUP) + h[:, None]) * KV + e[None, :],
-                     tl.zeros([BLOCK_G, BLOCK_KV], tl.float32).to(out.dtype.element_ty),
-                     mask=mask_g[:, None] & (e < KV)[None, :])  # fmt: skip
-            tl.store(lse + b * (KV_HEADS * GROUP) + h, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=mask_g)
+            tl.store(out + e, tl.zeros([BLOCK_KV], tl.float32).to(out.dtype.element_ty), mask=mask_e)
+            tl.store(lse, float("-inf"))
         return
     if (split < first) | (split > last):
         return
 
-    # -- the query, and the new token's key and value
-    turn = 0
-    if ROTARY > 0:
-        turn = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
-    mask = (g < GROUP)[:, None] & (d < K)[None, :]
-    base = query + b * query_row + h[:, None] * query_head
+    # -- the query, the same in every lane, and the new token, whose place is the first of the last split's lane 0
+    same = (p * 0)[:, None]
+    mask = (p >= 0)[:, None] & (d < K)[None, :]
+    base = query + b * query_row + head * query_head + same
     q = load_head(base, d[None, :], mask, K, query_norm, eps, cos + turn, sin + turn, NORM_QUERY, ROTARY)
-    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    acc = tl.zeros([LANES, BLOCK_KV], tl.float32)
+    if APPEND:
+        base = key + b * key_row + kv_head * key_head + same
+        new_key = load_head(base, d[None, :], mask, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
+                            ROTARY).to(keys.dtype.element_ty)  # fmt: skip
+        mask_v = (p >= 0)[:, None] & mask_e[None, :]
+        new_value = tl.load(value + b * value_row + kv_head * value_head + same + e[None, :], mask=mask_v, other=0.0)
+        new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
+        release(OVERLAP)
+        here = (p == 0) & (split == last)
+        own = tl.sum(q * new_key.to(tl.float32), axis=1) * scaling
+        if SOFTCAP > 0:
+            own = SOFTCAP * tanh(own / SOFTCAP)
+        top = tl.where(here, own * LOG2E, top)
+        total = tl.where(here, 1.0, total)
+        acc = tl.where(here[:, None], new_value.to(tl.float32), acc)
+        if (split == last) & (head % GROUP == 0):
+            page = tl.load(table + (length - 1) // PAGE).to(tl.int64)
+            slot = (page * PAGE + (length - 1) % PAGE) * KV_HEADS
+            tl.store(keys + slot * K + d[None, :] + same, new_key, mask=here[:, None] & mask)
+            tl.store(values + slot * KV + e[None, :] + same, new_value, mask=here[:, None] & mask_v)
+
+    # -- this split, in base 2
+    for _ in range(split * SPLIT, end, LANES * DEPTH):
+        stored = (j >= low) & (j < end)
+        s = tl.sum(q[None, :, :] * k.to(tl.float32), axis=2) * scaling
+        w = v.to(tl.float32)
+        if LANES * DEPTH < SPLIT:
+            j += LANES * DEPTH
+            inside = (j >= low) & (j < end)
+            slots = slots_of(table, j, inside, PAGE)[:, :, None] * KV_HEADS
+            inside = inside[:, :, None]
+            k = tl.load(keys + slots * K + d[None, None, :], mask=inside & (d < K)[None, None, :], other=0.0)
+            v = tl.load(values + slots * KV + e[None, None, :], mask=inside & mask_e[None, None, :], other=0.0)
+        if SOFTCAP > 0:
+            s = SOFTCAP * tanh(s / SOFTCAP)
+        s = tl.where(stored, s * LOG2E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        s = tl.exp2(s - safe[None, :])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(s, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(s[:, :, None] * w, axis=0)
+        top = new_top
+
+    # -- the lanes together; one split: finished; several: leave a partial sum
+    highest = tl.max(top, axis=0)
+    less = tl.exp2(top - highest)
+    all_total = tl.sum(total * less, axis=0)
+    all_acc = tl.sum(acc * less[:, None], axis=0) / all_total
+    if first == last:
+        tl.store(out + e, all_acc.to(out.dtype.element_ty), mask=mask_e)
+        tl.store(lse, (highest + tl.log2(all_total)) * LN2)
+    elif SPLITS > 1:
+        sums = partial + at * (SPLITS * KV)
+        tl.store(sums + split * KV + e, all_acc, mask=mask_e)
+        tl.store(partial_lse + at * SPLITS + split, highest + tl.log2(all_total))
+        _combine(sums, partial_lse + at * SPLITS, counters + at, out, lse, e, first, last, 1, KV, CHUNK)
+
+
+@triton.jit
+def _decode_group(
+    query, key, value, keys, values, out, lse, partial, partial_lse, counters, page_table, rows, lengths,
+    cos, sin, positions, query_norm, key_norm, eps, scaling,
+    query_row, query_head, key_row, key_head, value_row, value_head, table_row,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
+    NORM_QUERY: tl.constexpr, NORM_KEY: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """The query heads of one kv head on tensor cores: for many rows, where reading keys once counts."""
+    if EARLY:
+        release(OVERLAP)
+    b = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length, table, turn, low, first, last, end = _place(
+        lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
+    )
+    d = tl.arange(0, BLOCK_K)
+    e = tl.arange(0, BLOCK_KV)
+    g = tl.arange(0, BLOCK_G)
+    mask_k = (d < K)[None, :]
+    mask_v = (e < KV)[None, :]
+    mask_e = (g < GROUP)[:, None] & mask_v
     keys += kv_head * K
     values += kv_head * KV
-    if APPEND:
-        base = key + b * key_row + kv_head * key_head
-        new_key = load_head(base, d[None, :], (d < K)[None, :], K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
-                            ROTARY).to(keys.dtype.element_ty)  # fmt: skip
-        new_value = tl.load(
-            value + b * value_row + kv_head * value_head + e[None, :], mask=(e < KV)[None, :], other=0.0
-        )
-        new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
-        if split == last:
-            page = tl.load(table + (length - 1) // PAGE).to(tl.int64)
-            slot = page * PAGE + (length - 1) % PAGE
-            tl.store(keys + slot * (KV_HEADS * K) + d[None, :], new_key, mask=(d < K)[None, :])
-            tl.store(values + slot * (KV_HEADS * KV) + e[None, :], new_value, mask=(e < KV)[None, :])
+    j = split * SPLIT + tl.arange(0, BLOCK_N)
+    stored = (j >= low) & (j < end)
+    slots = slots_of(table, j, stored, PAGE)[:, None] * KV_HEADS
+    k = tl.load(keys + slots * K + d[None, :], mask=stored[:, None] & mask_k, other=0.0)
+    v = tl.load(values + slots * KV + e[None, :], mask=stored[:, None] & mask_v, other=0.0)
+    j += BLOCK_N
+    slots = slots_of(table, j, (j >= low) & (j < end), PAGE)[:, None] * KV_HEADS
+    follow(OVERLAP)
+    at = b * (KV_HEADS * GROUP) + kv_head * GROUP
+    out += at * KV
+    lse += at
+    if length <= 0:
+        if split == 0:
+            tl.store(out + g[:, None] * KV + e[None, :],
+                     tl.zeros([BLOCK_G, BLOCK_KV], tl.float32).to(out.dtype.element_ty), mask=mask_e)  # fmt: skip
+            tl.store(lse + g, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=g < GROUP)
+        return
+    if (split < first) | (split > last):
+        return
 
-    # -- this split: running maximum, sum and weighted values, in base 2
+    base = query + b * query_row + (kv_head * GROUP + g)[:, None] * query_head
+    q = load_head(base, d[None, :], (g < GROUP)[:, None] & mask_k, K, query_norm, eps, cos + turn, sin + turn,
+                  NORM_QUERY, ROTARY)  # fmt: skip
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_KV], tl.float32)
-    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, length), BLOCK_N):
+    if APPEND:  # noqa: SIM102 (the first is a constant, the second is not)
+        if split == last:
+            own_key = key + b * key_row + kv_head * key_head
+            new_key = load_head(own_key, d[None, :], mask_k, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
+                                ROTARY).to(keys.dtype.element_ty)  # fmt: skip
+            new_value = tl.load(value + b * value_row + kv_head * value_head + e[None, :], mask=mask_v, other=0.0)
+            new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
+            own = tl.sum(q * new_key.to(tl.float32), axis=1) * scaling
+            if SOFTCAP > 0:
+                own = SOFTCAP * tanh(own / SOFTCAP)
+            top = own * LOG2E
+            total += 1.0
+            acc += new_value.to(tl.float32)
+            page = tl.load(table + (length - 1) // PAGE).to(tl.int64)
+            slot = (page * PAGE + (length - 1) % PAGE) * KV_HEADS
+            tl.store(keys + slot * K + d[None, :], new_key, mask=mask_k)
+            tl.store(values + slot * KV + e[None, :], new_value, mask=mask_v)
+    release(OVERLAP)
+
+    for start in range(split * SPLIT, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        stored = (j >= low) & (j < length)
-        if APPEND:
-            stored = stored & (j < length - 1)
-        seen = (j >= low) & (j < length)
-        slots = slots_of(table, j, stored, PAGE)
-        k = tl.load(keys + slots[:, None] * (KV_HEADS * K) + d[None, :], mask=stored[:, None] & (d < K)[None, :],
-                    other=0.0)  # fmt: skip
-        v = tl.load(values + slots[:, None] * (KV_HEADS * KV) + e[None, :], mask=stored[:, None] & (e < KV)[None, :],
-                    other=0.0)  # fmt: skip
-        if APPEND:
-            k = tl.where((j == length - 1)[:, None], new_key, k)
-            v = tl.where((j == length - 1)[:, None], new_value, v)
-        if DOT:
-            s = tl.dot(q.to(TYPE), tl.trans(k.to(TYPE)), input_precision="ieee") * scaling
-        else:
-            s = tl.sum(q * k.to(tl.float32), axis=1)[None, :] * scaling
+        stored = (j >= low) & (j < end)
+        k_now, v_now = k.to(TYPE), v.to(TYPE)
+        if BLOCK_N < SPLIT:
+            j += BLOCK_N
+            inside = ((j >= low) & (j < end))[:, None]
+            k = tl.load(keys + slots * K + d[None, :], mask=inside & mask_k, other=0.0)
+            v = tl.load(values + slots * KV + e[None, :], mask=inside & mask_v, other=0.0)
+            j += BLOCK_N
+            slots = slots_of(table, j, (j >= low) & (j < end), PAGE)[:, None] * KV_HEADS
+        s = tl.dot(q.to(TYPE), tl.trans(k_now), input_precision="ieee") * scaling
         if SOFTCAP > 0:
             s = SOFTCAP * tanh(s / SOFTCAP)
-        s = tl.where(seen[None, :], s * LOG2E, float("-inf"))
+        s = tl.where(stored[None, :], s * LOG2E, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        w = tl.exp2(s - safe[:, None])
+        s = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(w, axis=1)
-        if DOT:
-            acc = tl.dot(w.to(TYPE), v.to(TYPE), acc * shrink[:, None], input_precision="ieee")
-        else:
-            weighted = tl.sum(tl.trans(w) * v.to(tl.float32), axis=0)
-            acc = acc * shrink[:, None] + weighted[None, :]
+        total = total * shrink + tl.sum(s, axis=1)
+        acc = tl.dot(s.to(TYPE), v_now, acc * shrink[:, None], input_precision="ieee")
         top = new_top
 
-    # -- one split: finished; several: leave a partial sum, and the last to arrive adds them all in order
-    mask_g = g < GROUP
-    mask_e = mask_g[:, None] & (e < KV)[None, :]
-    head = b * (KV_HEADS * GROUP) + h
-    finish = first <= last
-    if SPLITS > 1:  # noqa: SIM102 (the first is a constant, the second is not)
-        if first < last:
-            row = b * KV_HEADS + kv_head
-            sums = partial + row * (SPLITS * GROUP * KV)
-            sums_lse = partial_lse + row * (SPLITS * GROUP)
-            tl.store(sums + (split * GROUP + g[:, None]) * KV + e[None, :], acc / total[:, None], mask=mask_e)
-            tl.store(sums_lse + split * GROUP + g, top + tl.log2(total), mask=mask_g)
-            tl.debug_barrier()  # all of this program's stores, then the count that publishes them
-            arrived = tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu")
-            finish = arrived == last - first
-            if finish:
-                tl.debug_barrier()
-                tl.store(counters + row, 0)
-                top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_G], tl.float32)
-                acc = tl.zeros([BLOCK_G, BLOCK_KV], tl.float32)
-                for chunk in range(first, last + 1, CHUNK):
-                    # .cg: from L2, past an L1 line that may be older than the partial sums
-                    i = chunk + tl.arange(0, CHUNK)
-                    mask_i = (i <= last)[:, None] & mask_g[None, :]
-                    at = i[:, None] * GROUP + g[None, :]
-                    part_lse = tl.load(sums_lse + at, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
-                    part = tl.load(sums + at[:, :, None] * KV + e[None, None, :],
-                                   mask=mask_i[:, :, None] & (e < KV)[None, None, :], other=0.0,
-                                   cache_modifier=".cg")  # fmt: skip
-                    new_top = tl.maximum(top, tl.max(part_lse, axis=0))
-                    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                    shrink = tl.exp2(top - safe)
-                    share = tl.exp2(part_lse - safe[None, :])
-                    total = total * shrink + tl.sum(share, axis=0)
-                    acc = acc * shrink[:, None] + tl.sum(part * share[:, :, None], axis=0)
-                    top = new_top
-    if finish:
-        tl.store(out + head[:, None] * KV + e[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask_e)
-        tl.store(lse + head, (top + tl.log2(total)) * LN2, mask=mask_g)
+    acc = acc / total[:, None]
+    if first == last:
+        tl.store(out + g[:, None] * KV + e[None, :], acc.to(out.dtype.element_ty), mask=mask_e)
+        tl.store(lse + g, (top + tl.log2(total)) * LN2, mask=g < GROUP)
+    elif SPLITS > 1:
+        sums = partial + at * (SPLITS * KV)
+        sums_lse = partial_lse + at * SPLITS
+        tl.store(sums + (split * GROUP + g)[:, None] * KV + e[None, :], acc, mask=mask_e)
+        tl.store(sums_lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
+        _combine(sums, sums_lse, counters + at, out, lse, e, first, last, GROUP, KV, CHUNK)
 
 
-def _table(head_dim: int, itemsize: int, max_length: int) -> tuple[int, int]:
-    """Positions a block (8 KiB of keys) and blocks a split: splits of 64 positions, longer ones from 4,096 on."""
-    block_n = max(16, min(64, 8192 // (head_dim * itemsize)))
-    split = 64
-    while split < 1024 and split * 64 < max_length:
-        split *= 2
-    return block_n, split // block_n
+def _split(max_length: int) -> int:
+    """Positions a split: 256, more from 16,384 on."""
+    return 256 if max_length <= 64 * 256 else 512 if max_length <= 64 * 512 else 1024
 
 
-def num_counters(batch: int, kv_heads: int) -> int:
+def _lanes(width: int, itemsize: int) -> tuple[int, int, int]:
+    """Of _decode: lanes, positions a lane at a time, warps."""
+    warps = 4 if width * itemsize <= 128 else 8
+    return max(1, 32 * warps * 16 // (width * itemsize)), 2, warps
+
+
+def _block(width: int, itemsize: int) -> tuple[int, int]:
+    """Of _decode_group: positions at a time (8 KiB of keys), warps."""
+    return max(16, min(64, 8192 // (width * itemsize))), 8
+
+
+def num_counters(batch: int, heads: int) -> int:
     """Length of the int32 tensor of zeros that decode_attention counts with (and leaves zero)."""
-    return batch * kv_heads
+    return batch * heads
 
 
 def check_cache(
@@ -219,6 +369,7 @@ def _launch(
     key: torch.Tensor | None = None, value: torch.Tensor | None = None, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, positions: torch.Tensor | None = None, query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None, eps: float = 1e-6, counters: torch.Tensor | None = None,
+    overlap: bool = False, early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     batch, heads, head_dim = query.shape
     kv_heads, value_dim = keys.shape[1], values.shape[2]
@@ -231,81 +382,99 @@ def _launch(
         raise ValueError("decode_attention: one of key and value is None, expected both or none")
     rotary = check_turn("decode_attention", batch, head_dim, cos, sin, positions, query_norm, key_norm)
     group = heads // kv_heads
-    dot = group > 1  # one query a kv head: plain multiplies, since a tensor-core tile would be 15/16 padding
     block_k, block_kv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
-    block_n, blocks = _table(max(block_k, block_kv), keys.element_size(), max_length)
+    width, split = max(block_k, block_kv), _split(max_length)
     # Powers of two: a kernel is compiled for each number of splits, and calls without a graph name the longest row.
-    splits = triton.next_power_of_2(max(1, triton.cdiv(max_length, block_n * blocks)))
-    block_g = max(16, triton.next_power_of_2(group)) if dot else 1
+    splits = triton.next_power_of_2(max(1, triton.cdiv(max_length, split)))
     out = query.new_empty(batch, heads, value_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
     if batch == 0:
         return out, lse
     partial = partial_lse = lse
     if splits > 1:
-        partial = query.new_empty(batch * kv_heads * splits * group * value_dim, dtype=torch.float32)
-        partial_lse = query.new_empty(batch * kv_heads * splits * group, dtype=torch.float32)
+        partial = query.new_empty(batch * heads * splits * value_dim, dtype=torch.float32)
+        partial_lse = query.new_empty(batch * heads * splits, dtype=torch.float32)
         if counters is None:
-            counters = query.new_zeros(num_counters(batch, kv_heads), dtype=torch.int32)
-        elif counters.dtype != torch.int32 or counters.numel() < num_counters(batch, kv_heads):
+            counters = query.new_zeros(num_counters(batch, heads), dtype=torch.int32)
+        elif counters.dtype != torch.int32 or counters.numel() < num_counters(batch, heads):
             raise ValueError(
                 f"decode_attention: counters is {counters.dtype} of {counters.numel()} elements, expected int32 zeros, "
-                f"at least {num_counters(batch, kv_heads)}"
+                f"at least {num_counters(batch, heads)}"
             )
         else:
             check_shape("decode_attention", "counters", counters, tuple(counters.shape), contiguous=True)
+    overlap = overlap and overlaps(query)
+    arguments = {
+        "query": query,
+        "key": query if key is None else key,
+        "value": query if value is None else value,
+        "keys": keys,
+        "values": values,
+        "out": out,
+        "lse": lse,
+        "partial": partial,
+        "partial_lse": partial_lse,
+        "counters": rows if counters is None else counters,
+        "page_table": page_table,
+        "rows": rows,
+        "lengths": lengths,
+        "cos": query if cos is None else cos,
+        "sin": query if sin is None else sin,
+        "positions": positions,
+        "query_norm": query_norm,
+        "key_norm": key_norm,
+        "eps": eps,
+        "scaling": scaling,
+        "query_row": query.stride(0),
+        "query_head": query.stride(1),
+        "key_row": 0 if key is None else key.stride(0),
+        "key_head": 0 if key is None else key.stride(1),
+        "value_row": 0 if value is None else value.stride(0),
+        "value_head": 0 if value is None else value.stride(1),
+        "table_row": page_table.stride(0),
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "K": head_dim,
+        "KV": value_dim,
+        "PAGE": page_size,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "APPEND": key is not None,
+        "ROTARY": rotary,
+        "NORM_QUERY": query_norm is not None,
+        "NORM_KEY": key_norm is not None,
+        "OVERLAP": overlap,
+        "EARLY": early and overlap,
+        "SPLITS": splits,
+        "SPLIT": split,
+        "CHUNK": 8,
+    }
     with on_device(query):
-        _decode[(batch, kv_heads, splits)](
-            query=query,
-            key=query if key is None else key,
-            value=query if value is None else value,
-            keys=keys,
-            values=values,
-            out=out,
-            lse=lse,
-            partial=partial,
-            partial_lse=partial_lse,
-            counters=rows if counters is None else counters,
-            page_table=page_table,
-            rows=rows,
-            lengths=lengths,
-            cos=query if cos is None else cos,
-            sin=query if sin is None else sin,
-            positions=positions,
-            query_norm=query_norm,
-            key_norm=key_norm,
-            eps=eps,
-            scaling=scaling,
-            query_row=query.stride(0),
-            query_head=query.stride(1),
-            key_row=0 if key is None else key.stride(0),
-            key_head=0 if key is None else key.stride(1),
-            value_row=0 if value is None else value.stride(0),
-            value_head=0 if value is None else value.stride(1),
-            table_row=page_table.stride(0),
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            K=head_dim,
-            KV=value_dim,
-            PAGE=page_size,
-            WINDOW=window,
-            SOFTCAP=softcap,
-            APPEND=key is not None,
-            ROTARY=rotary,
-            NORM_QUERY=query_norm is not None,
-            NORM_KEY=key_norm is not None,
-            DOT=dot,
-            TYPE=compute_type(query.dtype, keys.dtype, values.dtype),
-            SPLITS=splits,
-            BLOCKS=blocks,
-            BLOCK_N=block_n,
-            CHUNK=max(1, min(8, 4096 // (block_g * block_kv))),
-            BLOCK_G=block_g,
-            BLOCK_K=max(16, block_k) if dot else block_k,
-            BLOCK_KV=max(16, block_kv) if dot else block_kv,
-            num_warps=8 if dot and keys.element_size() == 4 else 4,
-            num_stages=2,
-        )
+        if group == 1 or batch <= FEW_ROWS:
+            lanes, depth, warps = _lanes(width, keys.element_size())
+            _decode[(batch, heads, splits)](
+                **arguments,
+                LANES=lanes,
+                DEPTH=depth,
+                BLOCK_K=block_k,
+                BLOCK_KV=block_kv,
+                num_warps=warps,
+                num_stages=1,
+                launch_pdl=overlap,
+            )
+        else:
+            block_n, warps = _block(width, keys.element_size())
+            _decode_group[(batch, kv_heads, splits)](
+                **arguments,
+                TYPE=compute_type(query.dtype, keys.dtype, values.dtype),
+                BLOCK_N=block_n,
+                BLOCK_G=max(16, triton.next_power_of_2(group)),
+                BLOCK_K=max(16, block_k),
+                BLOCK_KV=max(16, block_kv),
+                num_warps=warps,
+                num_stages=1,
+                launch_pdl=overlap,
+            )
     return out, lse
 
 
@@ -318,7 +487,8 @@ _OP = register(
     "decode_attention(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor page_table, Tensor rows, "
     "Tensor lengths, *, int page_size, float scaling, int window=0, float softcap=0.0, SymInt max_length, "
     "Tensor? key=None, Tensor? value=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
-    "Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6, Tensor(c!)? counters=None) -> (Tensor, Tensor)",
+    "Tensor? query_norm=None, Tensor? key_norm=None, float eps=1e-6, Tensor(c!)? counters=None, "
+    "bool overlap=False, bool early=False) -> (Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -330,17 +500,21 @@ def decode_attention(
     key: torch.Tensor | None = None, value: torch.Tensor | None = None, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, positions: torch.Tensor | None = None, query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None, eps: float = 1e-6, counters: torch.Tensor | None = None,
+    overlap: bool = False, early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One query per row: out (B, H, Kv) in the query's dtype, lse (B, H) fp32. lengths include the query's own token.
 
     Without key and value the token's own must be in the cache already. With them (B, Hkv, K) and (B, Hkv, Kv), they are
     normed, rotated (cos, sin (P, rotary // 2) fp32 at positions (B,)), attended to and written to the row's last slot.
     A row of length 0 gives zeros and lse = -inf, and writes nothing. max_length bounds lengths; it fixes the number of
-    splits. counters: int32 zeros of num_counters(B, Hkv), left zero; without it each call fills its own (one memset),
-    and calls that may run at the same time must not share one. ValueError for inputs that do not fit.
+    splits. counters: int32 zeros of num_counters(B, H), left zero; without it each call fills its own (one memset),
+    and calls that may run at the same time must not share one. overlap: begin while the kernel before in the stream
+    still runs, if that one writes query, key and value alone. early: let the kernel behind begin at once, not when the
+    query is there; it must read ahead nothing but what nobody has written lately. ValueError for inputs that do not
+    fit.
     """
     return _OP(
         query, keys, values, page_table, rows, lengths, page_size=page_size, scaling=scaling, window=window,
         softcap=softcap, max_length=max_length, key=key, value=value, cos=cos, sin=sin, positions=positions,
-        query_norm=query_norm, key_norm=key_norm, eps=eps, counters=counters,
+        query_norm=query_norm, key_norm=key_norm, eps=eps, counters=counters, overlap=overlap, early=early,
     )  # fmt: skip

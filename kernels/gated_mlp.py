@@ -13,13 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, gelu, gelu_tanh, on_device, register, silu
+from .common import check_dtypes, check_shape, follow, gelu, gelu_tanh, on_device, overlaps, register, release, silu
 
 
 @triton.jit
 def _activate(
-    x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+    x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < F
@@ -64,7 +67,9 @@ def _launch(x: torch.Tensor, *, activation: str, bias: torch.Tensor | None = Non
             BLOCK_F=1024,
             ACTIVATION=activation,
             HAS_BIAS=bias is not None,
+            OVERLAP=overlaps(x),
             num_warps=4,
+            launch_pdl=overlaps(x),
         )
     return out
 

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, on_device, register
+from .common import check_dtypes, check_shape, follow, on_device, overlaps, register, release
 
 
 @triton.jit
@@ -33,7 +33,10 @@ def _feed(
     source_row, eps, target,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RESCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_THOUGHT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_REMAINING: tl.constexpr, HAS_ATTENDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     active = b >= 0
     if HAS_REMAINING:
@@ -44,25 +47,32 @@ def _feed(
         ended = tl.load(attended + b) > 0
     place = tl.load(lengths + b)
     position = tl.load(positions + b) + 1
+    row = tl.load(last + b).to(tl.int64)
     tl.debug_barrier()  # every thread has read the row's place before it moves on
     if active | (ended & HAS_THOUGHT):
         d = tl.arange(0, BLOCK_D)
         mask = d < D
-        h = tl.load(source + tl.load(last + b).to(tl.int64) * source_row + d, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(source + row * source_row + d, mask=mask, other=0.0).to(tl.float32)
+        if NORM != "none":  # all loads first, sums behind them
+            gain = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+        if HAS_POSITION:
+            at = position.to(tl.int64) * D
+            place_embedding = tl.load(position_embedding + at + d, mask=mask & active, other=0.0).to(tl.float32)
         if NORM != "none":
             if NORM == "layer":
                 h = tl.where(mask, h - tl.sum(h, axis=0) / D, 0.0)
             h = h * tl.rsqrt(tl.sum(h * h, axis=0) / D + eps)
-            h = h * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+            h = h * gain
             if HAS_BIAS:
-                h += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+                h += shift
         if HAS_THOUGHT:
             tl.store(thought + b * D + d, h.to(thought.dtype.element_ty), mask=mask & ended)
         if RESCALE:
             h = h * (target / tl.maximum(tl.sqrt(tl.sum(h * h, axis=0)), 1.1754943508222875e-38))
         if HAS_POSITION:
-            at = position.to(tl.int64) * D
-            h += tl.load(position_embedding + at + d, mask=mask & active, other=0.0).to(tl.float32)
+            h += place_embedding
         tl.store(next_input + b * D + d, h.to(next_input.dtype.element_ty), mask=mask & active)
     if active:
         tl.store(positions + b, position)
@@ -133,7 +143,9 @@ def _launch(
             HAS_POSITION=position_embedding is not None,
             HAS_REMAINING=remaining is not None,
             HAS_ATTENDED=attended is not None,
+            OVERLAP=overlaps(source),
             num_warps=max(1, min(16, block_d // 256)),
+            launch_pdl=overlaps(source),
         )
 
 

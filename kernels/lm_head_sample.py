@@ -21,17 +21,29 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TRITON_TYPE, check_dtypes, check_shape, on_device, products, register
+from .common import (
+    TRITON_TYPE,
+    check_dtypes,
+    check_shape,
+    follow,
+    on_device,
+    overlaps,
+    products,
+    register,
+    release,
+)
 
 
 @triton.jit
 def _head(
     hidden, weight, bias, tops, extras, scratch, hidden_row, weight_row, batch, inverse,
     D: tl.constexpr, V: tl.constexpr, PITCH: tl.constexpr, TILES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MODE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MODE: tl.constexpr, OVERLAP: tl.constexpr,
     DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     tile = tl.program_id(0)
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = m < batch
@@ -59,7 +71,9 @@ def _head(
 
 
 @triton.jit
-def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr):
+    follow(OVERLAP)
+    release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     mask = t < TILES
@@ -73,8 +87,10 @@ def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: t
 def _sampled(
     hidden, weight, bias, tops, extras, numbers, ids, hidden_row, weight_row, inverse,
     D: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     mask = t < TILES
@@ -115,7 +131,12 @@ def _above(scores, cut, highest, V: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _ranked(scratch, numbers, ids, top_k, top_p, V: tl.constexpr, PITCH: tl.constexpr, BLOCK_V: tl.constexpr):
+def _ranked(
+    scratch, numbers, ids, top_k, top_p, V: tl.constexpr, PITCH: tl.constexpr, BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     scores = scratch + b * PITCH
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)
@@ -235,6 +256,7 @@ def _launch(
     pitch = triton.cdiv(vocabulary, 16) * 16  # rows of the scratch start at whole vectors
     scratch = torch.empty(batch * pitch, dtype=torch.float32, device=hidden.device) if mode == "store" else tops
     inverse = 1 / temperature if temperature else 1.0
+    overlap = overlaps(hidden)
     with on_device(hidden):
         _head[(num_tiles, triton.cdiv(batch, block_m))](
             hidden=hidden,
@@ -259,7 +281,9 @@ def _launch(
             BLOCK_M=block_m,
             BLOCK_V=block_v,
             BLOCK_K=block_k,
+            OVERLAP=overlap,
             num_warps=4,
+            launch_pdl=overlap,
         )
         block_t = triton.next_power_of_2(num_tiles)
         if mode == "greedy":
@@ -270,7 +294,9 @@ def _launch(
                 V=vocabulary,
                 TILES=num_tiles,
                 BLOCK_T=block_t,
+                OVERLAP=overlap,
                 num_warps=4 if block_t < 8192 else 16,
+                launch_pdl=overlap,
             )
         elif mode == "sum":
             _sampled[(batch,)](
@@ -291,7 +317,9 @@ def _launch(
                 BLOCK_T=block_t,
                 BLOCK_V=block_v,
                 BLOCK_K=min(triton.next_power_of_2(dim), 128),
+                OVERLAP=overlap,
                 num_warps=8,
+                launch_pdl=overlap,
             )
         else:
             _ranked[(batch,)](
@@ -303,7 +331,9 @@ def _launch(
                 V=vocabulary,
                 PITCH=pitch,
                 BLOCK_V=min(triton.next_power_of_2(vocabulary), 4096),
+                OVERLAP=overlap,
                 num_warps=16,
+                launch_pdl=overlap,
             )
     return ids
 

@@ -312,6 +312,8 @@ def decode_attention_ref(
     key_norm: Tensor | None = None,
     eps: float = 1e-6,
     counters: Tensor | None = None,
+    overlap: bool = False,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """ragged_attention of one query (B, H, K) per row, after kv_append of the token's own key and value if given.
 

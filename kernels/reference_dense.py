@@ -278,6 +278,8 @@ def skinny_linear_ref(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    overlap: bool = False,
+    early: bool = False,
 ) -> Tensor:
     """residual + act(norm(x) W^T + bias): x (M, IN), weight (OUT, IN); in the residual's dtype, else the weight's.
 

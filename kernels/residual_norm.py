@@ -16,19 +16,24 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, on_device, register
+from .common import check_dtypes, check_shape, follow, on_device, overlaps, register, release
 
 
 @triton.jit
 def _norm(
     x, residual, bias, weight, norm_bias, normed, total, x_row, residual_row, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LAYER: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    follow(OVERLAP)
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = d < D
     t = tl.load(x + row * x_row + d, mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)  # under way before the sums need their barriers
+    if HAS_NORM_BIAS:
+        shift = tl.load(norm_bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         t += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -36,9 +41,9 @@ def _norm(
     tl.store(total + row * D + d, t.to(total.dtype.element_ty), mask=mask)
     if LAYER:
         t = tl.where(mask, t - tl.sum(t, axis=0) / D, 0.0)
-    y = t * tl.rsqrt(tl.sum(t * t, axis=0) / D + eps) * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    y = t * tl.rsqrt(tl.sum(t * t, axis=0) / D + eps) * gain
     if HAS_NORM_BIAS:
-        y += tl.load(norm_bias + d, mask=mask, other=0.0).to(tl.float32)
+        y += shift
     tl.store(normed + row * D + d, y.to(normed.dtype.element_ty), mask=mask)
 
 
@@ -80,7 +85,9 @@ def _launch(
             HAS_RESIDUAL=residual is not None,
             HAS_BIAS=bias is not None,
             HAS_NORM_BIAS=norm_bias is not None,
+            OVERLAP=overlaps(x),
             num_warps=max(1, min(16, block_d // 256)),
+            launch_pdl=overlaps(x),
         )
     return normed, total
 

@@ -2,18 +2,24 @@
 
     y = residual + act(norm(x) W^T + bias)       act: none, gelu_tanh, gelu, or swiglu: silu(gate) * up, W = (gate, up)
 
-Shapes: x (M, IN), M <= 64; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or (2 OUT,); residual
-(M, OUT); norm_weight, norm_bias (IN,). y (M, OUT) has the residual's dtype, the weight's without one: with fp32 rows
-and 16-bit weights the residual stream stays fp32.
-Each program owns BLOCK_N outputs and reads their weights once, in 128-bit loads, BLOCK_K columns at a time with the
-next ones in flight (8 KiB a stage and program); it recomputes the norm's statistics from x, which lies in L2. Up to 4
-rows run on plain multiplies, so that BLOCK_N can be 4 and a layer of 768 outputs still fills 132 processors; more run
-on tensor cores. Sums are fp32 in a fixed order.
+Shapes: x (M, IN), M <= 64, with a norm <= 16; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or
+(2 OUT,); residual (M, OUT); norm_weight, norm_bias (IN,). y (M, OUT) has the residual's dtype, the weight's without
+one: with fp32 rows and 16-bit weights the residual stream stays fp32. Sums are fp32 in a fixed order.
+
+Work: a program owns BLOCK_N outputs and reads their weights once, in 128-bit loads, all under way before x is read.
+    1 or 2 rows, 4 of small weights     plain multiplies; a program is one warp where it can be, and has no barrier
+    up to 16                            tensor cores, outputs as the long axis, each warp with columns of its own
+    up to 64                            tensor cores on tiles in shared memory, two axes
+Every program makes the norm's statistics anew, in two passes over registers. With `overlap` a kernel begins, and has
+its weights under way, while the one before still runs (common.py, `overlaps`): in a chain of layers a product of one
+row then costs the way of x through it, 1 to 2 us, and not launch, weights and x one after the other.
 Bytes: OUT IN weights. Bound: memory bandwidth (GPT-2: 1.2 to 4.7 MB a call, 0.3 to 1.1 us at 4.3 TB/s, so in practice
-launch latency; Llama-1B: 8 to 67 MB, 2 to 16 us). Registers at most 255.
+latency; Llama-1B: 8 to 67 MB, 2 to 16 us). Registers at most 255.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,16 +29,74 @@ from .common import (
     TRITON_TYPE,
     check_dtypes,
     check_shape,
+    fetch,
+    follow,
     gelu,
     gelu_tanh,
     on_device,
-    products,
+    overlaps,
     register,
+    release,
     row_statistics,
     silu,
 )
 
 MAX_ROWS = 64
+NORM_ROWS = 16  # that a norm may go with: beyond, every program would norm all rows again
+
+
+@triton.jit
+def _pair(parts, N: tl.constexpr):
+    """(K, N) from N vectors (K,), N a power of two up to 8: registers side by side, nothing moves."""
+    K: tl.constexpr = parts[0].shape[0]
+    if N == 1:
+        return parts[0][:, None]
+    elif N == 2:
+        return tl.join(parts[0], parts[1])
+    elif N == 4:
+        return tl.reshape(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])), [K, 4])
+    else:
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        return tl.reshape(tl.join(even, odd), [K, 8])
+
+
+@triton.jit
+def _share(weight, first, weight_row, k, IN: tl.constexpr, OUT: tl.constexpr, N: tl.constexpr):
+    """Rows first .. first + N of the weight in registers, as tiles of k.shape: N times ceil(IN / k.shape)."""
+    K: tl.constexpr = k.shape[0]
+    w = ()
+    for i in tl.static_range(N):
+        row = weight + (first + i).to(tl.int64) * weight_row
+        for start in tl.static_range(0, IN, K):
+            mask = start + k < IN
+            if OUT % N != 0:
+                mask = mask & (first + i < OUT)
+            w = w + (tl.load(row + start + k, mask=mask, other=0.0),)
+    return w
+
+
+@triton.jit
+def _tiles_of(base, k, IN: tl.constexpr, HAS: tl.constexpr):
+    """A vector (IN,) in registers, as tiles of k.shape."""
+    K: tl.constexpr = k.shape[0]
+    v = ()
+    if HAS:
+        for start in tl.static_range(0, IN, K):
+            v = v + (tl.load(base + start + k, mask=start + k < IN, other=0.0),)
+    return v
+
+
+@triton.jit
+def _sums(x, w, N: tl.constexpr, C: tl.constexpr):
+    """(N,): C tiles of x times N rows of w. Partial sums stay apart per component until the end."""
+    parts = ()
+    for i in tl.static_range(N):
+        acc = x[0].to(tl.float32) * w[i * C].to(tl.float32)
+        for c in tl.static_range(1, C):
+            acc += x[c].to(tl.float32) * w[i * C + c].to(tl.float32)
+        parts = parts + (acc,)
+    return tl.sum(_pair(parts, N), axis=0)
 
 
 @triton.jit
@@ -40,54 +104,279 @@ def _linear(
     x, weight, bias, residual, norm_weight, norm_bias, out, x_row, weight_row, residual_row, rows, eps,
     IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
-    mask_m = m < rows
+    if EARLY:
+        release(OVERLAP)
+    C: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    mask_n = n < OUT
+    k = tl.arange(0, BLOCK_K)
+
+    # -- constants: the weights, and what they make of the norm's bias
+    w = _share(weight, first, weight_row, k, IN, OUT, BLOCK_N)
+    b = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
+    if ACTIVATION == "swiglu":
+        w_up = _share(weight + OUT * weight_row, first, weight_row, k, IN, OUT, BLOCK_N)
+        b_up = tl.zeros([BLOCK_N], tl.float32)
+        if HAS_BIAS:
+            b_up = tl.load(bias + OUT + n, mask=mask_n, other=0.0).to(tl.float32)
+    gain = _tiles_of(norm_weight, k, IN, NORM != "none")
+    if HAS_NORM_BIAS:
+        shift = _tiles_of(norm_bias, k, IN, True)
+        b += _sums(shift, w, BLOCK_N, C)
+        if ACTIVATION == "swiglu":
+            b_up += _sums(shift, w_up, BLOCK_N, C)
+        follow(OVERLAP, tl.sum(b, axis=0))
+    else:
+        follow(OVERLAP)
+
+    # -- the rows: all loads, then row by row
+    xs = ()
+    for m in tl.static_range(BLOCK_M):
+        for start in tl.static_range(0, IN, BLOCK_K):
+            xs = xs + (tl.load(x + m * x_row + start + k, mask=(start + k < IN) & (m < rows), other=0.0),)
+    added = ()
+    if HAS_RESIDUAL:
+        for m in tl.static_range(BLOCK_M):
+            added = added + (tl.load(residual + m * residual_row + n, mask=mask_n & (m < rows), other=0.0),)
+    release(OVERLAP)
+    for m in tl.static_range(BLOCK_M):
+        t = ()
+        scale = 1.0
+        if NORM == "none":
+            for c in tl.static_range(C):
+                t = t + (xs[m * C + c],)
+        else:
+            mean = 0.0
+            if NORM == "layer":
+                total = xs[m * C].to(tl.float32)
+                for c in tl.static_range(1, C):
+                    total += xs[m * C + c].to(tl.float32)
+                mean = tl.sum(total, axis=0) / IN
+            square = tl.zeros([BLOCK_K], tl.float32)
+            for c in tl.static_range(C):
+                centred = xs[m * C + c].to(tl.float32)
+                if NORM == "layer":
+                    centred = tl.where(c * BLOCK_K + k < IN, centred - mean, 0.0)
+                square += centred * centred
+                t = t + (centred * gain[c].to(tl.float32),)
+            scale = tl.rsqrt(tl.sum(square, axis=0) / IN + eps)
+        y = _sums(t, w, BLOCK_N, C) * scale + b
+        if ACTIVATION == "gelu_tanh":
+            y = gelu_tanh(y)
+        if ACTIVATION == "gelu":
+            y = gelu(y)
+        if ACTIVATION == "swiglu":
+            y = silu(y) * (_sums(t, w_up, BLOCK_N, C) * scale + b_up)
+        if HAS_RESIDUAL:
+            y += added[m].to(tl.float32)
+        tl.store(out + m * OUT + n, y.to(out.dtype.element_ty), mask=mask_n & (m < rows))
+
+
+@triton.jit
+def _columns(base, rows, mask, row, k, IN: tl.constexpr):
+    """Columns k (SLICES, BLOCK_K) of rows of a matrix: (SLICES, rows, BLOCK_K)."""
+    return tl.load(
+        base + rows[None, :, None] * row + k[:, None, :], mask=mask[None, :, None] & (k < IN)[:, None, :], other=0.0
+    )
+
+
+@triton.jit
+def _vector(base, k, IN: tl.constexpr):
+    """Components k (SLICES, BLOCK_K) of a vector: (SLICES, 1, BLOCK_K)."""
+    return tl.load(base + k[:, None, :], mask=(k < IN)[:, None, :], other=0.0)
+
+
+@triton.jit
+def _over_columns(t):
+    """(rows,): the sum of (SLICES, rows, BLOCK_K) over columns."""
+    return tl.sum(tl.sum(t, axis=2), axis=0)
+
+
+@triton.jit
+def _linear_dot(
+    x, weight, bias, residual, norm_weight, norm_bias, out, x_row, weight_row, residual_row, rows, eps,
+    IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, TYPE: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As _linear on tensor cores. Outputs are the tile's long axis; each warp has columns of its own, BLOCK_K at a
+    time, and the SLICES of sums are added up at the end. Weights are AHEAD tiles ahead."""
+    if EARLY:
+        release(OVERLAP)
+    SPAN: tl.constexpr = SLICES * BLOCK_K
+    C: tl.constexpr = (IN + SPAN - 1) // SPAN
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = n < OUT
+    m = tl.arange(0, BLOCK_M)
+    mask_m = m < rows
+    k = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    w = ()
+    w_up = ()
+    weight_up = weight + OUT * weight_row
+    for c in tl.static_range(AHEAD):
+        w = w + (_columns(weight, n, mask_n, weight_row, c * SPAN + k, IN),)
+        if ACTIVATION == "swiglu":
+            w_up = w_up + (_columns(weight_up, n, mask_n, weight_row, c * SPAN + k, IN),)
+    b = tl.zeros([BLOCK_N], tl.float32)
+    b_up = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)
+        if ACTIVATION == "swiglu":
+            b_up = tl.load(bias + OUT + n, mask=mask_n, other=0.0).to(tl.float32)
+    gain = ()
+    shift = ()
+    if NORM != "none":
+        for c in tl.static_range(C):
+            gain = gain + (_vector(norm_weight, c * SPAN + k, IN),)
+            if HAS_NORM_BIAS:
+                shift = shift + (_vector(norm_bias, c * SPAN + k, IN),)
+    follow(OVERLAP)
+
+    xs = ()
+    for c in tl.static_range(C if KEEP else AHEAD):
+        xs = xs + (_columns(x, m, mask_m, x_row, c * SPAN + k, IN),)
+    mask = mask_n[:, None] & mask_m[None, :]
+    if HAS_RESIDUAL:
+        added = tl.load(residual + m[None, :] * residual_row + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    release(OVERLAP)
     mean, scale = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if NORM != "none":
-        mean, scale = row_statistics(x, m, mask_m, x_row, eps, IN, BLOCK_K, NORM)
-    y = products(
-        x, m, mask_m, x_row, weight, n, mask_n, weight_row, mean, scale, norm_weight, norm_bias,
-        IN, BLOCK_K, NORM, HAS_NORM_BIAS, DOT, TYPE, STAGES,
-    )  # fmt: skip
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if KEEP:
+            if NORM == "layer":
+                total = xs[0].to(tl.float32)
+                for c in tl.static_range(1, C):
+                    total += xs[c].to(tl.float32)
+                mean = _over_columns(total) / IN
+            square = tl.zeros([SLICES, BLOCK_M, BLOCK_K], tl.float32)
+            for c in tl.static_range(C):
+                inside = (c * SPAN + k < IN)[:, None, :]
+                centred = tl.where(inside, xs[c].to(tl.float32) - mean[None, :, None], 0.0)
+                square += centred * centred
+            scale = tl.rsqrt(_over_columns(square) / IN + eps)
+        else:
+            mean, scale = row_statistics(x, m, mask_m, x_row, eps, IN, SPAN, NORM)
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    for c in tl.static_range(C):
+        if c + AHEAD < C:
+            w = w + (_columns(weight, n, mask_n, weight_row, (c + AHEAD) * SPAN + k, IN),)
+            if ACTIVATION == "swiglu":
+                w_up = w_up + (_columns(weight_up, n, mask_n, weight_row, (c + AHEAD) * SPAN + k, IN),)
+            if not KEEP:
+                xs = xs + (_columns(x, m, mask_m, x_row, (c + AHEAD) * SPAN + k, IN),)
+        t = xs[c]
+        if NORM != "none":
+            t = (t.to(tl.float32) - mean[None, :, None]) * scale[None, :, None] * gain[c].to(tl.float32)
+            if HAS_NORM_BIAS:
+                t += shift[c].to(tl.float32)
+        t = tl.permute(t.to(TYPE), (0, 2, 1))
+        acc = tl.dot(w[c].to(TYPE), t, acc, input_precision="ieee")
+        if ACTIVATION == "swiglu":
+            acc_up = tl.dot(w_up[c].to(TYPE), t, acc_up, input_precision="ieee")
+    y = tl.sum(acc, axis=0) + b[:, None]
     if ACTIVATION == "gelu_tanh":
         y = gelu_tanh(y)
     if ACTIVATION == "gelu":
         y = gelu(y)
     if ACTIVATION == "swiglu":
-        up = products(
-            x, m, mask_m, x_row, weight, n + OUT, mask_n, weight_row, mean, scale, norm_weight, norm_bias,
-            IN, BLOCK_K, NORM, HAS_NORM_BIAS, DOT, TYPE, STAGES,
-        )  # fmt: skip
-        if HAS_BIAS:
-            up += tl.load(bias + OUT + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        y = silu(y) * up
+        y = silu(y) * (tl.sum(acc_up, axis=0) + b_up[:, None])
+    if HAS_RESIDUAL:
+        y += added
+    tl.store(out + m[None, :] * OUT + n[:, None], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_wide(
+    x, weight, bias, residual, out, x_row, weight_row, residual_row, rows,
+    IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """For more than 16 rows: tiles of rows and weights through shared memory, the weights in L2 ahead of the wait."""
+    if EARLY:
+        release(OVERLAP)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask_n = n < OUT
+    m = tl.arange(0, BLOCK_M)
+    mask_m = m < rows
+    weight_up = weight + OUT * weight_row
+    if OVERLAP:
+        fetch(weight, tl.minimum(n, OUT - 1), weight_row, IN)
+        if ACTIVATION == "swiglu":
+            fetch(weight_up, tl.minimum(n, OUT - 1), weight_row, IN)
+    follow(OVERLAP)
+    release(OVERLAP)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = mask_n[:, None] & (k < IN)[None, :]
+        t = tl.load(x + m[:, None] * x_row + k[None, :], mask=mask_m[:, None] & (k < IN)[None, :], other=0.0).to(TYPE)
+        w = tl.load(weight + n[:, None] * weight_row + k[None, :], mask=mask, other=0.0).to(TYPE)
+        acc = tl.dot(t, tl.trans(w), acc, input_precision="ieee")
+        if ACTIVATION == "swiglu":
+            w = tl.load(weight_up + n[:, None] * weight_row + k[None, :], mask=mask, other=0.0).to(TYPE)
+            acc_up = tl.dot(t, tl.trans(w), acc_up, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION == "swiglu":
+            acc_up += tl.load(bias + OUT + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu_tanh":
+        acc = gelu_tanh(acc)
+    if ACTIVATION == "gelu":
+        acc = gelu(acc)
+    if ACTIVATION == "swiglu":
+        acc = silu(acc) * acc_up
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_RESIDUAL:
-        y += tl.load(residual + m[:, None] * residual_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + m[:, None] * OUT + n[None, :], y.to(out.dtype.element_ty), mask=mask)
+        acc += tl.load(residual + m[:, None] * residual_row + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + m[:, None] * OUT + n[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int) -> tuple[bool, int, int, int, int]:
-    """Tensor cores or not, BLOCK_M, BLOCK_N, BLOCK_K, stages."""
-    if rows <= 4:
-        block_k = min(triton.next_power_of_2(inputs), 1024 * 2 // itemsize)
-        return False, triton.next_power_of_2(rows), 4 if rows <= 2 else 2, block_k, 3
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_k = max(16, min(triton.next_power_of_2(inputs), (256 if block_m <= 16 else 128) * 2 // itemsize))
-    return True, block_m, 16 if outputs <= 4096 else 32, block_k, 4
+class Tiles(NamedTuple):
+    """How a launch is cut. kernel "plain": a program's whole share of the weights in registers; "dot": a warp has
+    BLOCK_K columns of a tile, and `ahead` tiles of the weights are under way; "wide": `ahead` stages."""
+
+    kernel: str
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    ahead: int = 0
+
+
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int) -> Tiles:
+    """parts: weights an output, 2 for swiglu."""
+    width, block_m = triton.next_power_of_2(inputs), triton.next_power_of_2(rows)
+    if rows > NORM_ROWS:
+        return Tiles(
+            "wide", 64, 16 if outputs <= 2304 or itemsize == 4 else 32, max(16, min(width, 256 // itemsize)), 4, 4
+        )
+    if rows <= 2 or (rows <= 4 and inputs * outputs * parts < 2**22):
+        vector, block_n = 16 // itemsize, 2 if outputs <= 1024 else 4
+        warps = 1
+        # registers: every column's components of x and of the weights, in fp32
+        while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > 144:
+            warps *= 2
+        return Tiles("plain", block_m, block_n, min(width, 32 * vector * warps), warps)
+    warps = 8
+    span = max(16 * warps, min(width, (1024 // parts if itemsize == 2 else 256)))
+    ahead = min(triton.cdiv(inputs, span), 1 if itemsize == 4 or block_m > 8 else 3)
+    return Tiles("dot", max(8, block_m), 16, span // warps, warps, ahead)
 
 
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
     activation: str = "none", norm: str = "none", norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None, eps: float = 1e-5,
+    norm_bias: torch.Tensor | None = None, eps: float = 1e-5, overlap: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     op, (rows, inputs) = "skinny_linear", x.shape
     check_dtypes(op, x=x, weight=weight, bias=bias, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -97,6 +386,8 @@ def _launch(
         raise ValueError(f"{op}: activation is {activation!r}, expected 'none', 'gelu_tanh', 'gelu' or 'swiglu'")
     if norm not in ("none", "layer", "rms"):
         raise ValueError(f"{op}: norm is {norm!r}, expected 'none', 'layer' or 'rms'")
+    if norm != "none" and rows > NORM_ROWS:
+        raise ValueError(f"{op}: x has {rows} rows, expected at most {NORM_ROWS} with a norm (residual_norm has more)")
     if (norm_weight is None) != (norm == "none"):
         raise ValueError(f"{op}: norm_weight is {'absent' if norm_weight is None else 'given'} with norm {norm!r}")
     if norm_bias is not None and norm == "none":
@@ -116,36 +407,42 @@ def _launch(
     out = torch.empty(rows, outputs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     if rows == 0:
         return out
-    dot, block_m, block_n, block_k, stages = tiles(rows, outputs, inputs, weight.element_size())
+    cut = tiles(rows, outputs, inputs, weight.element_size(), 2 if gated else 1)
+    overlap = overlap and overlaps(x)
+    arguments = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "out": out,
+        "x_row": x.stride(0),
+        "weight_row": weight.stride(0),
+        "residual_row": 0 if residual is None else residual.stride(0),
+        "rows": rows,
+        "IN": inputs,
+        "OUT": outputs,
+        "ACTIVATION": activation,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "OVERLAP": overlap,
+        "EARLY": early and overlap,
+        "BLOCK_M": cut.block_m,
+        "BLOCK_N": cut.block_n,
+        "BLOCK_K": cut.block_k,
+    }
+    if cut.kernel == "wide":
+        arguments |= {"STAGES": cut.ahead}
+    else:
+        arguments |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "NORM": norm}
+        arguments |= {"HAS_NORM_BIAS": norm_bias is not None}
+    if cut.kernel == "dot":
+        keep = inputs * cut.block_m <= 64 * 32 * cut.warps  # the rows themselves, 64 registers of a thread
+        arguments |= {"SLICES": cut.warps, "AHEAD": cut.ahead, "KEEP": keep}
+    if cut.kernel != "plain":
+        arguments |= {"TYPE": TRITON_TYPE[weight.dtype]}
+    kernel = {"plain": _linear, "dot": _linear_dot, "wide": _linear_wide}[cut.kernel]
     with on_device(x):
-        _linear[(triton.cdiv(outputs, block_n),)](
-            x=x,
-            weight=weight,
-            bias=bias,
-            residual=residual,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            out=out,
-            x_row=x.stride(0),
-            weight_row=weight.stride(0),
-            residual_row=0 if residual is None else residual.stride(0),
-            rows=rows,
-            eps=eps,
-            IN=inputs,
-            OUT=outputs,
-            ACTIVATION=activation,
-            NORM=norm,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_NORM_BIAS=norm_bias is not None,
-            DOT=dot,
-            TYPE=TRITON_TYPE[weight.dtype],
-            STAGES=stages,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=4,
-        )
+        kernel[(triton.cdiv(outputs, cut.block_n),)](**arguments, num_warps=cut.warps, num_stages=1, launch_pdl=overlap)
     return out
 
 
@@ -157,7 +454,8 @@ def _fake(x, weight, *, residual=None, activation="none", **keywords):  # type: 
 
 _OP = register(
     "skinny_linear(Tensor x, Tensor weight, *, Tensor? bias=None, Tensor? residual=None, str activation='none', "
-    "str norm='none', Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> Tensor",
+    "str norm='none', Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, "
+    "bool overlap=False, bool early=False) -> Tensor",
     _launch,
     _fake,
 )
@@ -166,13 +464,16 @@ _OP = register(
 def skinny_linear(
     x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
     activation: str = "none", norm: str = "none", norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None, eps: float = 1e-5,
+    norm_bias: torch.Tensor | None = None, eps: float = 1e-5, overlap: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """y (M, OUT) as in the module's docstring. Forward only. ValueError for inputs that do not fit or over 64 rows.
 
-    norm: "none", "layer" or "rms" (then with norm_weight).
+    norm: "none", "layer" or "rms" (then with norm_weight). overlap: begin while the kernel before in the stream still
+    runs, if that one wrote neither weight, bias nor norm. early: let the kernel behind begin at once, not when x is
+    there; it must read ahead nothing but what nobody has written lately.
     """
     return _OP(
         x, weight, bias=bias, residual=residual, activation=activation, norm=norm, norm_weight=norm_weight,
-        norm_bias=norm_bias, eps=eps,
+        norm_bias=norm_bias, eps=eps, overlap=overlap, early=early,
     )  # fmt: skip

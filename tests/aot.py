@@ -68,7 +68,8 @@ class Launch:
             self.attributes[(i,)] = [["tt.divisibility", 16]]
 
     def compile(self, capability: int) -> dict[str, Any]:
-        """Registers, spilled bytes, shared memory and 128-bit loads of the binary for sm_<capability>."""
+        """Registers, spilled bytes, shared memory and 128-bit loads of the binary for sm_<capability>; of a kernel that
+        begins before its turn, what it reads and writes ahead of its wait."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -79,6 +80,7 @@ class Launch:
             ).stdout
         found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         ptx = built.asm["ptx"]
+        ahead, wait, _ = ptx.partition("griddepcontrol.wait")
         return {
             "kernel": self.kernel.fn.__name__,
             "capability": capability,
@@ -89,6 +91,10 @@ class Launch:
             "vector_loads": len(
                 re.findall(r"ld\.global[^;]*\.v4\.b32|ld\.global[^;]*\.v2\.b64|cp\.async[^;]*0x10,", ptx)
             ),
+            "overlaps": built.metadata.launch_pdl,
+            "waits": bool(wait),
+            "read_ahead": len(re.findall(r"ld\.global|prefetch\.global", ahead)),
+            "written_ahead": len(re.findall(r"\b(?:st|red|atom)\.global", ahead)),
             "tensor_cores": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
         }
 
@@ -300,6 +306,12 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield (
                 f"gated_mlp/{label}",
                 lambda a=activation, w=wide, t=dtype: gated_mlp._launch(empty(8, w, dtype=t), activation=a),
+            )
+            yield (
+                f"skinny_linear/{label}/48/up",
+                lambda d=dim, w=wide, t=dtype, a=activation: skinny_linear._launch(
+                    empty(48, d, dtype=t), empty(w, d, dtype=t), activation=a
+                ),
             )
             if gpt2:
                 stream, partial = empty(8, dim, dtype=torch.float32), empty(64, 2, dim, dtype=torch.float32)

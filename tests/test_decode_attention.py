@@ -13,6 +13,15 @@ from tests.paged import paged, spread, truth_of, view
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # lanes of padding
 
+
+@pytest.fixture(params=["one head a program", "heads together"])
+def programs(request, monkeypatch) -> None:
+    """Both kernels for heads that share keys, whatever the number of rows."""
+    from coconut_fast.kernels import decode_attention
+
+    monkeypatch.setattr(decode_attention, "FEW_ROWS", 0 if request.param == "heads together" else 1000)
+
+
 CASES = [  # lengths, H, Hkv, K, Kv, page size, window, softcap
     ([1, 5], 2, 2, 64, None, 16, 0, 0.0),
     ([130, 64, 65, 3], 2, 1, 16, None, 16, 0, 0.0),
@@ -20,19 +29,20 @@ CASES = [  # lengths, H, Hkv, K, Kv, page size, window, softcap
     ([150, 20], 6, 2, 80, None, 16, 33, 0.0),
     ([90, 17], 2, 2, 32, None, 1, 0, 5.0),
     ([140, 300], 4, 1, 8, None, 16, 70, 2.0),
+    ([260, 700, 256], 4, 2, 16, None, 16, 0, 0.0),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("lengths", "heads", "kv_heads", "head_dim", "value_dim", "page", "window", "softcap"), CASES)
 def test_against_the_reference(
-    lengths, heads, kv_heads, head_dim, value_dim, page, window, softcap, dtype, device
+    lengths, heads, kv_heads, head_dim, value_dim, page, window, softcap, dtype, programs, device
 ) -> None:
     cache = paged(
         lengths, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=page, dtype=dtype, device=device
     )
     query = torch.randn(len(lengths), heads, head_dim).to(device, dtype)
-    options = {"page_size": page, "scaling": head_dim**-0.5, "window": window, "softcap": softcap, "max_length": 300}
+    options = {"page_size": page, "scaling": head_dim**-0.5, "window": window, "softcap": softcap, "max_length": 700}
     ours = ops.decode_attention(query, *cache.store(), *cache.layout(), **options, backend="triton")
     plain = decode_attention_ref(query, *cache.store(), *cache.layout(), **options)
     truth = decode_attention_ref(*truth_of(query, *cache.store(), *cache.layout()), **options)
@@ -46,22 +56,26 @@ def test_against_the_reference(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "rotary", "norm"), [(2, 2, 0, False), (6, 2, 32, False), (4, 2, 16, True)]
 )
-def test_the_new_token_is_turned_written_and_attended_to(heads, kv_heads, rotary, norm, device) -> None:
-    lengths, head_dim = [129, 1, 64, 0], 32
+def test_the_new_token_is_turned_written_and_attended_to(heads, kv_heads, rotary, norm, programs, device) -> None:
+    lengths, head_dim = [129, 1, 64, 0, 257], 32
     cache = paged(lengths, kv_heads=kv_heads, head_dim=head_dim, device=device)
     for b, length in enumerate(lengths):
         if length:
             cache.keys[cache.slots(b)[-1]] = cache.values[cache.slots(b)[-1]] = float("nan")
-    fused = torch.randn(4, heads + 2 * kv_heads, head_dim, device=device)
+    fused = torch.randn(5, heads + 2 * kv_heads, head_dim, device=device)
     query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
     extra = {}
     if rotary:
-        angles = torch.randn(140, rotary // 2, device=device)
-        extra |= {"cos": angles.cos(), "sin": angles.sin(), "positions": torch.tensor([128, 0, 63, 0], device=device)}
+        angles = torch.randn(260, rotary // 2, device=device)
+        extra |= {
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "positions": torch.tensor([128, 0, 63, 0, 256], device=device),
+        }
     if norm:
         extra |= {name: torch.rand(head_dim, device=device) + 0.5 for name in ("query_norm", "key_norm")}
-    options = {"page_size": 16, "scaling": 0.2, "max_length": 160}
-    counters = torch.zeros(4 * kv_heads, dtype=torch.int32, device=device)
+    options = {"page_size": 16, "scaling": 0.2, "max_length": 320}
+    counters = torch.zeros(5 * heads, dtype=torch.int32, device=device)
     runs = []
     for dtype, name in ((None, "triton"), (None, "torch"), (torch.float64, "torch")):
         tensors = [query, *cache.store(), *cache.layout()]
@@ -78,7 +92,7 @@ def test_the_new_token_is_turned_written_and_attended_to(heads, kv_heads, rotary
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch(device) -> None:
-    cache = paged([200, 7, 130], kv_heads=2, head_dim=16, device=device)
+    cache = paged([300, 7, 130], kv_heads=2, head_dim=16, device=device)
     query = torch.randn(3, 2, 16, device=device)
     options = {"page_size": 16, "scaling": 0.25, "backend": "triton"}
     table, rows, lengths = cache.layout()
@@ -114,7 +128,7 @@ def test_what_the_kernel_would_misread_is_refused(device) -> None:
     table, gain = torch.randn(100, 8, device=device), torch.ones(16, device=device)
     turn = {"cos": table.cos(), "sin": table.sin(), "positions": positions}
     right = {name: getattr(cache, name) for name in ("keys", "values", "page_table", "rows", "lengths")}
-    right |= {"page_size": 16, "scaling": 0.25, "max_length": 100}
+    right |= {"page_size": 16, "scaling": 0.25, "max_length": 300}
     wrong = [
         ({"keys": view(cache.keys)}, "keys has strides"),
         ({"values": view(cache.values)}, "values has strides"),
@@ -125,7 +139,7 @@ def test_what_the_kernel_would_misread_is_refused(device) -> None:
         (turn | {"positions": positions[:1]}, "positions has shape"),
         ({"query_norm": gain[:8]}, r"query_norm has shape \(8,\), expected \(16,\)"),
         ({"key_norm": spread(gain)}, "key_norm has stride 2"),
-        ({"counters": spread(torch.zeros(2, dtype=torch.int32, device=device))}, "counters has strides"),
+        ({"counters": spread(torch.zeros(4, dtype=torch.int32, device=device))}, "counters has strides"),
         ({"window": -1}, "window is -1"),
         ({"softcap": -1.0}, "softcap -1.0, expected 0"),
     ]

@@ -153,7 +153,7 @@ def test_slots_beyond_two_billion_elements(device) -> None:
 def test_many_rows_share_one_counter_buffer(device) -> None:
     cache = cache_of(torch.bfloat16, device, [900] * 64, 8, 64)
     query = torch.randn(64, 32, 64).to(device, torch.bfloat16)
-    counters = torch.zeros(64 * 8, dtype=torch.int32, device=device)
+    counters = torch.zeros(64 * 32, dtype=torch.int32, device=device)
     options = {"page_size": 16, "scaling": 0.125, "max_length": 1024, "backend": "triton"}
     first, _ = ops.decode_attention(query, cache.keys, cache.values, *cache.layout(), **options)
     for _ in range(200):

@@ -10,9 +10,15 @@
     lm_head_sample, accept_tokens      behind a token pass: next tokens, end-of-text
 
 A latent pass of GPT-2 is so 61 launches, where Hugging Face's body takes several hundred. The residual stream is fp32
-from one thought to the next. Above 16 rows products go to the library, eight launches a layer, norms and activations
-still fused: every program of skinny_linear reads all rows from L2, for 64 rows of GPT-2's qkv 28 MB beside 3.5 MB of
-weights. That 16 is the right boundary is not measured.
+from one thought to the next. Above 16 rows norms are launches of their own, in front of qkv and up, and products of
+large matrices go to the library, with their activation a launch too.
+
+On sm_90 the kernels of a pass overlap (kernels/common.py, `overlaps`): each begins while the one before still runs, and
+has weights, keys and values under way when its input comes. What makes that right: latent_feedback, the first of a
+pass, reads nothing and lets nobody begin before all in front of it has ended. So whatever was done before the pass
+(`refresh`, copies of the host's, earlier passes' keys) is there for all its kernels, and within it nobody writes
+weights. Places, which latent_feedback writes, are read ahead by decode_attention alone; the product in front of that
+one lets it begin only when latent_feedback has ended (`early` is for the others).
 
 The description of the weights is the CPU chain's (model/plan.py). Kernels want rows (out, in), contiguous: GPT-2's
 transposed matrices and Llama's merged ones are copies, written again in place before every call, so that captured
@@ -37,7 +43,8 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Projection, Rescale
 from coconut_fast.model.plan import LayerPlan, ModelPlan, describe
 
-SKINNY_ROWS = 16  # of a product that skinny_linear computes; more go to the library
+SKINNY_ROWS = 16  # of passes whose norms are skinny_linear's too
+OWN_ROWS, OWN_BYTES = 64, 2**24  # of a product that skinny_linear computes; the library has the others
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (activation of the plan, gated) -> of the kernels
 ACTIVATIONS = {("gelu_tanh", False): "gelu_tanh", ("gelu", False): "gelu", ("silu", True): "swiglu"}
@@ -70,7 +77,7 @@ class FusedPasses:
             raise ValueError(f"model: has no fused passes: {reason}")
         self._model = weakref.ref(model)  # whoever keeps the passes does not keep the model
         self.plan, self.cache, self.sampling, self.dtype = plan, cache, sampling, compute_dtype(model)
-        self.reason = f"passes are fused kernels, five launches a layer (eight above {SKINNY_ROWS} rows)"
+        self.reason = f"passes are fused kernels, five launches a layer (seven or eight above {SKINNY_ROWS} rows)"
         self.activation = ACTIVATIONS[plan.activation, plan.gated]
         self.eos = -1 if model.tokens.eos is None else model.tokens.eos
         self.target = float(model.feedback.mean_norm) if isinstance(model.feedback, Rescale) else 0.0
@@ -82,7 +89,7 @@ class FusedPasses:
         body = sum(t.nbytes for layer in self.layers for t in layer.named().values())
         self.bytes_per_pass = (body, body + self.head.nbytes)  # weights read by a latent pass, by a token pass
         # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
-        self.counters = torch.zeros(BUCKETS[-1] * plan.kv_heads, dtype=torch.int32, device=cache.device)
+        self.counters = torch.zeros(BUCKETS[-1] * plan.heads, dtype=torch.int32, device=cache.device)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -197,13 +204,15 @@ class FusedPasses:
 
     def _skinny_layers(self, batch: StaticBatch) -> torch.Tensor:
         plan, x_BD = self.plan, batch.stream
+        ahead = {"overlap": True, "early": True}  # the kernel behind reads ahead nothing but weights
         for index, w in enumerate(self.layers):
             norm1 = {"norm": plan.norm, "norm_weight": w.norm1, "norm_bias": w.norm1_bias, "eps": plan.eps}
             norm2 = {"norm": plan.norm, "norm_weight": w.norm2, "norm_bias": w.norm2_bias, "eps": plan.eps}
-            qkv_BX = ops.skinny_linear(x_BD, w.qkv, bias=w.qkv_bias, **norm1)
-            x_BD = ops.skinny_linear(self._attend(batch, index, qkv_BX), w.o, bias=w.o_bias, residual=x_BD)
-            inner_BF = ops.skinny_linear(x_BD, w.up, bias=w.up_bias, activation=self.activation, **norm2)
-            x_BD = ops.skinny_linear(inner_BF, w.down, bias=w.down_bias, residual=x_BD)
+            qkv_BX = ops.skinny_linear(x_BD, w.qkv, bias=w.qkv_bias, overlap=True, **norm1)
+            out_BX = self._attend(batch, index, qkv_BX)
+            x_BD = ops.skinny_linear(out_BX, w.o, bias=w.o_bias, residual=x_BD, **ahead)
+            inner_BF = ops.skinny_linear(x_BD, w.up, bias=w.up_bias, activation=self.activation, **norm2, **ahead)
+            x_BD = ops.skinny_linear(inner_BF, w.down, bias=w.down_bias, residual=x_BD, **ahead)
         return x_BD
 
     def _wide_layers(self, batch: StaticBatch) -> torch.Tensor:
@@ -216,14 +225,26 @@ class FusedPasses:
                 normed_BD, _ = ops.residual_norm(x_BD, w.norm1, **norm1)
             else:
                 normed_BD, x_BD = ops.residual_norm(delta_BD, w.norm1, residual=x_BD, bias=bias_D, **norm1)
-            out_BX = self._attend(batch, index, F.linear(normed_BD.to(self.dtype), w.qkv, w.qkv_bias))
+            out_BX = self._attend(batch, index, self._product(normed_BD.to(self.dtype), w.qkv, w.qkv_bias))
+            delta_BD = self._product(out_BX, w.o, early=True)
             normed_BD, x_BD = ops.residual_norm(
-                F.linear(out_BX, w.o), w.norm2, residual=x_BD, bias=w.o_bias, norm_bias=w.norm2_bias, **kind
+                delta_BD, w.norm2, residual=x_BD, bias=w.o_bias, norm_bias=w.norm2_bias, **kind
             )
-            inner_BF = ops.gated_mlp(F.linear(normed_BD, w.up), activation=self.activation, bias=w.up_bias)
-            delta_BD, bias_D = F.linear(inner_BF, w.down), w.down_bias
+            inner_BF = self._product(normed_BD, w.up, w.up_bias, activation=self.activation, early=True)
+            delta_BD, bias_D = self._product(inner_BF, w.down, early=True), w.down_bias
         assert delta_BD is not None, "a plan has layers"
         return ops.residual_norm(delta_BD, plan.final_norm, residual=x_BD, bias=bias_D, **kind)[1]
+
+    def _product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str = "none",
+        early: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """act(x W^T + bias): by skinny_linear where launches cost more than the library's better tiles save."""
+        if len(x) <= OWN_ROWS and weight.nbytes <= OWN_BYTES and self.dtype != torch.float32:
+            return ops.skinny_linear(x, weight, bias=bias, activation=activation, overlap=True, early=early)
+        if activation == "none":
+            return F.linear(x, weight, bias)
+        return ops.gated_mlp(F.linear(x, weight), activation=activation, bias=bias)
 
     def _attend(self, batch: StaticBatch, index: int, qkv_BX: torch.Tensor) -> torch.Tensor:
         """(B, (H + 2 Hkv) K), as the projection leaves them -> (B, H K); keys and values go to the cache."""
@@ -251,6 +272,8 @@ class FusedPasses:
             key_norm=w.k_norm,
             eps=plan.eps,
             counters=self.counters,
+            overlap=True,
+            early=True,
         )
         return out_BHK.flatten(1)
 
