@@ -25,15 +25,25 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__
+#define __grid_constant__
 
 using std::max;
 using std::min;
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct dim3 {
   unsigned x, y = 1, z = 1;
@@ -149,15 +159,19 @@ inline void __syncthreads() { cuda_on_cpu::meet(cuda_on_cpu::current->home->all)
 inline void __syncwarp() {
   cuda_on_cpu::meet(cuda_on_cpu::current->home->warps[threadIdx.x / cuda_on_cpu::kWarp]);
 }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void yield_block() { cuda_on_cpu::give_way(); }
 inline float4* dynamic_shared() { return cuda_on_cpu::current->home->shared.get(); }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
+inline float __shfl_sync(unsigned, float x, int lane) {
   cuda_on_cpu::Fiber& me = *cuda_on_cpu::current;
   float* side = me.home->exchanged.data() + (me.shuffles++ % 2) * blockDim.x;
   side[threadIdx.x] = x;
   __syncwarp();
-  return side[threadIdx.x ^ mask];
+  return side[threadIdx.x / cuda_on_cpu::kWarp * cuda_on_cpu::kWarp + lane];
+}
+inline float __shfl_xor_sync(unsigned all, float x, int mask) {
+  return __shfl_sync(all, x, int(threadIdx.x % cuda_on_cpu::kWarp) ^ mask);
 }
 
 // ---- the host's half ----------------------------------------------------------------------------------------------
@@ -193,17 +207,17 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   return std::memset(p, value, bytes), cudaSuccess;
 }
 
-template <class First, class Second>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(First, Second), dim3 blocks, dim3 threads, void** arguments,
+template <class Argument>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Argument), dim3 blocks, dim3 threads, void** arguments,
                                         size_t shared_bytes, cudaStream_t) {
   if (last_error) return last_error;
   struct Call {
-    void (*kernel)(First, Second);
+    void (*kernel)(Argument);
     void** arguments;
   } call{kernel, arguments};
   cuda_on_cpu::entry = [](void* p) {
     const Call& call = *static_cast<Call*>(p);
-    call.kernel(*static_cast<std::remove_const_t<First>*>(call.arguments[0]), *static_cast<Second*>(call.arguments[1]));
+    call.kernel(*static_cast<std::remove_const_t<Argument>*>(call.arguments[0]));
   };
   cuda_on_cpu::entry_argument = &call;
   cuda_on_cpu::run_grid(blocks.x, threads.x, shared_bytes);

@@ -11,12 +11,11 @@ device, tests/persistent_vm.py in Python, where it is proved free of races and d
     UP        mid = act(norm2(x) up' + bias), gated where the model is               outputs
     DOWN      x += mid down' + bias                                                  outputs
 
-Five barriers a layer and one a pass: 61 for GPT-2 124M. The floor of a pass is 170 MB / 4.3 TB/s = 40 us; a barrier
-costs about 1 us, and behind it a phase waits about 1 us more for its inputs to come from L2, so a pass is predicted to
-take 100 to 130 us if weights cost nothing on top. That is what the design is for: a block's share of a phase is 9 to
-36 KB of weights, fetched into L2 one phase ahead, and the first 64 bytes of every thread (32 KB of a block) are in
-registers before the block waits. Norms are computed anew by every block, from at most 8 rows of x: a phase less each.
-Llama-3.2-1B (122 MB a layer, floor 453 us) is bound by memory: its 81 barriers are predicted to add at most 100 us.
+Five barriers a layer and one a pass: 61 for GPT-2 124M, whose floor is 170 MB / 4.3 TB/s = 40 us. At batch 1 a phase is
+a chain of latencies, not of bytes: the barrier, inputs from L2, sums over the block. So weights are copied to shared
+memory up to a layer ahead of their use (csrc/cuda/linear.h), keys and values come before the barrier, and every block
+computes norms anew from at most 4 rows of x: a phase less each. Llama-3.2-1B (122 MB a layer, floor 453 us) is bound by
+memory, which the copies ahead keep busy through its 81 barriers.
 
 It is off at run time until a committed measurement shows it faster than the graph: see `enabled`.
 """
@@ -41,7 +40,7 @@ from coconut_fast.model.plan import ModelPlan, describe
 # Device name -> the file under benchmarks/results that shows the kernel faster than the graph there.
 FASTER_ON: dict[str, str] = {}
 
-MAX_ROWS = 8  # of a batch
+MAX_ROWS = 4  # of a batch
 THREADS = 512  # of a block; one block an SM
 STORAGE = {torch.float32: 0, torch.bfloat16: 1}
 LAYER = struct.Struct("16Qfi")  # csrc/cuda/program.h: pointers in this order, then scaling and window
@@ -152,8 +151,10 @@ def _unfit(model: Coconut) -> str | None:
     for name in ("dim", "inner", "head_dim"):
         if getattr(plan, name) % vector:
             return f"{name} is {getattr(plan, name)}, not a multiple of {vector} ({model.dtype} in 16-byte loads)"
-    if plan.head_dim > 256:
-        return f"head_dim is {plan.head_dim}, the persistent kernel takes up to 256"
+    if plan.head_dim > 32 * vector:
+        return f"head_dim is {plan.head_dim}, the persistent kernel takes up to {32 * vector} in {model.dtype}"
+    if plan.inv_freq is not None and plan.head_dim % 8:
+        return f"head_dim is {plan.head_dim}, not a multiple of 8 (rotary halves in 16-byte loads of floats)"
     # The kernel reads these where they lie, by copies of 16 bytes, and takes their numbers for the model's dtype.
     tensors: dict[str, torch.Tensor | None] = dict(plan.blocks.named_parameters())
     tensors |= {"positions": plan.positions, "final_norm": plan.final_norm, "final_norm_bias": plan.final_norm_bias}
@@ -169,7 +170,7 @@ Launch = Callable[[dict[str, torch.Tensor], dict[str, float], int, int], None]
 
 
 class PersistentChain(FusedPasses):
-    """The fused passes (infer/fused.py) whose thoughts, in batches of up to 8 rows, are one launch of the kernel.
+    """The fused passes (infer/fused.py) whose thoughts, in batches of up to 4 rows, are one launch of the kernel.
 
     launch(tensors, numbers, blocks, threads): default the C++ module's; blocks: default one per SM. The tests name
     both. Raises ValueError where `reason_not` has a reason.

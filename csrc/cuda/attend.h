@@ -29,189 +29,219 @@ struct Splits {
 
 // Shared memory of this phase, in floats.
 static inline __host__ __device__ int attend_floats(int head_dim, int threads) {
-  return 2 * kSplit + (3 + threads / kWarp) * head_dim;
+  return 8 * threads + (2 + head_dim) * (threads / kWarp);
 }
 
+// Every warp takes every so many positions of a split, kHeld times 32 x 16 bytes of keys and of values at a time, and
+// keeps its own top, total and sums; they are joined at the end. Lanes that share a position hold 16 bytes of it each.
 template <class T>
 struct Attend {
-  static constexpr int V = kVector<T>;
+  static constexpr int V = kVector<T>, kHeld = 2;
   const Arguments& a;
   const Layer& layer;
-  float *query, *key, *value, *scores, *sums;  // shared memory
-  int32_t* slots;                              // of the split's positions, in shared memory
-  int lanes;                                   // that share a position: 16 bytes of it each
+  const int32_t* pages;  // of the row
+  float* shared;
+  int head, kv_head, position, i, turn, step;  // i: first of a lane's elements; positions of a warp's turn, of a round
+  int lanes, head_dim, page_size, thread;
+  uint4 keys[kHeld], values[kHeld];
 
-  __device__ Attend(const Arguments& a, const Layer& layer, float* shared) : a(a), layer(layer) {
-    slots = reinterpret_cast<int32_t*>(shared), scores = shared + kSplit;
-    query = scores + kSplit, key = query + a.head_dim, value = key + a.head_dim, sums = value + a.head_dim;
-    lanes = 1;
-    while (lanes < kWarp && lanes * V < a.head_dim) lanes *= 2;
+  __device__ __forceinline__ Attend(const Arguments& a, const Layer& layer, float* shared)
+      : a(a), layer(layer), shared(shared), head_dim(opaque(a.head_dim)), page_size(opaque(a.page_size)),
+        thread(opaque(threadIdx.x)) {
+    int bits = 0;
+#pragma unroll 1
+    while (V << bits < head_dim) ++bits;
+    lanes = 1 << bits, i = (thread & (lanes - 1)) * V, turn = thread >> bits, step = int(blockDim.x) >> bits;
   }
 
-  __device__ int32_t slot_of(int m, int position) const {
-    const int32_t* pages = a.page_table + size_t(a.rows[m]) * a.pages_per_row;
-    return pages[position / a.page_size] * a.page_size + position % a.page_size;
+  __device__ __forceinline__ void place(int query_head, int at_position, const int32_t* row_pages) {
+    head = query_head, kv_head = head / (a.heads / a.kv_heads), position = at_position, pages = row_pages;
   }
 
-  // to = rotated(normed(from)) * factor, by one warp.
-  __device__ void rotate(const float* from, const void* weight, int position, float factor, float* to) const {
-    const int half = a.head_dim / 2, lane = threadIdx.x % kWarp;
+  // Where a position's 16 bytes of the lane are, in elements.
+  __device__ __forceinline__ size_t at(int j) const {
+    const int slot = pages[j / page_size] * page_size + j % page_size;
+    return (size_t(slot) * a.kv_heads + kv_head) * head_dim + i;
+  }
+
+  // Keys and values of the positions from `from` on that are in the cache.
+  __device__ __forceinline__ void load(int from) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int j = from + h * step + turn;
+      keys[h] = values[h] = uint4{};
+      if (j >= position || i >= head_dim) continue;
+      const size_t where = at(j);
+      keys[h] = *reinterpret_cast<const uint4*>(static_cast<const T*>(layer.keys) + where);
+      values[h] = *reinterpret_cast<const uint4*>(static_cast<const T*>(layer.values) + where);
+    }
+  }
+
+  // The lane's elements of a vector; zero behind the end.
+  __device__ __forceinline__ void piece(const float* from, float (&to)[V]) const {
+#pragma unroll
+    for (int u = 0; u < V; u += 4) put4(i < head_dim ? load4(from + i + u) : float4{}, to + u);
+  }
+
+  // to = rotated(normed(from)) * factor: the lane's elements of a head. Halves meet at a multiple of four.
+  __device__ __forceinline__ void rotate(const float* from, const void* weight, float factor, float (&to)[V]) const {
+    const int half = head_dim / 2, i = opaque(this->i);
     const T* norm = static_cast<const T*>(weight);
+    piece(from, to);
     float scale = 1.0f;
     if (norm) {
       float squares = 0;
-      for (int i = lane; i < a.head_dim; i += kWarp) squares = fmaf(from[i], from[i], squares);
-      scale = 1.0f / sqrtf(warp_sum(squares) / a.head_dim + a.eps);
+#pragma unroll
+      for (int u = 0; u < V; ++u) squares = fmaf(to[u], to[u], squares);
+#pragma unroll 1
+      for (int mask = lanes / 2; mask > 0; mask /= 2) squares += shuffle_xor(squares, mask);
+      scale = rsqrtf(squares / head_dim + a.eps);
     }
-    for (int i = lane; i < half; i += kWarp) {
-      float low = from[i] * scale, high = from[half + i] * scale;
-      if (norm) low *= to_float(norm[i]), high *= to_float(norm[half + i]);
-      if (a.cos) {
-        const float cos = a.cos[size_t(position) * half + i], sin = a.sin[size_t(position) * half + i];
-        const float turned = low * cos - high * sin;
-        high = high * cos + low * sin, low = turned;
+#pragma unroll
+    for (int u = 0; u < V; u += 4) {
+      const int d = i + u;
+      if (d >= head_dim) break;
+      const bool first = d < half;
+      const int low = first ? d : d - half, other = first ? d + half : low;
+      float by[4], far[4], cos[4] = {1.0f, 1.0f, 1.0f, 1.0f}, sin[4] = {};
+      put4(norm ? load4(norm + d) : float4{1.0f, 1.0f, 1.0f, 1.0f}, by);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) to[u + e] *= scale * by[e] * factor;
+      if (!a.cos) continue;
+      put4(norm ? load4(norm + other) : float4{1.0f, 1.0f, 1.0f, 1.0f}, by), put4(load4(from + other), far);
+      put4(load4(a.cos + size_t(position) * half + low), cos), put4(load4(a.sin + size_t(position) * half + low), sin);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float turned = far[e] * (scale * by[e] * factor) * sin[e];
+        to[u + e] = fmaf(to[u + e], cos[e], first ? -turned : turned);
       }
-      to[i] = low * factor, to[half + i] = high * factor;
     }
   }
 
-  // Split `split` of head `head` of batch row m, whose token stands at `position`.
-  // What the next call overwrites first, the last one has read before its last __syncthreads.
-  __device__ void run(int m, int head, int split, const Splits& seen, int position) {
-    const int n = a.head_dim, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-    const int group = a.heads / a.kv_heads, kv_head = head / group;
-    const int from = max(seen.low, split * kSplit), to = min(position + 1, (split + 1) * kSplit);
+  // Split `split` of batch row m, whose first keys and values have been loaded.
+  __device__ __forceinline__ void run(int m, int split, const Splits& seen) {
+    const int n = head_dim, group = a.heads / a.kv_heads, lane = thread % kWarp, warp = thread / kWarp;
     const float* fused = a.qkv + size_t(m) * (a.heads + 2 * a.kv_heads) * n;
-    for (int j = from + threadIdx.x; j < to; j += blockDim.x) slots[j - from] = slot_of(m, j);
-    if (warp == 0) rotate(fused + head * n, layer.q_norm, position, layer.scaling, query);
-    if (warp == warps - 1 && split == seen.last) {
+    float query[V];
+    uint4* stash = reinterpret_cast<uint4*>(shared) + thread;
+    if (split == seen.last) {  // the token's own key and value, rounded as the cache holds them
       const float* own = fused + (a.heads + kv_head) * n;
-      rotate(own, layer.k_norm, position, 1.0f, key);
-      __syncwarp();
-      for (int i = lane; i < n; i += kWarp) {
-        const T k = from_float<T>(key[i]), v = from_float<T>(own[a.kv_heads * n + i]);
-        key[i] = to_float(k), value[i] = to_float(v);
-        if (head % group) continue;
-        const size_t at = (size_t(slot_of(m, position)) * a.kv_heads + kv_head) * n + i;
-        static_cast<T*>(layer.keys)[at] = k, static_cast<T*>(layer.values)[at] = v;
+      rotate(own, layer.k_norm, 1.0f, query);
+      const uint4 own_key = pack<T>(query);
+      piece(own + a.kv_heads * n, query);
+      const uint4 own_value = pack<T>(query);
+      stash[0] = own_key, stash[blockDim.x] = own_value;
+      if (turn == 0 && i < n && head % group == 0) {
+        const size_t where = at(position);
+        *reinterpret_cast<uint4*>(static_cast<T*>(layer.keys) + where) = own_key;
+        *reinterpret_cast<uint4*>(static_cast<T*>(layer.values) + where) = own_value;
       }
     }
-    __syncthreads();
-    score(from, to, kv_head, position);
-    __syncthreads();
-    float top = -INFINITY, total = 0;
-    for (int j = lane; j < to - from; j += kWarp) top = fmaxf(top, scores[j]);
-    top = warp_max(top);
-    for (int j = lane; j < to - from; j += kWarp) total += expf(scores[j] - top);
-    total = warp_sum(total);
-    add_values(from, to, kv_head, position, top);
-    __syncthreads();
-    const size_t index = (size_t(m) * a.heads + head) * a.splits + split;
-    for (int d = threadIdx.x; d < n; d += blockDim.x) {
-      float sum = 0;
-      for (int w = 0; w < warps; ++w) sum += sums[w * n + d];
-      a.partial[index * n + d] = sum;
-    }
-    if (threadIdx.x == 0) a.stats[2 * index] = top, a.stats[2 * index + 1] = total;
-  }
-
-  // Into L2: what this block will read of the cache for this split.
-  __device__ void fetch(int m, int head, int split, const Splits& seen, int position) {
-    const int from = max(seen.low, split * kSplit), to = min(position, (split + 1) * kSplit);
-    const size_t offset = size_t(head / (a.heads / a.kv_heads)) * a.head_dim;
+    rotate(fused + head * n, layer.q_norm, layer.scaling, query);
+    float top = -INFINITY, total = 0, sum[V] = {};
+    const int to = min(position + 1, (split + 1) * kSplit);
 #pragma unroll 1
-    for (int j = from + threadIdx.x; j < to; j += blockDim.x) {
-      const size_t at = size_t(slot_of(m, j)) * a.kv_heads * a.head_dim + offset;
+    for (int from = split * kSplit; from < to; from += kHeld * step) {
+      if (from > split * kSplit) load(from);
+      float score[kHeld], best = top;
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int j = from + h * step + turn;
+        if (j == position && split == seen.last) keys[h] = stash[0], values[h] = stash[blockDim.x];
+        float x[V];
+        spread<T>(keys[h], x), score[h] = 0;
+#pragma unroll
+        for (int u = 0; u < V; ++u) score[h] = fmaf(query[u], x[u], score[h]);
+      }
 #pragma unroll 1
-      for (int i = 0; i < a.head_dim; i += kLine / int(sizeof(T))) {
-        prefetch_line(static_cast<const T*>(layer.keys) + at + i);
-        prefetch_line(static_cast<const T*>(layer.values) + at + i);
+      for (int mask = lanes / 2; mask > 0; mask /= 2)
+#pragma unroll
+        for (float& each : score) each += shuffle_xor(each, mask);
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int j = from + h * step + turn;
+        if (j < seen.low || j >= to) score[h] = -INFINITY;
+        best = fmaxf(best, score[h]);
+      }
+      const float shrink = top == best ? 1.0f : expf(top - best);
+      top = best, total *= shrink;
+#pragma unroll
+      for (int u = 0; u < V; ++u) sum[u] *= shrink;
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const float weight = score[h] == -INFINITY ? 0.0f : expf(score[h] - top);
+        float x[V];
+        spread<T>(values[h], x);
+        total += weight;
+#pragma unroll
+        for (int u = 0; u < V; ++u) sum[u] = fmaf(weight, x[u], sum[u]);
       }
     }
+    join(lane, warp, top, total, sum, (size_t(m) * a.heads + head) * a.splits + split);
   }
 
  private:
-  // Sixteen bytes of a stored key or value.
-  __device__ __forceinline__ uint4 stored(const void* side, int slot, int kv_head, int i) const {
-    const T* start = static_cast<const T*>(side) + (size_t(slot) * a.kv_heads + kv_head) * a.head_dim + i;
-    return *reinterpret_cast<const uint4*>(start);
-  }
-
-  __device__ void score(int from, int to, int kv_head, int position) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, at_once = kWarp / lanes;
-    const int step = blockDim.x / kWarp * at_once;
-#pragma unroll 2
-    for (int start = from + warp * at_once; start < to; start += step) {  // the same for all lanes of a warp
-      const int j = start + lane / lanes;
-      float dot = 0;
-      if (j < to)
+  // What lanes and warps have found of a split, into partial and stats.
+  __device__ __forceinline__ void join(int lane, int warp, float top, float total, float (&sum)[V], size_t index) {
+    const int n = head_dim, warps = blockDim.x / kWarp;
+    float *tops = shared + 8 * blockDim.x, *totals = tops + warps, *sums = totals + warps;
+    float best = top;
 #pragma unroll 1
-        for (int i = lane % lanes * V; i < a.head_dim; i += lanes * V) {
-          uint4 k{};
-          if (j != position) k = stored(layer.keys, slots[j - from], kv_head, i);
+    for (int mask = kWarp / 2; mask >= lanes; mask /= 2) best = fmaxf(best, shuffle_xor(best, mask));
+    const float shrink = top == best ? 1.0f : expf(top - best);
+    total *= shrink;
 #pragma unroll
-          for (int v = 0; v < V; v += 4) {
-            float x[4];
-            unpack<T>(k, v, x);
-#pragma unroll
-            for (int u = 0; u < 4; ++u) dot = fmaf(query[i + v + u], j == position ? key[i + v + u] : x[u], dot);
-          }
-        }
-      for (int mask = lanes / 2; mask > 0; mask /= 2) dot += shuffle_xor(dot, mask);
-      if (j < to && lane % lanes == 0) scores[j - from] = dot;
-    }
-  }
-
-  // sums (warps, K): each warp's positions, weighted.
-  __device__ void add_values(int from, int to, int kv_head, int position, float top) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, at_once = kWarp / lanes;
-    const int step = blockDim.x / kWarp * at_once, turns = divide_up(a.head_dim, lanes * V);
+    for (float& each : sum) each *= shrink;
 #pragma unroll 1
-    for (int turn = 0; turn < turns; ++turn) {  // the same for all lanes
-      const int i = (turn * lanes + lane % lanes) * V;
-      float sum[V] = {};
-      if (i < a.head_dim) {
-#pragma unroll 2
-        for (int j = from + warp * at_once + lane / lanes; j < to; j += step) {
-          uint4 stored_value{};
-          if (j != position) stored_value = stored(layer.values, slots[j - from], kv_head, i);
-          const float weight = expf(scores[j - from] - top);
+    for (int mask = kWarp / 2; mask >= lanes; mask /= 2) {
+      total += shuffle_xor(total, mask);
 #pragma unroll
-          for (int v = 0; v < V; v += 4) {
-            float x[4];
-            unpack<T>(stored_value, v, x);
-#pragma unroll
-            for (int u = 0; u < 4; ++u) sum[v + u] = fmaf(weight, j == position ? value[i + v + u] : x[u], sum[v + u]);
-          }
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        for (int mask = kWarp / 2; mask >= lanes; mask /= 2) sum[v] += shuffle_xor(sum[v], mask);
-        if (lane < lanes && i < a.head_dim) sums[warp * a.head_dim + i + v] = sum[v];
-      }
+      for (float& each : sum) each += shuffle_xor(each, mask);
     }
+    if (lane < lanes && i < n)
+#pragma unroll
+      for (int u = 0; u < V; ++u) sums[warp * n + i + u] = sum[u];
+    if (lane == 0) tops[warp] = best, totals[warp] = total;
+    __syncthreads();
+    for (int d = thread; d < n; d += blockDim.x) {
+      float highest = tops[0], all = 0, found = 0;
+#pragma unroll 4
+      for (int w = 1; w < warps; ++w) highest = fmaxf(highest, tops[w]);
+#pragma unroll 4
+      for (int w = 0; w < warps; ++w) {
+        const float weight = tops[w] == highest ? 1.0f : expf(tops[w] - highest);
+        all = fmaf(weight, totals[w], all), found = fmaf(weight, sums[w * n + d], found);
+      }
+      a.partial[index * n + d] = found;
+      if (d == 0) a.stats[2 * index] = highest, a.stats[2 * index + 1] = all;
+    }
+    __syncthreads();  // before the next split
   }
 };
 
-// Elements k to k + 3 of a row's attention (of one head: its width is a multiple of 4), the splits added up in order.
-static __device__ __forceinline__ float4 combined(const Arguments& a, int m, int k, const Splits& seen) {
+// Elements [k, k + V) of a row's attention, of one head, the splits added up in order.
+template <int V>
+static __device__ __forceinline__ void combined(const Arguments& a, int m, int k, const Splits& seen, float (&x)[V]) {
   const size_t head = (size_t(m) * a.heads + k / a.head_dim) * a.splits;
   const float *stats = a.stats + 2 * head, *partial = a.partial + head * a.head_dim + k % a.head_dim;
-  float top = -INFINITY, total = 0;
-  float4 sum{}, next = load4(partial + size_t(seen.first) * a.head_dim);  // beside the stats, not behind them
+  float top = stats[2 * seen.first], total = stats[2 * seen.first + 1];
+#pragma unroll
+  for (int v = 0; v < V; v += 4) put4(load4(partial + size_t(seen.first) * a.head_dim + v), x + v);
 #pragma unroll 1
-  for (int s = seen.first; s <= seen.last; ++s) top = fmaxf(top, stats[2 * s]);
-#pragma unroll 1
-  for (int s = seen.first; s <= seen.last; ++s) {
-    const float weight = expf(stats[2 * s] - top);
-    const float4 part = next;
-    if (s < seen.last) next = load4(partial + size_t(s + 1) * a.head_dim);
-    total = fmaf(weight, stats[2 * s + 1], total);
-    sum.x = fmaf(weight, part.x, sum.x), sum.y = fmaf(weight, part.y, sum.y);
-    sum.z = fmaf(weight, part.z, sum.z), sum.w = fmaf(weight, part.w, sum.w);
+  for (int s = seen.first + 1; s <= seen.last; ++s) {
+    const float next = stats[2 * s], best = fmaxf(top, next), old = expf(top - best), weight = expf(next - best);
+    top = best, total = fmaf(weight, stats[2 * s + 1], total * old);
+#pragma unroll
+    for (int v = 0; v < V; v += 4) {
+      float part[4];
+      put4(load4(partial + size_t(s) * a.head_dim + v), part);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[v + e] = fmaf(weight, part[e], x[v + e] * old);
+    }
   }
-  return {sum.x / total, sum.y / total, sum.z / total, sum.w / total};
+  const float share = 1.0f / total;
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] *= share;
 }
 
 }  // namespace coconut_fast

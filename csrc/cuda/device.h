@@ -53,72 +53,82 @@ __device__ __forceinline__ Bf16 from_float<Bf16>(float x) {  // to the nearest, 
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// The same number, of which the compiler knows nothing: what is computed of it cannot be moved out of the loop over
+// phases, where it would fill registers through all of them.
+static __device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // The values in one 128-bit load.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-// Values from, ..., from + 3 of a load; from is a constant multiple of 4.
+// The values of a load.
 template <class T>
-static __device__ __forceinline__ void unpack(const uint4& v, int from, float (&x)[4]) {
-  if constexpr (sizeof(T) == 4) {
-    x[0] = as_float(v.x), x[1] = as_float(v.y), x[2] = as_float(v.z), x[3] = as_float(v.w);
-  } else {
-    const uint32_t low = from ? v.z : v.x, high = from ? v.w : v.y;
-    x[0] = as_float(low << 16), x[1] = as_float(low & 0xffff0000u);
-    x[2] = as_float(high << 16), x[3] = as_float(high & 0xffff0000u);
+static __device__ __forceinline__ void spread(const uint4& v, float (&x)[kVector<T>]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) x[i] = as_float(words[i]);
+    else x[2 * i] = as_float(words[i] << 16), x[2 * i + 1] = as_float(words[i] & 0xffff0000u);
+  }
+}
+
+// The values of a load, each rounded to the storage type.
+template <class T>
+static __device__ __forceinline__ uint4 pack(const float (&x)[kVector<T>]) {
+  if constexpr (sizeof(T) == 4) return {as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])};
+  else {
+    uint32_t two[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      two[i] = from_float<T>(x[2 * i]).bits | uint32_t(from_float<T>(x[2 * i + 1]).bits) << 16;
+    return {two[0], two[1], two[2], two[3]};
   }
 }
 
 static __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
-
-// Weights: read once a pass and by one block, so they leave L1 to what is read again.
-static __device__ __forceinline__ uint4 load_weights(const void* p) {
-#ifdef __CUDA_ARCH__
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-#else
-  return *static_cast<const uint4*>(p);
-#endif
+static __device__ __forceinline__ float4 load4(const Bf16* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return {as_float(v.x << 16), as_float(v.x & 0xffff0000u), as_float(v.y << 16), as_float(v.y & 0xffff0000u)};
 }
 
-// Into L2. The CPU reads a byte: an address that is not the model's must not go unnoticed there.
-static __device__ __forceinline__ void prefetch_line(const void* p) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#else
-  (void)*static_cast<const volatile char*>(p);
-#endif
+static __device__ __forceinline__ void put4(const float4& v, float* x) {
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
 // Sixteen bytes from global to shared memory, not waited for.
 static __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #ifdef __CUDA_ARCH__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
 #else
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 #endif
 }
 
-// This thread's copies have come; others see them behind the next __syncthreads.
-static __device__ __forceinline__ void copies_done() {
+// Ends a group of this thread's copies.
+static __device__ __forceinline__ void copies_end() {
 #ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;");
 #endif
 }
 
-constexpr int kLine = 128;
-
-// The lines of [p, p + bytes) into L2, shared out over the block.
-static __device__ __forceinline__ void prefetch(const void* p, size_t bytes) {
-#pragma unroll 1
-  for (size_t at = threadIdx.x * size_t(kLine); at < bytes; at += blockDim.x * size_t(kLine))
-    prefetch_line(static_cast<const char*>(p) + at);
+// All groups of this thread's copies but the last N have come, for this thread to see.
+template <int N>
+static __device__ __forceinline__ void copies_wait() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
 }
 
 static __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
+// The value of lane `from`.
+static __device__ __forceinline__ float shuffle(float x, int from) { return __shfl_sync(~0u, x, from); }
 
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -150,22 +160,15 @@ static __device__ __forceinline__ void warp_sums(float* v) {
   }
 }
 
-// N sums over the block, known to all of its threads afterwards. scratch: N * (1 + warps) floats of shared memory.
-template <int N>
-static __device__ void block_sums(float (&v)[N], float* scratch) {
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  warp_sums<N>(v);
+// A sum over the block, known to all of its threads afterwards. scratch: a float of shared memory for each warp.
+static __device__ __forceinline__ float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
   __syncthreads();  // the last sums have been read
-  if (threadIdx.x % (kWarp / N) == 0) scratch[N * (1 + warp) + threadIdx.x % kWarp / (kWarp / N)] = v[0];
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
-  if (threadIdx.x < N) {
-    float sum = 0;
-    for (int w = 0; w < warps; ++w) sum += scratch[N * (1 + w) + threadIdx.x];
-    scratch[threadIdx.x] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = scratch[i];
+  float sum = 0;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += scratch[w];
+  return sum;
 }
 
 // ---- the grid barrier: one number that only grows ---------------------------------------------------------------

@@ -11,8 +11,7 @@ namespace coconut_fast {
 enum Opcode : int32_t { kFeed, kQkv, kAttend, kOut, kUp, kDown };
 
 constexpr int kSplit = 256;    // positions of one partial sum of attention
-constexpr int kMaxRows = 8;    // of a batch
-constexpr int kMaxHead = 256;  // head dimension
+constexpr int kMaxRows = 4;    // of a batch
 constexpr int kThreads = 512;  // of a block, one block an SM: 128 registers each
 
 // One block's share of one phase; FIELDS in persistent.py. reads and writes are for the proof, not for the kernel.
