@@ -17,7 +17,7 @@ from .common import check_dtypes, check_shape, on_device, register
 BLOCK_N, BLOCK_F, STAGES, WARPS = 32, 128, 4, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])  # they change from batch to batch
 def _sums(
     x, sums, rows, share, x_row,
     F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,

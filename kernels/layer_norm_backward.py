@@ -24,7 +24,7 @@ BLOCK_N = 2  # rows a tile: their sums share barriers
 STAGES = 2  # tiles of rows whose loads are under way
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])  # they change from batch to batch
 def _gradient(
     grad_normed, grad_rounded, other, x, weight, statistics, grad_x, copy, sums, rows, share, x_row,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORMED: tl.constexpr, HAS_ROUNDED: tl.constexpr,

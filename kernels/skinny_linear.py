@@ -2,13 +2,13 @@
 
     y = residual + act(norm(x) W^T + bias)       act: none, gelu_tanh, gelu, or swiglu: silu(gate) * up, W = (gate, up)
 
-Shapes: x (M, IN), M <= 64, with a norm <= 16; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or
+Shapes: x (M, IN), M <= 64, with a norm <= 8; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or
 (2 OUT,); residual (M, OUT); norm_weight, norm_bias (IN,). y (M, OUT) has the residual's dtype, the weight's without
 one: with fp32 rows and 16-bit weights the residual stream stays fp32. Sums are fp32 in a fixed order.
 
 Work: a program owns BLOCK_N outputs and reads their weights once, in 128-bit loads, all under way before x is read.
     1 or 2 rows, 4 of small weights     plain multiplies; a program is one warp where it can be, and has no barrier
-    up to 16                            tensor cores, outputs as the long axis, each warp with columns of its own
+    up to 8                             tensor cores, outputs as the long axis, each warp with columns of its own
     up to 64                            tensor cores on tiles in shared memory, two axes
 Every program makes the norm's statistics anew, in two passes over registers. With `overlap` a kernel begins, and has
 its weights under way, while the one before still runs (common.py, `overlaps`): in a chain of layers a product of one
@@ -42,7 +42,7 @@ from .common import (
 )
 
 MAX_ROWS = 64
-NORM_ROWS = 16  # that a norm may go with: beyond, every program would norm all rows again
+NORM_ROWS = 8  # that a norm may go with: beyond, every program would norm all rows again
 
 
 @triton.jit
@@ -299,7 +299,7 @@ def _linear_wide(
     OVERLAP: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For more than 16 rows: tiles of rows and weights through shared memory, the weights in L2 ahead of the wait."""
+    """For more than 8 rows: tiles of rows and weights through shared memory, the weights in L2 ahead of the wait."""
     if EARLY:
         release(OVERLAP)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -360,10 +360,10 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int) -> Ti
             "wide", 64, 16 if outputs <= 2304 or itemsize == 4 else 32, max(16, min(width, 256 // itemsize)), 4, 4
         )
     if rows <= 2 or (rows <= 4 and inputs * outputs * parts < 2**22):
-        vector, block_n = 16 // itemsize, 2 if outputs <= 1024 else 4
-        warps = 1
+        vector, block_n = 16 // itemsize, 2 if outputs <= 1024 or inputs > 4096 or parts == 2 else 4
+        warps = 4 if inputs >= 2048 else 1
         # registers: every column's components of x and of the weights, in fp32
-        while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > 144:
+        while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > 200:
             warps *= 2
         return Tiles("plain", block_m, block_n, min(width, 32 * vector * warps), warps)
     warps = 8

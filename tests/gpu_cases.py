@@ -314,7 +314,7 @@ CASES: dict[str, Callable[[torch.dtype, torch.device], Case]] = {
     "gated_mlp, swiglu": _mlp("swiglu"),
     "skinny_linear, one row": _linear(1, "gelu_tanh", "layer"),
     "skinny_linear, four rows": _linear(4, "swiglu", "rms"),
-    "skinny_linear, tensor cores": _linear(16, "swiglu", "rms"),
+    "skinny_linear, tensor cores": _linear(8, "swiglu", "rms"),
     "skinny_linear, 64 rows": _linear(64, "none", "none"),
     "lm_head_sample, greedy, one row": _head(1),
     "lm_head_sample, greedy": _head(9),

@@ -10,7 +10,7 @@
     lm_head_sample, accept_tokens      behind a token pass: next tokens, end-of-text
 
 A latent pass of GPT-2 is so 61 launches, where Hugging Face's body takes several hundred. The residual stream is fp32
-from one thought to the next. Above 16 rows norms are launches of their own, in front of qkv and up, and products of
+from one thought to the next. Above 8 rows norms are launches of their own, in front of qkv and up, and products of
 large matrices go to the library, with their activation a launch too.
 
 On sm_90 the kernels of a pass overlap (kernels/common.py, `overlaps`): each begins while the one before still runs, and
@@ -43,7 +43,7 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Projection, Rescale
 from coconut_fast.model.plan import LayerPlan, ModelPlan, describe
 
-SKINNY_ROWS = 16  # of passes whose norms are skinny_linear's too
+SKINNY_ROWS = 8  # of passes whose norms are skinny_linear's too
 OWN_ROWS, OWN_BYTES = 64, 2**24  # of a product that skinny_linear computes; the library has the others
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (activation of the plan, gated) -> of the kernels
