@@ -280,3 +280,56 @@ def products(
     if not DOT:
         acc = tl.sum(acc, axis=2)
     return acc
+
+
+@triton.jit
+def row_split(
+    lengths, rows, positions, page_table, table_row, b, split,
+    SPLIT: tl.constexpr, WINDOW: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """length of row b, its pages, its turn in cos and sin, and of what it sees the first position, the first and last
+    split, and where its stored positions in `split` end."""
+    length = tl.load(lengths + b)
+    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
+    turn = tl.zeros([], tl.int64)
+    if ROTARY > 0:
+        turn = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
+    low = length * 0
+    if WINDOW > 0:
+        low = tl.maximum(length - WINDOW, 0)
+    end = tl.minimum((split + 1) * SPLIT, length)
+    if APPEND:
+        end = tl.minimum(end, length - 1)
+    return length, table, turn, low, low // SPLIT, (length - 1) // SPLIT, end
+
+
+@triton.jit
+def combine_splits(
+    sums, sums_lse, counter, out, lse, e, first, last,
+    HEADS: tl.constexpr, KV: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The end of a program that left partial sums of HEADS heads: the last of them to come here adds all, in order."""
+    tl.debug_barrier()  # all of this program's stores, then the count that publishes them
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == last - first:
+        tl.debug_barrier()
+        tl.store(counter, 0)
+        for g in tl.static_range(HEADS):
+            top = tl.full([], float("-inf"), tl.float32)
+            total = tl.full([], 0.0, tl.float32)
+            acc = tl.zeros([e.shape[0]], tl.float32)
+            for chunk in range(first, last + 1, CHUNK):
+                # .cg: from L2, past an L1 line that may be older than the partial sums
+                i = chunk + tl.arange(0, CHUNK)
+                at = i * HEADS + g
+                part_lse = tl.load(sums_lse + at, mask=i <= last, other=float("-inf"), cache_modifier=".cg")
+                part = tl.load(sums + at[:, None] * KV + e[None, :], mask=(i <= last)[:, None] & (e < KV)[None, :],
+                               other=0.0, cache_modifier=".cg")  # fmt: skip
+                new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+                shrink = tl.exp2(top - new_top)
+                share = tl.exp2(part_lse - new_top)
+                total = total * shrink + tl.sum(share, axis=0)
+                acc = acc * shrink + tl.sum(part * share[:, None], axis=0)
+                top = new_top
+            tl.store(out + g * KV + e, (acc / total).to(out.dtype.element_ty), mask=e < KV)
+            tl.store(lse + g, (top + tl.log2(total)) * LN2)

@@ -8,11 +8,11 @@ Optionally the launch also takes the new token's key and value, as they leave th
 and key (Qwen3, Llama), attends to them, and writes them to the slot of position p. A layer then needs no kv_append.
 
 Shapes: query (B, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32 (R, P); rows, lengths int32 (B,).
-Work: one program a (row, head, split); above 16 rows heads that share keys are one program's, on tensor cores. Splits
-lie at fixed positions, so a row's result does not depend on the rows beside it. The programs of one head leave partial
-sums (fp32) and count up an integer; whoever comes last adds them in the order of the splits. No float is added
-atomically. With `overlap` the kernel begins while the one before still runs (common.py, `overlaps`), and has read
-places, keys and values when the query comes.
+Work: one program a (row, head, split); above 16 rows heads that share keys are one program's, on tensor cores
+(decode_attention_group.py). Splits lie at fixed positions, so a row's result does not depend on the rows beside it. The
+programs of one head leave partial sums (fp32) and count up an integer; whoever comes last adds them in the order of the
+splits. No float is added atomically. With `overlap` the kernel begins while the one before still runs (common.py,
+`overlaps`), and has read places, keys and values when the query comes.
 Rows are the grid's fastest axis: rows that share a prefix read its pages at the same time, once from memory and then
 from L2 (60 MB on an H200, 1,600 tokens of GPT-2's 36 KiB), which is why there is no separate path for shared prefixes.
 Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 0.4% for partial sums (one
@@ -32,6 +32,7 @@ from .common import (
     check_dtypes,
     check_shape,
     check_turn,
+    combine_splits,
     compute_type,
     follow,
     load_head,
@@ -39,64 +40,13 @@ from .common import (
     overlaps,
     register,
     release,
+    row_split,
     slots_of,
     tanh,
 )
+from .decode_attention_group import _decode_group
 
 FEW_ROWS = 16  # up to which heads that share keys still run one by one: more programs, and no tensor cores to fill
-
-
-@triton.jit
-def _place(
-    lengths, rows, positions, page_table, table_row, b, split,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
-):  # fmt: skip
-    """length of row b, its pages, its turn in cos and sin, and of what it sees the first position, the first and last
-    split, and where its stored positions in `split` end."""
-    length = tl.load(lengths + b)
-    table = page_table + tl.load(rows + b).to(tl.int64) * table_row
-    turn = tl.zeros([], tl.int64)
-    if ROTARY > 0:
-        turn = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
-    low = length * 0
-    if WINDOW > 0:
-        low = tl.maximum(length - WINDOW, 0)
-    end = tl.minimum((split + 1) * SPLIT, length)
-    if APPEND:
-        end = tl.minimum(end, length - 1)
-    return length, table, turn, low, low // SPLIT, (length - 1) // SPLIT, end
-
-
-@triton.jit
-def _combine(
-    sums, sums_lse, counter, out, lse, e, first, last,
-    HEADS: tl.constexpr, KV: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The end of a program that left partial sums of HEADS heads: the last of them to come here adds all, in order."""
-    tl.debug_barrier()  # all of this program's stores, then the count that publishes them
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == last - first:
-        tl.debug_barrier()
-        tl.store(counter, 0)
-        for g in tl.static_range(HEADS):
-            top = tl.full([], float("-inf"), tl.float32)
-            total = tl.full([], 0.0, tl.float32)
-            acc = tl.zeros([e.shape[0]], tl.float32)
-            for chunk in range(first, last + 1, CHUNK):
-                # .cg: from L2, past an L1 line that may be older than the partial sums
-                i = chunk + tl.arange(0, CHUNK)
-                at = i * HEADS + g
-                part_lse = tl.load(sums_lse + at, mask=i <= last, other=float("-inf"), cache_modifier=".cg")
-                part = tl.load(sums + at[:, None] * KV + e[None, :], mask=(i <= last)[:, None] & (e < KV)[None, :],
-                               other=0.0, cache_modifier=".cg")  # fmt: skip
-                new_top = tl.maximum(top, tl.max(part_lse, axis=0))
-                shrink = tl.exp2(top - new_top)
-                share = tl.exp2(part_lse - new_top)
-                total = total * shrink + tl.sum(share, axis=0)
-                acc = acc * shrink + tl.sum(part * share[:, None], axis=0)
-                top = new_top
-            tl.store(out + g * KV + e, (acc / total).to(out.dtype.element_ty), mask=e < KV)
-            tl.store(lse + g, (top + tl.log2(total)) * LN2)
 
 
 @triton.jit
@@ -120,7 +70,7 @@ def _decode(
     split = tl.program_id(2)
 
     # -- what no kernel just before writes: places, and the first stored tokens of this split
-    length, table, turn, low, first, last, end = _place(
+    length, table, turn, low, first, last, end = row_split(
         lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
     )
     p = tl.arange(0, LANES)
@@ -211,115 +161,7 @@ def _decode(
         sums = partial + at * (SPLITS * KV)
         tl.store(sums + split * KV + e, all_acc, mask=mask_e)
         tl.store(partial_lse + at * SPLITS + split, highest + tl.log2(all_total))
-        _combine(sums, partial_lse + at * SPLITS, counters + at, out, lse, e, first, last, 1, KV, CHUNK)
-
-
-@triton.jit
-def _decode_group(
-    query, key, value, keys, values, out, lse, partial, partial_lse, counters, page_table, rows, lengths,
-    cos, sin, positions, query_norm, key_norm, eps, scaling,
-    query_row, query_head, key_row, key_head, value_row, value_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
-    NORM_QUERY: tl.constexpr, NORM_KEY: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
-):  # fmt: skip
-    """The query heads of one kv head on tensor cores: for many rows, where reading keys once counts."""
-    if EARLY:
-        release(OVERLAP)
-    b = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length, table, turn, low, first, last, end = _place(
-        lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
-    )
-    d = tl.arange(0, BLOCK_K)
-    e = tl.arange(0, BLOCK_KV)
-    g = tl.arange(0, BLOCK_G)
-    mask_k = (d < K)[None, :]
-    mask_v = (e < KV)[None, :]
-    mask_e = (g < GROUP)[:, None] & mask_v
-    keys += kv_head * K
-    values += kv_head * KV
-    j = split * SPLIT + tl.arange(0, BLOCK_N)
-    stored = (j >= low) & (j < end)
-    slots = slots_of(table, j, stored, PAGE)[:, None] * KV_HEADS
-    k = tl.load(keys + slots * K + d[None, :], mask=stored[:, None] & mask_k, other=0.0)
-    v = tl.load(values + slots * KV + e[None, :], mask=stored[:, None] & mask_v, other=0.0)
-    j += BLOCK_N
-    slots = slots_of(table, j, (j >= low) & (j < end), PAGE)[:, None] * KV_HEADS
-    follow(OVERLAP)
-    at = b * (KV_HEADS * GROUP) + kv_head * GROUP
-    out += at * KV
-    lse += at
-    if length <= 0:
-        if split == 0:
-            tl.store(out + g[:, None] * KV + e[None, :],
-                     tl.zeros([BLOCK_G, BLOCK_KV], tl.float32).to(out.dtype.element_ty), mask=mask_e)  # fmt: skip
-            tl.store(lse + g, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=g < GROUP)
-        return
-    if (split < first) | (split > last):
-        return
-
-    base = query + b * query_row + (kv_head * GROUP + g)[:, None] * query_head
-    q = load_head(base, d[None, :], (g < GROUP)[:, None] & mask_k, K, query_norm, eps, cos + turn, sin + turn,
-                  NORM_QUERY, ROTARY)  # fmt: skip
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_KV], tl.float32)
-    if APPEND:  # noqa: SIM102 (the first is a constant, the second is not)
-        if split == last:
-            own_key = key + b * key_row + kv_head * key_head
-            new_key = load_head(own_key, d[None, :], mask_k, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
-                                ROTARY).to(keys.dtype.element_ty)  # fmt: skip
-            new_value = tl.load(value + b * value_row + kv_head * value_head + e[None, :], mask=mask_v, other=0.0)
-            new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
-            own = tl.sum(q * new_key.to(tl.float32), axis=1) * scaling
-            if SOFTCAP > 0:
-                own = SOFTCAP * tanh(own / SOFTCAP)
-            top = own * LOG2E
-            total += 1.0
-            acc += new_value.to(tl.float32)
-            page = tl.load(table + (length - 1) // PAGE).to(tl.int64)
-            slot = (page * PAGE + (length - 1) % PAGE) * KV_HEADS
-            tl.store(keys + slot * K + d[None, :], new_key, mask=mask_k)
-            tl.store(values + slot * KV + e[None, :], new_value, mask=mask_v)
-    release(OVERLAP)
-
-    for start in range(split * SPLIT, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        stored = (j >= low) & (j < end)
-        k_now, v_now = k.to(TYPE), v.to(TYPE)
-        if BLOCK_N < SPLIT:
-            j += BLOCK_N
-            inside = ((j >= low) & (j < end))[:, None]
-            k = tl.load(keys + slots * K + d[None, :], mask=inside & mask_k, other=0.0)
-            v = tl.load(values + slots * KV + e[None, :], mask=inside & mask_v, other=0.0)
-            j += BLOCK_N
-            slots = slots_of(table, j, (j >= low) & (j < end), PAGE)[:, None] * KV_HEADS
-        s = tl.dot(q.to(TYPE), tl.trans(k_now), input_precision="ieee") * scaling
-        if SOFTCAP > 0:
-            s = SOFTCAP * tanh(s / SOFTCAP)
-        s = tl.where(stored[None, :], s * LOG2E, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        s = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(s, axis=1)
-        acc = tl.dot(s.to(TYPE), v_now, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-
-    acc = acc / total[:, None]
-    if first == last:
-        tl.store(out + g[:, None] * KV + e[None, :], acc.to(out.dtype.element_ty), mask=mask_e)
-        tl.store(lse + g, (top + tl.log2(total)) * LN2, mask=g < GROUP)
-    elif SPLITS > 1:
-        sums = partial + at * (SPLITS * KV)
-        sums_lse = partial_lse + at * SPLITS
-        tl.store(sums + (split * GROUP + g)[:, None] * KV + e[None, :], acc, mask=mask_e)
-        tl.store(sums_lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
-        _combine(sums, sums_lse, counters + at, out, lse, e, first, last, GROUP, KV, CHUNK)
+        combine_splits(sums, partial_lse + at * SPLITS, counters + at, out, lse, e, first, last, 1, KV, CHUNK)
 
 
 def _split(max_length: int) -> int:

@@ -33,10 +33,12 @@ def compiled() -> list[dict]:
     attention = [op for op in OPS if "attention" in op]
     others = [op for op in OPS if op not in attention]
     parts = [attention, others, ["fused_pass"]]  # about half a minute of one core each
-    command = [sys.executable, str(ROOT / "tests" / "aot.py")]
+    command = [sys.executable, "-m", "tests.aot"]
     with tempfile.TemporaryFile("w+") as errors:
         runs = [
-            subprocess.Popen([*command, *ops], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            subprocess.Popen(
+                [*command, *ops], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
             for ops in parts
         ]
         lines = [line for run in runs for line in run.communicate(timeout=550)[0].splitlines()]
