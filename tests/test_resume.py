@@ -29,7 +29,7 @@ SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer._save_optimizer_and_scheduler", 2),  # the weights are written
     ("coconut_fast.train.saving", "finish", 1),  # all but the manifest is written
     ("coconut_fast.train.saving", "sync", 1),  # everything is written, nothing is renamed
-    ("coconut_fast.train.trainer", "answer", 1),  # in an evaluation
+    ("coconut_fast.train.validation", "answer", 1),  # in an evaluation
     ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
     ("coconut_fast.model.checkpoints", "write", 1),  # the best model is half-way to its place

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coconut_fast.files import naming, write_atomically
+from coconut_fast.model.coconut import CoconutOutput
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
@@ -37,6 +39,17 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return records
+
+
+def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
+    """Mean norm of the hidden states that were fed back, in their rows' own thoughts."""
+    passes = output.batch.passes
+    fed = [h[p.source] for h, p in zip(output.hidden_TD, passes[1:], strict=False)]
+    if not fed:
+        return None
+    own = torch.cat([p.detachable for p in passes]) >= 0  # the first pass has none
+    norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
+    return norms.where(own, 0.0).sum() / own.sum()
 
 
 class Report(TrainerCallback):

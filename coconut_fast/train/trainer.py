@@ -6,7 +6,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
     ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py), on a GPU
         by a thread beside the step (train/ahead.py)
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
-    evaluation by batched generation
+    evaluation by batched generation (train/validation.py)
     checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
     steps with a non-finite loss or gradient skipped on the device, counted, and ended after too many
     forward and backward replayed as CUDA graphs on a single GPU (train/graphed.py)
@@ -26,25 +26,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from coconut_fast import ops
 from coconut_fast.files import write_json
-from coconut_fast.infer import keep
-from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.checkpoints import load, write
-from coconut_fast.model.coconut import Coconut, CoconutOutput
+from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.ahead import Ahead
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.graphed import GraphedStep
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.problems import DataSet
-from coconut_fast.train.reports import Report
+from coconut_fast.train.reports import Report, thought_norm
 from coconut_fast.train.rows import Collate, StageRows
 from coconut_fast.train.state import RunState, StageCallback, learning_rate_factor, remember, same_run
+from coconut_fast.train.validation import validate
 
 
 class NonFiniteError(RuntimeError):
@@ -189,7 +187,7 @@ class CoconutTrainer(Trainer):
             idle = output.hidden_TD[-1].sum() * 0.0
             loss = idle if loss is None else idle + loss * self.args.world_size
         if self.graphed is not None or self._logs_now():
-            self.thought_norm = _thought_norm(output)
+            self.thought_norm = thought_norm(output)
         return (loss, output) if return_outputs else loss
 
     def training_step(
@@ -297,55 +295,15 @@ class CoconutTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, and accuracy by generation with the thoughts of the present stage; problems are dealt to processes."""
-        assert self.validation is not None
-        model: Coconut = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
+        """Logs the figures of the model as it is; the time they take counts in no rate of training."""
         start = time.perf_counter()
-        with sharding.gathered(model), self.accelerator.autocast():
-            result = self._answers(model)
-            loss = self._validation_loss(model)
-        model.train(was_training)
+        figures = validate(self)
         self.counted["since"] += time.perf_counter() - start
-        metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in result.summary().items()}
-        metrics[f"{metric_key_prefix}_loss"] = loss
+        metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics["stage"] = self.stage
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _answers(self, model: Coconut) -> Evaluation:
-        assert self.validation is not None
-        problems = make_problems(model, self.validation.examples, self.validation.fixed, self.stage, self.curriculum)
-        mine = answer(
-            model,
-            problems[self.args.process_index :: self.args.world_size],
-            max_new_tokens=self.settings.answer_length(),
-            batch_size=self.settings.eval_batch_size,
-        )
-        keep.forget(model)  # training needs the memory of its cache more than the next evaluation its graphs
-        if self.args.world_size == 1:
-            return mine
-        parts: list[Evaluation] = [mine] * self.args.world_size
-        dist.all_gather_object(parts, mine)
-        return Evaluation([p for part in parts for p in part.predictions], max(part.seconds for part in parts))
-
-    @torch.no_grad()
-    def _validation_loss(self, model: Coconut) -> float:
-        """Mean over all labelled tokens of the validation rows at the present stage."""
-        assert self.validation is not None
-        rows = StageRows(self.validation, self.curriculum, model.tokens, self.settings.seed)
-        mine = range(self.args.process_index, len(rows), self.args.world_size)
-        size = self.settings.batch_size_training
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for start in tqdm(range(0, len(mine), size), desc="loss", unit="batch", delay=2, leave=False):
-            batch = self.collate([rows[idx, 0, self.stage] for idx in mine[start : start + size]])["batch"]
-            loss = model(batch=batch.to(self.args.device), num_items=1, loss_only=True).loss
-            totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
-        if self.args.world_size > 1:
-            dist.all_reduce(totals)
-        return (totals[0] / totals[1]).item()
 
     # ---- checkpoints
 
@@ -420,14 +378,3 @@ class CoconutTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         sharding.load_whole(self.accelerator.unwrap_model(self.model), load(resume_from_checkpoint).state_dict())
-
-
-def _thought_norm(output: CoconutOutput) -> torch.Tensor | None:
-    """Mean norm of the hidden states that were fed back, in their rows' own thoughts."""
-    passes = output.batch.passes
-    fed = [h[p.source] for h, p in zip(output.hidden_TD, passes[1:], strict=False)]
-    if not fed:
-        return None
-    own = torch.cat([p.detachable for p in passes]) >= 0  # the first pass has none
-    norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
-    return norms.where(own, 0.0).sum() / own.sum()

@@ -1,0 +1,71 @@
+"""A model in training on the validation problems: accuracy by batched generation, and the loss of their rows.
+
+Both are those of the trainer's present stage. Problems and rows are dealt to processes, and each ends with the figures
+of all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from coconut_fast.infer import keep
+from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.train import sharding
+from coconut_fast.train.problems import DataSet
+from coconut_fast.train.rows import StageRows
+
+if TYPE_CHECKING:
+    from coconut_fast.train.trainer import CoconutTrainer
+
+
+def validate(trainer: CoconutTrainer) -> dict[str, Any]:
+    """The figures of answers.Evaluation.summary, and "loss"; the model is left in the mode it was in."""
+    assert trainer.validation is not None
+    model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
+    was_training = model.training
+    model.eval()
+    with sharding.gathered(model), trainer.accelerator.autocast():
+        result = _answers(trainer, model, trainer.validation)
+        loss = _mean_loss(trainer, model, trainer.validation)
+    model.train(was_training)
+    return {**result.summary(), "loss": loss}
+
+
+def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Evaluation:
+    """Every problem's judged answer, with the thoughts of the stage."""
+    args = trainer.args
+    problems = make_problems(model, validation.examples, validation.fixed, trainer.stage, trainer.curriculum)
+    mine = answer(
+        model,
+        problems[args.process_index :: args.world_size],
+        max_new_tokens=trainer.settings.answer_length(),
+        batch_size=trainer.settings.eval_batch_size,
+    )
+    keep.forget(model)  # training needs the memory of its cache more than the next evaluation its graphs
+    if args.world_size == 1:
+        return mine
+    parts: list[Evaluation] = [mine] * args.world_size
+    dist.all_gather_object(parts, mine)
+    return Evaluation([p for part in parts for p in part.predictions], max(part.seconds for part in parts))
+
+
+@torch.no_grad()
+def _mean_loss(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> float:
+    """Over all labelled tokens of the rows of the stage."""
+    args = trainer.args
+    rows = StageRows(validation, trainer.curriculum, model.tokens, trainer.settings.seed)
+    mine = range(args.process_index, len(rows), args.world_size)
+    size = trainer.settings.batch_size_training
+    totals = torch.zeros(2, dtype=torch.float64, device=args.device)
+    for start in tqdm(range(0, len(mine), size), desc="loss", unit="batch", delay=2, leave=False):
+        batch = trainer.collate([rows[idx, 0, trainer.stage] for idx in mine[start : start + size]])["batch"]
+        loss = model(batch=batch.to(args.device), num_items=1, loss_only=True).loss
+        totals += torch.stack([loss.double(), torch.full_like(loss, batch.num_targets, dtype=torch.float64)])
+    if args.world_size > 1:
+        dist.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
