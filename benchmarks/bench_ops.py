@@ -66,7 +66,7 @@ def _dense(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, qu
 
 def decode(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Work:
     given = _rows(batch, length, kv_heads, head_dim) | {"query": _random(batch, heads, head_dim)}
-    given["counters"] = torch.zeros(batch * kv_heads, dtype=torch.int32, device=DEVICE)
+    given["counters"] = torch.zeros(batch * heads, dtype=torch.int32, device=DEVICE)
     moved = 2 * batch * (2 * length * kv_heads + 2 * heads) * head_dim
     return Work("decode_attention", given, moved, peer=_dense(batch, length, heads, kv_heads, head_dim, 1))
 

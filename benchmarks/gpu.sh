@@ -57,7 +57,7 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures in FOLDER/
     step "bench_$name" "$limit" python3 -m pytest -q "benchmarks/bench_$name.py" --results "$results" "$@"
 }
 
-# The limits add up to 540 s; the last step is given what is left. Those of the suites are estimates: most of their time
+# The limits add up to 520 s; the last step is given what is left. Those of the suites are estimates: most of their time
 # goes to compiling kernels, to imports, and to the peers.
 # CUDA sources that do not compile here cost the persistent kernel, not the Triton kernels and the graphs.
 build=(python3 setup.py build_ext --inplace)

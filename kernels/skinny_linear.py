@@ -199,9 +199,9 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int) -> Ti
         )
     if rows <= 2 or (rows <= 4 and inputs * outputs * parts < 2**22):
         vector, block_n = 16 // itemsize, 2 if outputs <= 1024 or inputs > 4096 or parts == 2 else 4
-        warps = 4 if inputs >= 2048 else 1
+        warps, room = 4 if inputs >= 2048 else 1, 200 if parts == 1 else 144
         # registers: every column's components of x and of the weights, in fp32
-        while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > 200:
+        while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > room:
             warps *= 2
         return Tiles("plain", block_m, block_n, min(width, 32 * vector * warps), warps)
     warps = 8

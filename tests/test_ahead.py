@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
 from coconut_fast.train.ahead import AHEAD, Ahead
+from tests.test_trainer import assert_equal, make_trainer, weights
 
 
 def test_items_come_in_order_and_the_end_stays() -> None:
@@ -40,3 +42,17 @@ def test_an_error_comes_where_the_item_would() -> None:
     assert next(ahead) == 1
     with pytest.raises(ValueError, match="a broken problem"):
         next(ahead)
+
+
+def test_batches_made_by_a_thread_change_nothing(tmp_path: Path) -> None:
+    """Dropout, random rows, accumulation and the borders of epochs: bit for bit."""
+    results = []
+    for beside in (False, True):
+        trainer = make_trainer(
+            tmp_path, debug=True, uniform_prob=0.3, batch_size_training=4, gradient_accumulation_steps=3
+        )
+        trainer.makes_ahead = beside
+        trainer.train()
+        assert (trainer.ahead is not None) == beside
+        results.append(weights(trainer))
+    assert_equal(*results)

@@ -107,20 +107,6 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert_equal(results[0], results[1], 1e-11)
 
 
-def test_batches_made_by_a_thread_change_nothing(tmp_path: Path) -> None:
-    """Dropout, random rows, accumulation and the borders of epochs: bit for bit."""
-    results = []
-    for beside in (False, True):
-        trainer = make_trainer(
-            tmp_path, debug=True, uniform_prob=0.3, batch_size_training=4, gradient_accumulation_steps=3
-        )
-        trainer.makes_ahead = beside
-        trainer.train()
-        assert (trainer.ahead is not None) == beside
-        results.append(weights(trainer))
-    assert_equal(*results)
-
-
 @pytest.mark.parametrize(("accumulation", "uniform"), [(1, 0.0), (4, 0.3)])
 def test_graphed_steps_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, uniform: float
