@@ -12,7 +12,8 @@
 # COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, adds its answers to the tests.
 # COCONUT_FAST_COMMIT names the commit in the results where this checkout has no .git.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured and stops no other. Nothing
-# runs beyond GPU_SECONDS (default 540).
+# runs beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all): a slow host may need two calls,
+# the second with GPU_STEPS="build tests persistent_tests kernel_tests".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || {
@@ -21,7 +22,6 @@ device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().re
 }
 results=${1:-benchmarks/results/$device}
 mkdir -p "$results"
-rm -f "$results"/bench_*.json
 # The nvcc on the path may be a wrapper or a link: it knows itself where its toolkit is.
 toolkit=$(nvcc --dryrun x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | xargs -r readlink -f)
 export CUDA_HOME="${CUDA_HOME:-${toolkit:-/usr/local/cuda}}"
@@ -34,6 +34,7 @@ status=0
 
 step() { # step NAME SECONDS COMMAND...: its output in FOLDER/NAME.log, one line here
     local name=$1 log="$results/$1.log" begun=$SECONDS
+    [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" $name "* ]] || return 0
     planned=$((planned + $2))
     local limit=$(((planned < total ? planned : total) - SECONDS)) # what the steps before left over is added
     shift 2
@@ -54,6 +55,7 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures in FOLDER/
     local name=$1 limit=$2
     shift 2
     [ -f "benchmarks/bench_$name.py" ] || return 0
+    [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" bench_$name "* ]] && rm -f "$results/bench_$name.json"
     step "bench_$name" "$limit" python3 -m pytest -q "benchmarks/bench_$name.py" --results "$results" "$@"
 }
 

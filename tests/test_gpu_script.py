@@ -94,6 +94,13 @@ def test_nothing_runs_beyond_the_last_second(tmp_path) -> None:
     assert "no figures in" in done.stdout
 
 
+def test_named_steps_alone_are_run(tmp_path) -> None:
+    done, calls = run(tmp_path, GPU_STEPS="build tests bench_ops")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(\w+) +ok in", done.stdout, re.MULTILINE) == ["build", "tests", "bench_ops"]
+    assert not any("doctor" in call for call in calls)
+
+
 def test_every_test_that_wants_a_gpu_is_run_once(tmp_path) -> None:
     _, calls = run(tmp_path)
     steps = [c for c in calls if c[:3] == ["-m", "pytest", "-q"] and "--results" not in c]
