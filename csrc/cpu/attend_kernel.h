@@ -98,9 +98,9 @@ struct Positions {
   int here;
 };
 
-// weights = query . keys
+// weights = query . keys. Fetches the values of the same positions.
 template <class Cache>
-static INLINE void score(const Softmax& s, const char* keys, const Positions& p, int n) {
+static INLINE void score(const Softmax& s, const char* keys, const char* values, const Positions& p, int n) {
   constexpr int kPair = 2 * W * Cache::kBytes;
   const int paired = n / (2 * W) * (2 * W), whole = n / W * W;
   Vec dots[W] = {};
@@ -109,7 +109,7 @@ static INLINE void score(const Softmax& s, const char* keys, const Positions& p,
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       const size_t place = c * Cache::kBytes;
-      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(keys + p.next[i] + place + byte, 0, 3);
+      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(values + p.at[i] + place + byte, 0, 3);
       const auto [k, l] = Cache::both(keys + p.at[i] + place);
       dots[i] += q * k;
       dots[i] += r * l;
@@ -139,9 +139,9 @@ static INLINE void soften(Softmax& s, int here, int padded) {
   s.total += total(weights);
 }
 
-// sums += weights . values
+// sums += weights . values. Fetches the keys of the next positions.
 template <class Cache>
-static INLINE void add_values(const Softmax& s, const char* values, const Positions& p, int n) {
+static INLINE void add_values(const Softmax& s, const char* values, const char* keys, const Positions& p, int n) {
   constexpr int kPair = 2 * W * Cache::kBytes;
   const int paired = n / (2 * W) * (2 * W), whole = n / W * W;
   for (int c = 0; c < paired; c += 2 * W) {
@@ -149,7 +149,7 @@ static INLINE void add_values(const Softmax& s, const char* values, const Positi
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       const size_t place = c * Cache::kBytes;
-      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(values + p.next[i] + place + byte, 0, 3);
+      for (int byte = 0; byte < kPair; byte += 64) __builtin_prefetch(keys + p.next[i] + place + byte, 0, 3);
       const auto [v, w] = Cache::both(values + p.at[i] + place);
       y += s.weights[i] * v;
       z += s.weights[i] * w;
@@ -193,9 +193,9 @@ static void attend_row(const Attend& a, int token, int first_head, int last_head
     p.here = count(from);
     if (from + W <= position) walk.next(count(from + W), p.next);
     const auto head = [&](int g) { return size_t(first_head + g / shared) * n * Cache::kBytes; };
-    for (int g = 0; g < queries; ++g) score<Cache>(states[g], keys + head(g), p, n);
+    for (int g = 0; g < queries; ++g) score<Cache>(states[g], keys + head(g), values + head(g), p, n);
     for (int g = 0; g < queries; ++g) soften(states[g], p.here, padded);
-    for (int g = 0; g < queries; ++g) add_values<Cache>(states[g], values + head(g), p, n);
+    for (int g = 0; g < queries; ++g) add_values<Cache>(states[g], values + head(g), keys + head(g), p, n);
   }
   for (int g = 0; g < queries; ++g) {
     float* out = a.out + token * a.out_stride + (first_query + g) * n;
