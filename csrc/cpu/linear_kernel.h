@@ -163,11 +163,20 @@ struct Unit {
   Ahead* ahead;
 };
 
+// Where the fetching of a group begins: each takes its part of the next unit. A second group reads its unit again, and
+// where the unit and the next one are more than L1 holds, two groups fetch three quarters of a unit ahead (4 to 7% of a
+// bf16 pass of 8 rows).
+static INLINE const char* fetch_of(const Unit& u, int group) {
+  const size_t w_step = u.linear->bytes_per_step();
+  if (u.groups != 2 || u.steps * w_step <= (16 << 10)) return u.fetch + size_t(u.steps / u.groups) * group * w_step;
+  return group == 0 ? u.weights + size_t(u.steps * 3 / 4) * w_step : u.fetch + size_t(u.steps / 4) * w_step;
+}
+
 template <class P, int MR, int NB>
 static void row_group(const Unit& u, int row, int group) {
   const size_t w_step = u.linear->bytes_per_step();
   const char* x = u.input->data + row * u.input->stride + size_t(u.segment) * u.linear->segment / P::kStep * P::kInputBytes;
-  const char* fetch = u.fetch + size_t(u.steps / u.groups) * group * w_step;
+  const char* fetch = fetch_of(u, group);
   for (int j = 0; j < u.linear->wide; j += NB) {
     if constexpr (MR > 2) u.ahead->advance();
     tile<P, MR, NB>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
