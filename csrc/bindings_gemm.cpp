@@ -8,6 +8,7 @@
 using namespace coconut_fast;
 
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds; less is not worth waking a thread
+constexpr int64_t kPacked = 32;       // multiply-adds that packing a value takes the time of
 
 static Dtype check(const char* op, const char* name, const at::Tensor& x) {
   if (!gemm_runs()) refuse(op, ": needs a CPU with AVX512-BF16 and without AMX");
@@ -38,7 +39,7 @@ static at::Tensor pack_matrix(const at::Tensor& matrix, at::ScalarType type) {
   const Matrix w{matrix.const_data_ptr(), from, matrix.stride(0), matrix.stride(1)};
   auto* data = static_cast<char*>(packed.mutable_data_ptr());
   py::gil_scoped_release release;
-  deal(panels_of(n), k * kPanelColumns, [&](int64_t i) { pack_panel(w, k, n, i, to, data + i * panel); });
+  deal(panels_of(n), k * kPanelColumns * kPacked, [&](int64_t i) { pack_panel(w, k, n, i, to, data + i * panel); });
   return packed;
 }
 
@@ -118,7 +119,8 @@ static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& righ
     gradient.left = bytes(lefts) + row * m * size_of(dtype);
     gradient.right = bytes(rights) + row * n * size_of(dtype);
     gradient.rows = std::min(block, rows - row);
-    deal(gradient.gather_tasks(), gradient.rows * gradient.gather_columns(), [&](int64_t i) { gather(gradient, i); });
+    deal(gradient.gather_tasks(), gradient.rows * gradient.gather_columns() * kPacked,
+         [&](int64_t i) { gather(gradient, i); });
     deal(gradient.add_tasks(), gradient.rows * m * kPanelColumns,
          [&](int64_t i) { add(gradient, i, panels_data + at::get_thread_num() * panel); });
     gradient.first = false;

@@ -222,7 +222,11 @@ static void add_panel(const Gradient& g, int64_t task, char* panel) {
   };
   pack_columns<kDtype>(Matrix{g.right, kDtype, g.n, 1}, g.rows, g.n, task, panel);
   for (int64_t row = 0; row < g.m; row += kTileRows) {
-    const Sums sums = tile<kDtype, kTileRows>(g.gathered + row * steps * 4, 4, 32, panel, steps);
+    const char* strip = g.gathered + row * steps * 4;
+    for (int64_t m = 0; m < kTileRows; ++m)  // fetched while the sums are made, as is the next strip
+      for (int j = 0; j < kVecs; ++j) __builtin_prefetch(g.total + (row + m) * g.n + column + j * W, 1);
+    const auto fetch = [&](int64_t s) { __builtin_prefetch(strip + (steps + s) * 32); };
+    const Sums sums = tile<kDtype, kTileRows>(strip, 4, 32, panel, steps, kPanelColumns * 4, {}, fetch);
     for (int64_t m = 0; m < std::min(kTileRows, g.m - row); ++m) add(g.total + (row + m) * g.n + column, sums.of[m]);
   }
   if (g.column_sums) {
