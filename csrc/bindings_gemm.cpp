@@ -59,7 +59,7 @@ static at::Tensor packed_matmul(const at::Tensor& x, const at::Tensor& packed, i
   const Product product{bytes(inputs), bytes(packed), bias ? bytes(*bias) : nullptr,
                         static_cast<char*>(y.mutable_data_ptr()), dtype, rows, k, n};
   py::gil_scoped_release release;
-  deal(product.tasks(), std::min(rows, product.block()) * k * kPanelColumns, [&](int64_t i) { multiply(product, i); });
+  deal(product.tasks(), product.first_row(1) * k * kPanelColumns, [&](int64_t i) { multiply(product, i); });
   return y;
 }
 

@@ -31,7 +31,7 @@ void pack_panel(const Matrix& w, int64_t k, int64_t n, int64_t panel, Dtype dtyp
 }
 
 void multiply(const Product& p, int64_t task) {
-  const int64_t panels = panels_of(p.n), first = task / panels * p.block(), last = std::min(p.rows, first + p.block());
+  const int64_t panels = panels_of(p.n), first = p.first_row(task / panels), last = p.first_row(task / panels + 1);
   if (p.dtype == Dtype::bf16) avx512_bf16::multiply_block<Dtype::bf16>(p, first, last, task % panels);
   else avx512_bf16::multiply_block<Dtype::f32>(p, first, last, task % panels);
 }

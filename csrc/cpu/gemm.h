@@ -23,7 +23,7 @@ constexpr int64_t kPanelColumns = 48, kTileRows = 8;
 
 inline int64_t steps_of(Dtype dtype, int64_t k) { return dtype == Dtype::bf16 ? (k + 1) / 2 : k; }
 inline int64_t panels_of(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
-inline int64_t gradient_rows(Dtype dtype) { return 4096 / size_of(dtype); }  // whose panel stays in the L2 cache
+inline int64_t gradient_rows(Dtype dtype) { return 6144 / size_of(dtype); }  // whose panel stays in the L2 cache
 inline int64_t panel_bytes(Dtype dtype, int64_t k) { return steps_of(dtype, k) * kPanelColumns * 4; }
 
 // Whether this machine is one of those; the other functions are for such machines alone.
@@ -40,10 +40,14 @@ struct Product {
   Dtype dtype;
   int64_t rows, k, n;
 
-  int64_t block() const {  // rows whose inputs stay in the L2 cache
-    return std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
+  // Blocks of rows whose inputs stay in the L2 cache; of as many tiles, so that threads with as many tasks end together.
+  int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
+  int64_t blocks() const {
+    const int64_t most = std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
+    return std::max<int64_t>(1, (rows + most - 1) / most);
   }
-  int64_t tasks() const { return (rows + block() - 1) / block() * panels_of(n); }
+  int64_t first_row(int64_t block) const { return std::min(rows, block * tiles() / blocks() * kTileRows); }
+  int64_t tasks() const { return blocks() * panels_of(n); }
 };
 void multiply(const Product& product, int64_t task);
 

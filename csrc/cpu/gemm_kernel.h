@@ -163,11 +163,20 @@ static INLINE void put_values(char* to, Vec x) {
   else store(to, _mm512_cvtneps_pbh((__m512)x));  // by hand it is 3% of a product
 }
 
+constexpr int64_t kAhead = 12 << 10;  // bytes; with 6 and 24 KiB 8 rows take 10% and up to 5% longer
+
+// first: the panel is not in the L2 cache yet. Fetched, 8 rows read weights at 74 GB/s where it was 50.
 template <Dtype kDtype, int kRows>
-static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, const char* panel) {
+static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, const char* panel, bool first) {
   constexpr int64_t kSize = size_of(kDtype);
   const int64_t columns = std::min(kPanelColumns, p.n - column);
-  const Sums sums = tile<kDtype, kRows>(p.x + row * p.k * kSize, p.k * kSize, 4, panel, steps_of(kDtype, p.k));
+  const char* x = p.x + row * p.k * kSize;
+  const int64_t steps = steps_of(kDtype, p.k), stride = kPanelColumns * 4;
+  const auto fetch = [&](int64_t s) {
+    for (int64_t at = 0; at < stride; at += 64) __builtin_prefetch(panel + kAhead + s * stride + at);
+  };
+  const Sums sums = first ? tile<kDtype, kRows>(x, p.k * kSize, 4, panel, steps, stride, {}, fetch)
+                          : tile<kDtype, kRows>(x, p.k * kSize, 4, panel, steps);
   alignas(64) char spare[kPanelColumns * kSize], bias[kPanelColumns * kSize] = {};
   if (p.bias) memcpy(bias, p.bias + column * kSize, columns * kSize);
   for (int m = 0; m < kRows; ++m) {
@@ -191,7 +200,9 @@ template <Dtype kDtype>
 static void multiply_block(const Product& p, int64_t first, int64_t last, int64_t panel) {
   const char* packed = p.packed + panel * panel_bytes(kDtype, p.k);
   const int64_t column = panel * kPanelColumns;
-  by_rows(first, last, [&](auto rows, int64_t row) { multiply_rows<kDtype, rows>(p, row, column, packed); });
+  by_rows(first, last, [&](auto rows, int64_t row) {
+    multiply_rows<kDtype, rows>(p, row, column, packed, row == first);
+  });
 }
 
 // ---- gradients of weights -----------------------------------------------------------------------------------------
