@@ -40,7 +40,7 @@ struct Product {
   Dtype dtype;
   int64_t rows, k, n;
 
-  // Blocks of rows whose inputs stay in the L2 cache; of as many tiles, so that threads with as many tasks end together.
+  // Blocks of rows whose inputs stay in the L2 cache, equal in tiles: threads with as many tasks end together.
   int64_t tiles() const { return (rows + kTileRows - 1) / kTileRows; }
   int64_t blocks() const {
     const int64_t most = std::max<int64_t>(64, (384 << 10) / (k * size_of(dtype) + 1) / kTileRows * kTileRows);
