@@ -12,8 +12,8 @@
 # COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, adds its answers to the tests.
 # COCONUT_FAST_COMMIT names the commit in the results where this checkout has no .git.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured and stops no other. Nothing
-# runs beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all): a slow host may need two calls,
-# the second with GPU_STEPS="build tests persistent_tests kernel_tests".
+# runs beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all), which have the time of the others
+# too: a slow host may need two calls, the second with GPU_STEPS="build tests persistent_tests kernel_tests".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || {
@@ -34,16 +34,17 @@ status=0
 
 step() { # step NAME SECONDS COMMAND...: its output in FOLDER/NAME.log, one line here
     local name=$1 log="$results/$1.log" begun=$SECONDS
-    [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" $name "* ]] || return 0
     planned=$((planned + $2))
     local limit=$(((planned < total ? planned : total) - SECONDS)) # what the steps before left over is added
+    [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" ${name/build_*/build} "* ]] || return 0
     shift 2
     if [ $limit -lt 1 ]; then
         printf '%-18s FAILED: no time is left\n' "$name"
         status=1
         return 1
     fi
-    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$log" 2>&1
+    rm -f "$results/$name.json" # figures of an earlier call: not before there are seconds for new ones
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$log" 2>&1
     local code=$?
     [ $code -eq 0 ] || status=1
     printf '%-18s %s in %d s: %s\n' "$name" "$([ $code -eq 0 ] && echo ok || echo "FAILED ($code)")" \
@@ -55,7 +56,6 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures in FOLDER/
     local name=$1 limit=$2
     shift 2
     [ -f "benchmarks/bench_$name.py" ] || return 0
-    [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" bench_$name "* ]] && rm -f "$results/bench_$name.json"
     step "bench_$name" "$limit" python3 -m pytest -q "benchmarks/bench_$name.py" --results "$results" "$@"
 }
 
@@ -71,10 +71,10 @@ suite persistent 25
 suite train 110 -k "train_step and bfloat16 and 128"
 suite generate 60 -k "bfloat16-1-64-6-64 or bfloat16-500-330-6-12"
 # Only the files that have such tests: each process reads all it is given. The persistent kernel's by themselves,
-# because a grid barrier that goes wrong hangs its process.
+# because a grid barrier that goes wrong hangs its process. One line a test: a step that is killed has said what failed.
 mapfile -t gpu_tests < <(grep -l "mark\.gpu" tests/test_*.py | grep -v persistent)
-step tests 110 python3 -m pytest -q -m gpu -n "$(nproc)" "${gpu_tests[@]}"
-step persistent_tests 15 python3 -m pytest -q -m gpu tests/test_persistent.py
+step tests 110 python3 -m pytest -v -m gpu -n "$(nproc)" "${gpu_tests[@]}"
+step persistent_tests 15 python3 -m pytest -v -m gpu tests/test_persistent.py
 if command -v compute-sanitizer >/dev/null; then
     # Memory errors of the kernels that write to the cache, and of the persistent one. Without the allocator's cache
     # every tensor is an allocation of its own, so that an access beyond its end does not land in a neighbour.
@@ -88,7 +88,7 @@ suite ops 15
 # The kernels' odd shapes, which run in the interpreter where there is no GPU. Little time is planned for them, because
 # the last step is given all that the others leave over.
 mapfile -t kernel_tests < <(grep -l "@triton.jit" kernels/*.py | sed "s|kernels/|tests/test_|" | xargs ls 2>/dev/null)
-step kernel_tests 0 python3 -m pytest -q -n "$(nproc)" "${kernel_tests[@]}"
+step kernel_tests 0 python3 -m pytest -v -n "$(nproc)" "${kernel_tests[@]}"
 echo
 python3 -m benchmarks.summary "$results"
 echo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,10 @@ def run(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess
     stubs = tmp_path / "bin"
     stubs.mkdir()
     (stubs / "stub.py").write_text(STUB.format(python=sys.executable))
-    for name in ("python3", "compute-sanitizer"):  # by a shell: the path of an interpreter may hold a space
-        (stubs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stubs}/stub.py" "$@"\n')
+    scripts = dict.fromkeys(("python3", "compute-sanitizer"), f'exec "{sys.executable}" "{stubs}/stub.py" "$@"')
+    scripts["timeout"] = f'echo "$*" >>"{tmp_path}/limits"\nexec {shutil.which("timeout")} "$@"'
+    for name, script in scripts.items():  # by a shell: the path of an interpreter may hold a space
+        (stubs / name).write_text(f"#!/bin/sh\n{script}\n")
         (stubs / name).chmod(0o755)
     calls = tmp_path / "calls"
     path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
@@ -101,9 +104,31 @@ def test_named_steps_alone_are_run(tmp_path) -> None:
     assert not any("doctor" in call for call in calls)
 
 
+def test_named_steps_have_the_time_of_the_others(tmp_path) -> None:
+    run(tmp_path, GPU_STEPS="build kernel_tests")
+    build, kernels = [int(re.search(r"kill-after=\d+ (\d+)", line)[1]) for line in (tmp_path / "limits").open()]
+    assert 60 < build <= 80 and 500 < kernels <= 540
+
+
+def test_a_named_build_that_fails_is_tried_without_cuda_too(tmp_path) -> None:
+    done, _ = run(tmp_path, FAILS="build", GPU_STEPS="build tests")
+    assert re.findall(r"^(\w+) +(?:ok|FAILED)", done.stdout, re.MULTILINE) == ["build", "build_without_cuda", "tests"]
+
+
+def test_figures_of_an_earlier_call_go_when_new_ones_are_due(tmp_path) -> None:
+    (tmp_path / "results").mkdir()
+    earlier = tmp_path / "results" / "bench_graph.json"
+    earlier.write_text('{"device": "H200", "torch": "2.13", "commit": "abc", "card": [], "rows": []}')
+    run(tmp_path, GPU_SECONDS="0")
+    assert earlier.is_file(), "no time is left, and nothing in its place"
+    shutil.rmtree(tmp_path / "bin")
+    run(tmp_path, FAILS="bench_graph")
+    assert not earlier.exists()
+
+
 def test_every_test_that_wants_a_gpu_is_run_once(tmp_path) -> None:
     _, calls = run(tmp_path)
-    steps = [c for c in calls if c[:3] == ["-m", "pytest", "-q"] and "--results" not in c]
+    steps = [c for c in calls if c[:2] == ["-m", "pytest"] and "--results" not in c]
     named = [a for c in steps if "gpu" in c for a in c if "tests/" in a]
     (kernels,) = [c for c in steps if "gpu" not in c]
     assert kernels[5:] == [f"tests/test_{op}.py" for op in OPS if (SCRIPT.parents[1] / f"tests/test_{op}.py").is_file()]
