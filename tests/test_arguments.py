@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,20 @@ def test_refuses(tmp_path: Path, override: str, message: str) -> None:
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: found 'cuda', but torch sees no GPU here"):
         CoconutArguments(device="cuda")
+
+
+def test_a_process_has_one_gpu_of_several(monkeypatch) -> None:
+    """Else transformers wraps the model in DataParallel, which hands every replica the one ragged batch."""
+
+    def finds_four(self: TrainingArguments) -> torch.device:
+        self._n_gpu = 4
+        return torch.device("cpu")
+
+    devices = functools.cached_property(finds_four)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    args = CoconutArguments(batch_size_training=8).to_training_arguments()
+    assert (args.n_gpu, args.train_batch_size) == (1, 8)
 
 
 def test_refuses_files(tmp_path: Path) -> None:

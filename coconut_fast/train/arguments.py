@@ -282,7 +282,10 @@ class CoconutArguments:
             raise ValueError(
                 f"training_arguments: found {sorted(wrong)[0]!r}, which transformers.TrainingArguments lacks"
             )
-        return TrainingArguments(**chosen, **self.training_arguments)
+        arguments = TrainingArguments(**chosen, **self.training_arguments)
+        if arguments.n_gpu > 1:  # torchrun uses more; DataParallel, which transformers would, cuts padded batches alone
+            arguments._n_gpu = 1
+        return arguments
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json and comparisons."""
