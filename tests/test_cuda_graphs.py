@@ -19,7 +19,7 @@ from coconut_fast.infer import capture, cuda_graphs, engine, fused, keep
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
-from coconut_fast.infer.passes import StaticBatch
+from coconut_fast.infer.passes import StaticBatch, StaticPrompts
 from tests.families import FAMILIES, make_pair, make_row
 
 PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
@@ -178,6 +178,23 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
         assert output.token_ids == expected
         assert output.stats.reason.endswith("body: fused kernels failed: ValueError: no such instruction")
         assert model not in keep._kept, "the next call tries again"
+
+
+def test_prompts_that_fused_kernels_have_begun_to_read_are_read_from_their_start(kept, monkeypatch) -> None:
+    """The first of these kernels moves positions on by one, and Hugging Face's body would do so again."""
+    model, _ = make_pair("gpt2")
+    expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
+    keep._kept.clear()
+    begin = FusedPasses.read
+
+    def fails(self, prompts: StaticPrompts) -> None:
+        begin(self, prompts)
+        raise ValueError("out of shared memory")
+
+    monkeypatch.setattr(FusedPasses, "read", fails)
+    output = generate(model, PROMPTS, max_new_tokens=11)
+    assert output.stats.reason.endswith("body: fused kernels failed: ValueError: out of shared memory")
+    assert output.token_ids == expected
 
 
 def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) -> None:

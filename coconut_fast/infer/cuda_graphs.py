@@ -280,6 +280,7 @@ class GraphRunner(EagerRunner):
 
         Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
         """
+        before = batch.staged.block.clone()  # the first kernel of a pass moves positions, whatever becomes of the others
         try:
             getattr(self.passes, kind)(batch, *count)
             return
@@ -292,6 +293,7 @@ class GraphRunner(EagerRunner):
         self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
         self.trouble = self.passes.reason
         self.graphs.clear()
+        batch.staged.block.copy_(before)
         self._run(batch, kind, *count)
 
     def _capture(self, passes: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
