@@ -280,7 +280,7 @@ class GraphRunner(EagerRunner):
 
         Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
         """
-        before = batch.staged.block.clone()  # the first kernel of a pass moves positions, whatever becomes of the others
+        before = batch.staged.block.clone()  # a pass that fails has moved positions
         try:
             getattr(self.passes, kind)(batch, *count)
             return
