@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coconut_fast import generate, load, reference
-from coconut_fast.infer import engine
+from coconut_fast.infer import engine, memory
 from coconut_fast.infer.eager import EagerRunner
 from tests.families import TOKENS, VOCAB, make_pair, make_row
 
@@ -123,7 +123,7 @@ def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
 
 def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
     free = type("", (), {"available": 20_000})
-    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
     with pytest.raises(ValueError, match="batch_size: a cache of 5 rows needs .* GB are free"):
         generate(model, PROMPTS)
     monkeypatch.undo()
@@ -131,15 +131,15 @@ def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
 
 
 def test_a_containers_limit_counts(model, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(engine, "CONTAINER", tmp_path)
-    machine = engine.free_memory()
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    machine = memory.free_bytes(torch.device("cpu"))
     for name, text in (("max", "1000000"), ("current", "990000"), ("stat", "anon 7\ninactive_file 4000\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert engine.free_memory() == 14_000 < machine
+    assert memory.free_bytes(torch.device("cpu")) == 14_000 < machine
     with pytest.raises(ValueError, match=r"a cache of 5 rows needs .* GB, 0.00 GB are free"):
         generate(model, PROMPTS)
     (tmp_path / "memory.max").write_text("max\n")
-    assert engine.free_memory() > 14_000
+    assert memory.free_bytes(torch.device("cpu")) > 14_000
 
 
 @pytest.mark.parametrize("fused", [False, True])

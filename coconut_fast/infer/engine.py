@@ -10,11 +10,10 @@ from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from coconut_fast.infer import keep
+from coconut_fast.infer import keep, memory
 from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
@@ -26,7 +25,6 @@ from coconut_fast.model.plan import modules_of
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
-CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there
 
 
 @dataclass
@@ -151,7 +149,7 @@ class Engine:
         self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * answers
         room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
         if not keep.holds(model, **room):
-            check_memory(model, num_slots, batch_size)
+            memory.check(model, num_slots, batch_size, held=keep.held_bytes(model))
         runner, reason = choose_runner(model)
         if runner is not keep.lease:
             keep.forget(model)  # it has left the GPU, or may not use what the last call left there
@@ -242,35 +240,6 @@ class Engine:
         if self.keep_thoughts:
             thoughts = [self.thoughts.get(i) for i in range(len(self.prompts)) for _ in range(self.num_samples)]
         return GenerateOutput(texts, answers, counts, thoughts, self.stats)
-
-
-def check_memory(model: Coconut, num_slots: int, batch_size: int) -> None:
-    """ValueError where the cache of this call would not fit into the memory that is free now."""
-    config = model.hf.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    needed = 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-    on_gpu = model.device.type == "cuda"
-    free = free_memory()
-    if on_gpu:  # what torch has reserved but does not use, and the cache of the last call, are free to us
-        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free = torch.cuda.mem_get_info(model.device)[0] + unused + keep.held_bytes(model)
-    if needed > free:
-        raise ValueError(
-            f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "use a smaller batch_size, fewer max_new_tokens or shorter prompts"
-        )
-
-
-def free_memory() -> int:
-    """Bytes that this machine has free, or the container this process is in if that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-        return min(free, limit - used + int(stat["inactive_file"]))  # files that were read count as used
-    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
-        return free
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:
