@@ -19,7 +19,8 @@ from coconut_fast.infer import capture, cuda_graphs, engine, fused, keep
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
-from coconut_fast.infer.passes import StaticBatch, StaticPrompts
+from coconut_fast.infer.passes import HuggingFacePasses, StaticBatch, StaticPrompts
+from coconut_fast.model.cache import KVCache
 from tests.families import FAMILIES, make_pair, make_row
 
 PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
@@ -216,6 +217,19 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
         patch.setattr(FusedPasses, "write", fails)
         generate(model, PROMPTS, max_new_tokens=11)
     assert "fused kernels" in generate(model, PROMPTS, max_new_tokens=11).stats.reason
+
+
+def test_the_cache_has_its_memory_before_weights_are_packed(monkeypatch) -> None:
+    """Packing may fail for want of memory, and Hugging Face's body does without; nothing does without the cache."""
+    model, _ = make_pair("llama")
+    cache = KVCache(model.num_layers, num_slots=64)
+
+    def fails(*_: object) -> None:
+        assert None not in (*cache.keys, *cache.values)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "_packed", fails)
+    assert isinstance(cuda_graphs.choose_passes(model, cache, engine.Sampling()), HuggingFacePasses)
 
 
 class Stream:

@@ -29,6 +29,10 @@ class Reader:
         self.cache = KVCache(model.num_layers, num_slots=256, max_rows=6, max_length=64, device=model.device)
         self.rows = self.cache.alloc(len(FIRST))
         self.passes = FusedPasses(model, self.cache, Sampling()) if fused else None
+        self.warm = False
+        if fused:
+            for storage in (*self.cache.keys, *self.cache.values):
+                storage.fill_(float("nan"))
 
     @torch.inference_mode()
     def read(self, tokens: list[list[int]], extra: int = 0) -> torch.Tensor:
@@ -44,11 +48,10 @@ class Reader:
         lengths = [int(self.cache.layout.lengths[r]) for r in rows]
         prompts.fill(rows, tokens, lengths, slots, range(len(rows)))
         with ops.use("triton"):
-            if not any(t is not None for t in self.cache.keys):
+            if not self.warm:
                 with prompts.at_rest():
                     self.passes.read(prompts)
-                for storage in (*self.cache.keys, *self.cache.values):
-                    storage.fill_(float("nan"))
+                self.warm = True
             self.passes.read(prompts)
         return prompts.hidden[: len(rows)].clone()
 

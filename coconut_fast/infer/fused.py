@@ -84,6 +84,9 @@ class FusedPasses:
         self.direct = type(model.feedback) in (Identity, Rescale)  # part of the launch between two passes
         self.limit = cache.page_table.shape[1] * cache.page_size
         self.cos, self.sin = rotations(plan, self.limit)
+        like = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=self.dtype, device=cache.device)
+        for index in range(plan.layers):  # memory for the cache first: there are passes without packed weights
+            cache.storage(index, like, like)
         self.layers = [_packed(plan.layer(i), self.dtype) for i in range(plan.layers)]
         self.head = plan.head.detach().to(self.dtype)
         body = sum(t.nbytes for layer in self.layers for t in layer.named().values())

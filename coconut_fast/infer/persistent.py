@@ -261,12 +261,10 @@ class PersistentChain(FusedPasses):
 
     def _layer_table(self) -> torch.Tensor:
         """Where every layer's tensors are; neither the packed weights nor the cache ever move."""
-        plan = self.plan
-        example = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=self.dtype, device=self.cache.device)
+        plan, cache = self.plan, self.cache
         entries = b""
         for index, weights in enumerate(self.layers):
-            keys, values = self.cache.storage(index, example, example)
-            tensors = {**weights.named(), "keys": keys, "values": values}
+            tensors = {**weights.named(), "keys": cache.keys[index], "values": cache.values[index]}
             pointers = [tensors[n].data_ptr() if n in tensors else 0 for n in LAYER_POINTERS]
             entries += LAYER.pack(*pointers, plan.scaling[index], plan.window[index])
-        return torch.frombuffer(bytearray(entries), dtype=torch.uint8).to(self.cache.device)
+        return torch.frombuffer(bytearray(entries), dtype=torch.uint8).to(cache.device)
