@@ -13,6 +13,7 @@ import torch
 
 from coconut_fast import Coconut, LatentTokens, generate, load, ops
 from coconut_fast.infer import engine, keep
+from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import SKINNY_ROWS, FusedPasses, reason_not
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
@@ -25,6 +26,7 @@ from tests.families import FAMILIES, make_hf, make_pair
 # A sliding window of 7, biases, QK norm and grouped heads are among them.
 KNOWN = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 STEPS = 2
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -141,6 +143,31 @@ def test_16_bit_states_are_as_good_as_hugging_faces(family: str, rows: int, devi
 @pytest.mark.parametrize("family", KNOWN)
 def test_bf16_states_on_a_gpu(family: str, rows: int, device) -> None:
     test_16_bit_states_are_as_good_as_hugging_faces(family, rows, device)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("rows", [1, 8, 20])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_kernels_that_overlap_change_no_bit(family: str, rows: int, monkeypatch) -> None:
+    """A kernel that read too early, or a line of L1 older than what was written, would: by replay, where kernels follow
+    each other at once, in models deep and small enough for several of them to be under way together."""
+    depth = {"gpt2": "n_layer", "llama": "num_hidden_layers"}[family]
+    prompts = [[(7 * r + i) % 90 + 1 for i in range(9 + r)] + [94] * (1 + 5 * r % 17) + [95] for r in range(rows)]
+    states: list[torch.Tensor] = []
+    first = GraphRunner.first
+    monkeypatch.setattr(GraphRunner, "first", lambda self, h, d: (states.append(h.clone()), first(self, h, d))[1])
+
+    def answers(count: int) -> list[list[list[int] | None]]:
+        model = make_pair(family, torch.bfloat16, **{depth: 12})[0].cuda()
+        return [generate(model, prompts, max_new_tokens=12).token_ids for _ in range(count)]
+
+    with monkeypatch.context() as patch:
+        for op in (file.stem for file in KERNELS.glob("*.py") if "launch_pdl=" in file.read_text()):
+            patch.setattr(f"coconut_fast.kernels.{op}.overlaps", lambda tensor: False)
+        expected = answers(1)
+    assert answers(30) == expected * 30
+    assert len(states) == 31 and all(torch.equal(h, states[0]) for h in states)
 
 
 def _truth(twin, bench: Bench) -> torch.Tensor:
