@@ -97,9 +97,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
 def test_reading_prompts(compiled, shape, tokens) -> None:
     mine = [found for found in compiled if found["case"] == f"fused_pass/{shape}/bfloat16/{tokens}/read"]
     names = next(found["launches"] for found in mine if "launches" in found)
-    few = (
-        "_decode_group" if shape == "llama1b" and tokens > 64 else "_decode"
-    )  # by the rows, of which 64 tokens are one
+    few = "_decode_group" if shape == "llama1b" and tokens > 64 else "_decode"  # by the rows: 64 tokens are one
     first, last = (["_norm", "_append", attend, "_norm", "_activate"] for attend in ("_forward", few))
     assert names == ["_feed", *first, *last, "_norm", "_norm"]
     for found in mine:

@@ -46,7 +46,8 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
 
 
 def prompt_sizes(tokens: int, rows: int, longest: int) -> tuple[int, int, int]:
-    """Sizes of StaticPrompts to hold so many: tokens by at most a half more, rows by at most four times.
+    """Sizes of StaticPrompts to hold so many: up to twice the tokens (beyond 1,024 up to 1.5 times), up to four
+    times the rows.
 
     The longest row sizes the grid of attention, where a program without a query costs little but is not free; of few
     tokens it is 256 at least.
@@ -87,10 +88,9 @@ class GraphRunner(EagerRunner):
         self.fresh: tuple[torch.Tensor, Sequence[Draft]] | None = None  # states that first tokens are to follow
         self.standing: list[Draft] = []  # what the static batch that wrote last holds, if nothing came between
         self.captures = 0
-        self.bucketed = (
-            model.device.type == "cuda"
-        )  # elsewhere there is nothing to capture, and prompts lie as they are
-        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        # Elsewhere there is nothing to capture, and prompts lie as they are.
+        self.bucketed = model.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.bucketed else None
 
     @property
     def model(self) -> Coconut:  # type: ignore[override]

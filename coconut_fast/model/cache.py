@@ -56,9 +56,8 @@ class Storage:
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
         self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # what _add_joined adds
-        self.joins: dict[
-            int, tuple[torch.Tensor, ...]
-        ] = {}  # by number of passes, where their tokens stand in that call
+        # By number of passes, where their tokens stand in that call.
+        self.joins: dict[int, tuple[torch.Tensor, ...]] = {}
         self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
