@@ -143,7 +143,8 @@ def _chunk(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     slope = 1 - (logits / softcap).square() if softcap and wants_grad else None
-    logits -= logits.amax(-1, keepdim=True)  # a sure row's lse is then as small as its loss, not rounded like its logits
+    # A sure row's lse is then as small as its loss, not rounded like its logits.
+    logits -= logits.amax(-1, keepdim=True)
     lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
     ignored_N1 = target_N1 < 0
     target_N1 = target_N1.clamp_min(0)
