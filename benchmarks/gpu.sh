@@ -30,11 +30,11 @@ export PYTHONUNBUFFERED=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$(python
     'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}"
 total=${GPU_SECONDS:-540}
 planned=20 # seconds so far: torch is imported twice above, from a cold disk
-status=0
+status=0 known=
 
 step() { # step NAME SECONDS COMMAND...: its output in FOLDER/NAME.log, one line here
     local name=$1 log="$results/$1.log" begun=$SECONDS
-    planned=$((planned + $2))
+    planned=$((planned + $2)) known+=" ${name/build_*/build}"
     local limit=$(((planned < total ? planned : total) - SECONDS)) # what the steps before left over is added
     [[ -z ${GPU_STEPS:-} || " $GPU_STEPS " == *" ${name/build_*/build} "* ]] || return 0
     shift 2
@@ -89,6 +89,9 @@ suite ops 15
 # the last step is given all that the others leave over.
 mapfile -t kernel_tests < <(grep -l "@triton.jit" kernels/*.py | sed "s|kernels/|tests/test_|" | xargs ls 2>/dev/null)
 step kernel_tests 0 python3 -m pytest -v -n "$(nproc)" "${kernel_tests[@]}"
+for name in ${GPU_STEPS:-}; do
+    [[ "$known " == *" $name "* ]] || { echo "GPU_STEPS: there is no step $name; they are$known" && status=1; }
+done
 echo
 python3 -m benchmarks.summary "$results"
 echo

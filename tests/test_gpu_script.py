@@ -142,3 +142,9 @@ def test_no_gpu_is_said_at_once(tmp_path) -> None:
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(["bash", str(SCRIPT)], env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "gpu.sh: python3 has no torch that sees a GPU\n"
+
+
+def test_a_step_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path) -> None:
+    done, _ = run(tmp_path, GPU_STEPS="build bench_graphs")
+    assert done.returncode == 1
+    assert re.search(r"no step bench_graphs; they are build .*bench_graph .*kernel_tests\n", done.stdout), done.stdout

@@ -12,12 +12,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
-from coconut_fast.infer import keep
+from coconut_fast.infer import keep, memory
 from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
@@ -331,7 +330,7 @@ def read_bandwidth(threads: int | None = None) -> float:
     the last-level cache from one reading to the next, an eighth of 256 MiB in one of 32, would pass for memory.
     """
     module = ops.extension()
-    size = min(1 << 30, psutil.virtual_memory().available // 4)
+    size = min(1 << 30, memory.free_bytes(torch.device("cpu")) // 4)
     return module.read_bandwidth(threads or module.default_threads(), size, 8)
 
 
