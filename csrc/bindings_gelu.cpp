@@ -33,7 +33,8 @@ static at::Tensor gelu_backward(const at::Tensor& grad, const at::Tensor& x) {
   check_shape("gelu_backward", "grad", grad, x.sizes().vec());
   check_type("gelu_backward", "grad", grad, x.scalar_type());
   at::Tensor grad_x = at::empty_like(x);
-  const auto *of = static_cast<const char*>(grad.const_data_ptr()), *from = static_cast<const char*>(x.const_data_ptr());
+  const auto* of = static_cast<const char*>(grad.const_data_ptr());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(grad_x.mutable_data_ptr());
   const int64_t size = size_of(dtype);
   py::gil_scoped_release release;

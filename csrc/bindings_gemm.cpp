@@ -32,7 +32,8 @@ static const char* bytes(const at::Tensor& t) { return static_cast<const char*>(
 
 static at::Tensor pack_matrix(const at::Tensor& matrix, at::ScalarType type) {
   const auto from = check("pack_matrix", "matrix", matrix);
-  if (type != at::kFloat && type != at::kBFloat16) refuse("pack_matrix: dtype is ", type, "; expected Float or BFloat16");
+  if (type != at::kFloat && type != at::kBFloat16)
+    refuse("pack_matrix: dtype is ", type, "; expected Float or BFloat16");
   const auto to = type == at::kFloat ? Dtype::f32 : Dtype::bf16;
   const int64_t k = matrix.size(0), n = matrix.size(1), panel = panel_bytes(to, k);
   at::Tensor packed = at::empty({panels_of(n), panel / size_of(to)}, matrix.options().dtype(type));
@@ -49,7 +50,8 @@ static at::Tensor packed_matmul(const at::Tensor& x, const at::Tensor& packed, i
   const int64_t rows = x.size(0), k = x.size(1);
   check_type("packed_matmul", "packed", packed, x.scalar_type());
   check_shape("packed_matmul", "packed", packed, {panels_of(n), panel_bytes(dtype, k) / size_of(dtype)});
-  if (dtype == Dtype::bf16 && k % 2) refuse("packed_matmul: x has ", k, " columns; expected an even number in BFloat16");
+  if (dtype == Dtype::bf16 && k % 2)
+    refuse("packed_matmul: x has ", k, " columns; expected an even number in BFloat16");
   if (bias) {
     check_type("packed_matmul", "bias", *bias, x.scalar_type());
     check_shape("packed_matmul", "bias", *bias, {n});
@@ -63,7 +65,8 @@ static at::Tensor packed_matmul(const at::Tensor& x, const at::Tensor& packed, i
   return y;
 }
 
-static at::Tensor few_rows_matmul(const at::Tensor& x, const at::Tensor& matrix, const std::optional<at::Tensor>& bias) {
+static at::Tensor few_rows_matmul(const at::Tensor& x, const at::Tensor& matrix,
+                                  const std::optional<at::Tensor>& bias) {
   if (check("few_rows_matmul", "x", x) != Dtype::f32) refuse("few_rows_matmul: x is ", describe(x), "; expected Float");
   check("few_rows_matmul", "matrix", matrix);
   check_type("few_rows_matmul", "matrix", matrix, at::kFloat);
@@ -78,14 +81,16 @@ static at::Tensor few_rows_matmul(const at::Tensor& x, const at::Tensor& matrix,
   if (!k) return bias ? bias->expand({rows, n}).clone() : at::zeros({rows, n}, x.options());
   at::Tensor y = at::empty({rows, n}, x.options());
   const Few product{inputs.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
-                    {w.const_data_ptr(), Dtype::f32, w.stride(0), w.stride(1)}, y.mutable_data_ptr<float>(), rows, k, n};
+                    {w.const_data_ptr(), Dtype::f32, w.stride(0), w.stride(1)},
+                    y.mutable_data_ptr<float>(), rows, k, n};
   py::gil_scoped_release release;
   at::parallel_for(0, panels_of(n), std::max<int64_t>(1, kGrain / (std::max<int64_t>(1, rows) * k * kPanelColumns)),
                    [&](int64_t first, int64_t last) { multiply(product, first, last); });
   return y;
 }
 
-static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& into,
+static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& right,
+                                  const std::optional<at::Tensor>& into,
                                   const std::optional<at::Tensor>& column_sums) {
   const auto dtype = check("weight_gradient", "left", left);
   check("weight_gradient", "right", right);

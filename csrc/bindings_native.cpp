@@ -37,7 +37,8 @@ static const float* vector_of(const Tensors& tensors, const std::string& name, i
   const at::Tensor t = find(tensors, name);
   if (!t.defined()) return nullptr;
   if (t.numel() != size || !t.is_cpu() || t.scalar_type() != at::kFloat || !t.is_contiguous())
-    refuse("native chain: ", name, " must be a contiguous float32 CPU tensor of ", size, " values, found ", describe(t));
+    refuse("native chain: ", name, " must be a contiguous float32 CPU tensor of ", size, " values, found ",
+           describe(t));
   check_plain("native chain", name.c_str(), t);
   return t.data_ptr<float>();
 }

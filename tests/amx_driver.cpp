@@ -1,5 +1,5 @@
-// One product of the native chain on the tiles of amx_on_cpu.h, for test_native_amx.py: packed weights and inputs as the
-// chain makes them, all memory ending at a page that nobody may touch.
+// One product of the native chain on the tiles of amx_on_cpu.h, for test_native_amx.py: packed weights and inputs as
+// the chain makes them, all memory ending at a page that nobody may touch.
 #include <sys/mman.h>
 #include <unistd.h>
 

@@ -1,8 +1,9 @@
-// Intel's AMX on plain memory, so that csrc/cpu/linear_amx.h runs where there are no tiles: g++ -include tests/amx_on_cpu.h.
+// Intel's AMX on plain memory, so that csrc/cpu/linear_amx.h runs where there are no tiles:
+// g++ -include tests/amx_on_cpu.h.
 //
 // Each intrinsic does what the manual's pseudocode says (Intel 64 and IA-32 Architectures Software Developer's Manual,
-// volume 2), and what would fault there ends the process here. For isa.cpp the CPU has tiles and Linux grants them, unless
-// COCONUT_FAST_TILES says "absent" or "refused".
+// volume 2), and what would fault there ends the process here. For isa.cpp the CPU has tiles and Linux grants them,
+// unless COCONUT_FAST_TILES says "absent" or "refused".
 #pragma once
 
 #if defined(__x86_64__)
@@ -80,7 +81,8 @@ inline void load(int t, const void* from, long stride) {
   zero(t);
   Tile& tile = state.tile(t);
   ++state.loads;
-  for (int m = 0; m < tile.rows; ++m) std::memcpy(tile.data[m], static_cast<const char*>(from) + m * stride, tile.row_bytes);
+  const char* row = static_cast<const char*>(from);
+  for (int m = 0; m < tile.rows; ++m, row += stride) std::memcpy(tile.data[m], row, tile.row_bytes);
 }
 
 inline void store(int t, void* to, long stride) {
@@ -113,7 +115,8 @@ inline void dpbf16ps(int to, int left, int right) {
     float sums[2] = {};
     for (int k = 0; k < pairs; ++k)
       for (int i = 0; i < 2; ++i)
-        sums[i] = flushed(std::fma(widened(a.at<uint16_t>(m, 2 * k + i)), widened(b.at<uint16_t>(k, 2 * n + i)), sums[i]));
+        sums[i] = flushed(
+            std::fma(widened(a.at<uint16_t>(m, 2 * k + i)), widened(b.at<uint16_t>(k, 2 * n + i)), sums[i]));
     c = flushed(flushed(c) + flushed(sums[0] + sums[1]));
   });
 }

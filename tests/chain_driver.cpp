@@ -1,5 +1,5 @@
-// Runs the native chain without Python: prompts, thoughts, tokens, and one attention backward, of random weights that are
-// the same everywhere. Prints what came out, line by line `name value ...`, and what each call allocated.
+// Runs the native chain without Python: prompts, thoughts, tokens, and one attention backward, of random weights that
+// are the same everywhere. Prints what came out, line by line `name value ...`, and what each call allocated.
 // test_portable.py compiles it for this machine and for Arm.
 #include <cmath>
 #include <cstdio>
@@ -166,9 +166,9 @@ void run_attention() {
              values = numbers.many(6 * kPage * kWidth, 1), grad_out = numbers.many(kTokens * kWidth, 1);
   const int32_t table[kBatch * 2] = {0, 3, 1, 4, 2, 5}, rows[kBatch] = {2, 0, 1}, offsets[kBatch + 1] = {0, 30, 31, 40},
                 lengths[kBatch] = {30, 20, 9};
-  const Attention attention{query.data(), keys.data(), values.data(), table, rows, offsets, lengths, Dtype::f32, Dtype::f32,
-                            kBatch, kHeads, kHeads, kHeadDim, kHeadDim, 2, kPage, 0, 1 / std::sqrt(double(kHeadDim)),
-                            0, 0, 0};
+  const Attention attention{query.data(), keys.data(), values.data(), table, rows, offsets, lengths, Dtype::f32,
+                            Dtype::f32, kBatch, kHeads, kHeads, kHeadDim, kHeadDim, 2, kPage, 0,
+                            1 / std::sqrt(double(kHeadDim)), 0, 0, 0};
   const Parallel alone{1, [](int64_t, const std::function<void()>& work) { work(); }};
   std::vector<float> out(kTokens * kWidth), lse(kTokens * kHeads), grad_query(out.size()), grad_keys(keys.size()),
       grad_values(keys.size());
@@ -187,7 +187,8 @@ void run_attention() {
 int main() {
   using namespace coconut_fast;
   std::printf("isa %s\n", isa_name(best_isa()));
-  const std::pair<const char*, Format> formats[] = {{"fp32", Format::fp32}, {"bf16", Format::bf16}, {"int8", Format::int8}};
+  const std::pair<const char*, Format> formats[] = {
+      {"fp32", Format::fp32}, {"bf16", Format::bf16}, {"int8", Format::int8}};
   for (const auto& [name, format] : formats)
     for (bool llama : {false, true}) run_chain(std::string(llama ? "llama-" : "gpt2-") + name, llama, format, 2);
   run_attention();

@@ -29,7 +29,9 @@ from tqdm import tqdm
 from coconut_fast.data.examples import Example
 
 # The names of the released sets.
-ENTITIES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()  # noqa: SIM905
+ENTITIES = (  # noqa: SIM905
+    "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
+).split()
 CONCEPTS = (  # noqa: SIM905
     "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus "
     "kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus storpus terpus timpus tumpus "

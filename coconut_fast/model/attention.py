@@ -146,7 +146,7 @@ class _CachedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor | None, grad_order: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor | None, grad_order: torch.Tensor | None) -> Any:  # type: ignore
         query, output, lse, *rewritten = ctx.saved_tensors
         ragged, layer = ctx.ragged, ctx.layer
         cache = ragged.cache

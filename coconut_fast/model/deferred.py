@@ -208,7 +208,7 @@ class _Use(torch.autograd.Function):
     """y = x W + b; backward leaves the gradients of W and b to _Collect."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alias: Tensor, uses: _Uses, cheap: _Cheap | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, alias: Tensor, uses: _Uses, cheap: _Cheap | None) -> Tensor:  # type: ignore
         # Detached: a view of x holds the graph, which a backward that ends early would leave in `noted`.
         flat = x.detach().reshape(-1, x.shape[-1])
         ctx.save_for_backward(*([flat] if cheap is None else cheap.tensors))

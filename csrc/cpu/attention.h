@@ -32,8 +32,8 @@ struct Parallel {
 void attention_forward(const Attention& attention, void* out, void* lse, const Parallel& parallel);
 
 // One kv head of row b of the call (f32 query), by tiles of queries and keys, for a caller with threads of its own.
-// `out` may be `query`. A query's bits do not depend on the other queries of its row's call. Where the cache is bf16 and
-// the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
+// `out` may be `query`. A query's bits do not depend on the other queries of its row's call. Where the cache is bf16
+// and the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
 void attend_prompt(const Attention& attention, int64_t b, int64_t kv_head, void* out, void* lse);
 
 struct AttentionGrads {

@@ -1,10 +1,10 @@
 // Large blocks of memory that are used again instead of going back to the system, for a training step on the CPU.
 //
-// malloc either returns a large freed block, and the next one comes as fresh pages that the kernel must clear (a seventh
-// of an fp32 step of GPT-2), or keeps it, and aligned requests do not fit into the holes that those of their size left
-// (0.65 GB of them beside 3.55 GB in use). Here a freed block waits for a request of its size or up to an eighth less.
-// In use and waiting together are at most an eighth and 64 MiB more than were ever in use: before a new block is mapped,
-// waiting ones go, the longest waiting first.
+// malloc either returns a large freed block to the system, and the next one comes as fresh pages that the kernel must
+// clear (a seventh of an fp32 step of GPT-2), or keeps it, and aligned requests do not fit into the holes that those of
+// their size left (0.65 GB of them beside 3.55 GB in use). Here a freed block waits for a request of its size or up to
+// an eighth less. In use and waiting together are at most an eighth and 64 MiB more than were ever in use: before a new
+// block is mapped, waiting ones go, the longest waiting first.
 #pragma once
 
 #include <cstddef>

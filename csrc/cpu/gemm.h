@@ -32,8 +32,8 @@ bool gemm_runs();
 // Panel `panel` of w (k, n), in `dtype` (f32 or bf16; w may be either), to `packed`, 64-byte aligned.
 void pack_panel(const Matrix& w, int64_t k, int64_t n, int64_t panel, Dtype dtype, char* packed);
 
-// y (rows, n) = x (rows, k) times a packed matrix, plus bias (n,) or null; all of `dtype`, rows contiguous. In bf16 k is
-// even. A task is a block of rows times one panel.
+// y (rows, n) = x (rows, k) times a packed matrix, plus bias (n,) or null; all of `dtype`, rows contiguous. In bf16 k
+// is even. A task is a block of rows times one panel.
 struct Product {
   const char *x, *packed, *bias;
   char* y;
@@ -52,7 +52,8 @@ struct Product {
 void multiply(const Product& product, int64_t task);
 
 // The same in fp32 for few rows and w (k, n) as it lies, its rows or its columns contiguous: at the speed of memory,
-// where packing for one product would take three times that. A task is a range of panels, [first, last) of panels_of(n).
+// where packing for one product would take three times that. A task is a range of panels, [first, last) of
+// panels_of(n).
 struct Few {
   const float *x, *bias;
   Matrix w;
@@ -62,8 +63,8 @@ struct Few {
 void multiply(const Few& product, int64_t first, int64_t last);
 
 // total (m, n) fp32 += left (rows, m)^T right (rows, n), both of `dtype` and row-contiguous, at most gradient_rows() of
-// them; column_sums (n,) fp32 or null += the sums of right's columns. First `gather` packs left, then `add` packs a panel
-// of right into `panel` and multiplies.
+// them; column_sums (n,) fp32 or null += the sums of right's columns. First `gather` packs left, then `add` packs a
+// panel of right into `panel` and multiplies.
 struct Gradient {
   const char *left, *right;
   float *total, *column_sums;

@@ -44,7 +44,8 @@ static void multiply_few(const Few& f, int64_t first, int64_t last) {
       const char* strip = reinterpret_cast<const char*>(block);
       size_t stride = f.w.row_stride * 4;
       if (!as_it_lies || columns < kPanelColumns) {
-        pack_columns<Dtype::f32>(Matrix{block, Dtype::f32, f.w.row_stride, f.w.column_stride}, steps, columns, 0, packed);
+        const Matrix lying{block, Dtype::f32, f.w.row_stride, f.w.column_stride};
+        pack_columns<Dtype::f32>(lying, steps, columns, 0, packed);
         strip = packed, stride = kPanelColumns * 4;
       }
       by_rows(0, f.rows, [&](auto rows, int64_t row) {

@@ -64,8 +64,8 @@ static INLINE uint32_t word(const Matrix& w, int64_t k, int64_t column, int64_t 
   return f32_to_bf16(w.at(k, column)) | second << 16;
 }
 
-// Columns [first, last), multiples of 16, of w (rows, columns): `put(step, column, words)` for 16 of them at a time. All
-// columns of 16 steps come before the next steps: 16 columns at a time through all rows read every line anew.
+// Columns [first, last), multiples of 16, of w (rows, columns): `put(step, column, words)` for 16 of them at a time.
+// All columns of 16 steps come before the next steps: 16 columns at a time through all rows read every line anew.
 template <Dtype kTo, typename Put>
 static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t rows, int64_t columns, Put put) {
   constexpr int64_t kStep = kTo == Dtype::bf16 ? 2 : 1;
@@ -118,8 +118,8 @@ struct Nothing {
   void operator()(int64_t) const {}
 };
 
-// `start` plus kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel, whose steps are
-// `stride` bytes apart; fetch(s) meanwhile.
+// `start` plus kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel, whose steps
+// are `stride` bytes apart; fetch(s) meanwhile.
 template <Dtype kDtype, int kRows, typename Fetch = Nothing>
 static INLINE Sums tile(const char* x, size_t row, size_t next, const char* panel, int64_t steps,
                         size_t stride = kPanelColumns * 4, const Sums& start = {}, const Fetch& fetch = {}) {

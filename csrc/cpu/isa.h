@@ -3,8 +3,8 @@
 // A kernel's source is included once per instruction set, each time in another namespace under another target, exactly
 // what the Isa promises: by each_isa.h, or for the chain's many kernels in a file per set (kernels_*.cpp). Standard
 // headers are included before, outside the pragmas, so that nothing they define needs a newer CPU. The kernel knows its
-// target by KERNEL_LEVEL, the number of the Isa: up to GCC 12 the pragma does not change __AVX2__, __AVX512F__ and their
-// like in C++.
+// target by KERNEL_LEVEL, the number of the Isa: up to GCC 12 the pragma does not change __AVX2__, __AVX512F__ and
+// their like in C++.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

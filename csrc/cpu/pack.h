@@ -50,7 +50,8 @@ struct Range {
   int first, last;
 };
 inline Range share(int count, int thread, int threads) {
-  return {static_cast<int>(int64_t(count) * thread / threads), static_cast<int>(int64_t(count) * (thread + 1) / threads)};
+  const auto start = [&](int64_t of) { return static_cast<int>(count * of / threads); };
+  return {start(thread), start(thread + 1)};
 }
 
 }  // namespace coconut_fast

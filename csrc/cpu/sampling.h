@@ -1,8 +1,8 @@
 // Choosing a token while the logits stream by, without storing them (but see Chain::pick_exactly).
 //
-// infer/sampling.py has the definition: of the softmax of logits / temperature the top_k likeliest are kept (ties to the
-// lowest id), of these the fewest likeliest that reach top_p together; the token is the first id, in order of ids, at
-// which the kept probabilities add up to more than uniform(seed, step) of their sum.
+// infer/sampling.py has the definition: of the softmax of logits / temperature the top_k likeliest are kept (ties to
+// the lowest id), of these the fewest likeliest that reach top_p together; the token is the first id, in order of ids,
+// at which the kept probabilities add up to more than uniform(seed, step) of their sum.
 //
 // The head leaves a Tally per chunk of ids. A draw from all ids finds its chunk from the tallies and computes that one
 // again; a draw from kept ones works on Candidates, the largest logits, which nearly always contain all that is kept.
@@ -67,7 +67,8 @@ void shrink(Candidates& candidates);
 // Adds those of `other`, whose ids are all higher.
 void merge(Candidates& candidates, const Candidates& other);
 
-// The token, for a draw that top_k or top_p limits; -1 where they reach beyond the candidates. `all` is the number of ids there are.
+// The token, for a draw that top_k or top_p limits; -1 where they reach beyond the candidates. `all` is the number of
+// ids there are.
 int choose(const Draw& draw, Candidates& candidates, const Total& total, int all);
 
 // The same from all n logits of a row; `order` has room for n ids.
