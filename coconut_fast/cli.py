@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import coconut_fast
 from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
-from coconut_fast.commands.common import set_progress_bars
+from coconut_fast.commands.common import Parser, set_progress_bars
 
 COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; every command's namespace carries `run`, the function that does the work."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="coconut-fast",
         description="Latent reasoning at speed: train, evaluate and run Coconut models (arXiv 2412.06769).",
         epilog="example:\n  coconut-fast generate runs/prosqa 'Tom is a terpus. ... Is Tom a lempus or scrompus?'",
@@ -39,15 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_progress_bars()
     try:
         return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        return _failed("interrupted", 1)
+    except KeyboardInterrupt as stop:
+        return _failed(f"interrupted: {stop}" if str(stop) else "interrupted", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
         return 0
-    except ValueError as error:
-        return _failed(error, 2)
-    except (OSError, RuntimeError, ImportError) as error:
-        return _failed(error, 1)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if _was_interrupted(error):
+            return _failed("interrupted", 1)
+        return _failed(error, 2 if isinstance(error, ValueError) else 1)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: while libraries import, they make ImportErrors of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _failed(error: BaseException | str, code: int) -> int:

@@ -19,7 +19,7 @@ import yaml
 from torch.cuda._utils import _get_device_index
 
 from coconut_fast import doctor, load, ops
-from coconut_fast.cli import COMMANDS, main
+from coconut_fast.cli import COMMANDS, main, make_parser
 from coconut_fast.commands.common import WEIGHTS as CLI_WEIGHTS
 from coconut_fast.commands.common import find_model
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
@@ -82,6 +82,19 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"example:\n  coconut-fast {command}" in shown
 
 
+def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    read = make_parser().parse_args
+    for line in ("--top-k 3 m p", "m --top-k 3 p", "m p --top-k 3"):
+        found = read(["generate", *line.split()])
+        assert (found.model, found.prompt, found.top_k) == ("m", "p", 3)
+    assert read(["generate", "m", "--top-k", "3"]).prompt is None
+    assert read(["generate", "m", "--json", "--", "-p"]).prompt == "-p", "behind -- nothing is an option"
+    found = read(["eval", "a", "b", "--limit", "5", "data"])
+    assert (found.model, found.data) == (["a", "b"], "data")
+    assert read(["demo", "--seed", "3", "lr=1", "--out", "x", "seed=-1"]).override == ["lr=1", "seed=-1"]
+    assert fails(capsys, 2, "eval", "m", "d", "--bogus") == "coconut-fast eval: error: unrecognized arguments: --bogus"
+
+
 def test_spelled_out_choices_are_complete() -> None:
     assert set(CLI_METHODS) == set(METHODS)
     assert CLI_WEIGHTS == engine.WEIGHTS
@@ -100,7 +113,16 @@ def test_data(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_eval(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, data = trained / "runs" / "run", trained / "val.json"
     table = call(capsys, "eval", model, data, "--out", tmp_path / "out", "--max-new-tokens", "8", "--device", "cpu")
-    assert table.splitlines()[0].split() == ["model", "accuracy", "tokens", "thoughts", "s", "/", "example", "examples"]
+    assert table.splitlines()[0].split() == [
+        "model",
+        "accuracy",
+        "tokens",
+        "thoughts",
+        "ms",
+        "/",
+        "example",
+        "examples",
+    ]
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["run"]
     lines = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
     assert results["examples"] == len(lines) == 8 and results["mean_thoughts"] == 2
@@ -229,7 +251,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "no such file or directory" in fails(capsys, 2, "eval", tmp_path / "absent", data)
     assert "config.json; expected" in fails(capsys, 2, "eval", run, tmp_path, tmp_path / "absent.json"), "before work"
     assert "absent.json: cannot be read" in fails(capsys, 2, "eval", run, tmp_path / "absent.json")
-    assert "absent.txt: cannot be read (No such file" in fails(capsys, 2, "generate", run, "--file", "absent.txt")
+    assert "absent.txt: cannot be read (No such file or directory); expected a file of prompts" in fails(
+        capsys, 2, "generate", run, "--file", "absent.txt"
+    )
     assert "prompt 0 is empty" in fails(capsys, 2, "generate", run, "")
     assert "--max-new-tokens: found -5" in fails(capsys, 2, "eval", run, data, "--max-new-tokens", "-5")
     assert "--limit: found 0" in fails(capsys, 2, "eval", run, data, "--limit", "0")
@@ -319,6 +343,36 @@ def test_places_that_may_not_be_written_to_are_refused_before_work(
     assert f"--out: {refused}" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "a" / "b")
     assert f"save_path: {refused}" in fails(capsys, 2, "train", trained / "recipe.yaml", f"save_path={tmp_path}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_says_what_is_left(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    finish = engine.Engine._finish
+    monkeypatch.setattr(engine.Engine, "_finish", lambda self, n, draft: stop() if n else finish(self, n, draft))
+    (tmp_path / "prompts.txt").write_text("go on from ada\ngo on from bo\n")
+    generating = ("generate", trained / "runs" / "run", "--file", tmp_path / "prompts.txt", "--max-new-tokens", "4")
+    assert main([str(a) for a in generating]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and "None" not in shown.out
+    assert shown.err.endswith("coconut-fast: error: interrupted: 1 of 2 answers were finished\n")
+
+    monkeypatch.setattr("coconut_fast.train.run.run", stop)
+    training = ("train", trained / "recipe.yaml")
+    assert fails(capsys, 1, *training, "name=run").endswith("interrupted: the same command goes on from checkpoint-9")
+    assert fails(capsys, 1, *training, "name=new").endswith("begins anew, there is no checkpoint yet")
+
+    def half_imported(_: object) -> None:
+        try:
+            stop()
+        except KeyboardInterrupt as error:
+            raise ImportError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr("coconut_fast.train.recipe.read_recipe", lambda *_: half_imported(_))
+    assert fails(capsys, 1, *training) == "coconut-fast: error: interrupted"
 
 
 def test_failures_while_running_exit_1(

@@ -17,6 +17,28 @@ WEIGHTS = ("fp32", "bf16", "int8")
 MODEL_HELP = "a run's directory, a model directory, an official checkpoint file, or a hub id"
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes a command's options in front of, between and behind its other arguments.
+
+    Up to Python 3.12.6 argparse takes an argument that may be absent for absent once an option comes first, as in
+    `generate MODEL --num-thoughts 6 PROMPT`.
+    """
+
+    _alone = False  # within parse_known_intermixed_args, which asks for options alone, then for the rest
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if self._alone or self._subparsers is not None:  # what follows a command's name is its own parser's
+            return super().parse_known_args(args, namespace)
+        self._alone = True
+        try:
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._alone = False
+        if unknown:  # said here, below the usage of this command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def add_command(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
     """A subcommand whose --help ends with an example."""
     return commands.add_parser(

@@ -68,7 +68,9 @@ def read_prompts_file(path: str) -> list[str]:
     if path.endswith((".json", ".jsonl")):
         return read_questions(path)
     # Not splitlines(), which also cuts at characters that may stand in a prompt (form feeds, U+2028).
-    prompts = [line.removesuffix("\r") for line in read_text(Path(path)).split("\n") if line.strip()]
+    prompts = [
+        line.removesuffix("\r") for line in read_text(Path(path), "a file of prompts").split("\n") if line.strip()
+    ]
     if not prompts:
         raise ValueError(f"--file: {path} is empty, expected one prompt per line")
     return prompts
@@ -81,6 +83,8 @@ def _answer(model: Any, prompts: list[str], arguments: argparse.Namespace) -> No
     options = {name: getattr(arguments, name) for name in (*names, "weights")}
     output = generate(model, prompts, **options)
     for number, text in enumerate(output.texts):
+        if output.token_ids[number] is None:
+            continue  # not finished when the user interrupted
         if arguments.json:
             record = {
                 "prompt": prompts[number // arguments.num_samples],
@@ -92,4 +96,5 @@ def _answer(model: Any, prompts: list[str], arguments: argparse.Namespace) -> No
         else:
             print(text, flush=True)
     if output.stats.interrupted:
-        raise KeyboardInterrupt
+        finished = len(output.texts) - output.token_ids.count(None)
+        raise KeyboardInterrupt(f"{finished} of {len(output.texts)} answers were finished")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coconut_fast.commands.common import add_command, quiet
@@ -35,9 +36,15 @@ def _train(arguments: argparse.Namespace) -> int:
         if first:
             _evaluate(settings)
         return 0
+    from coconut_fast.train import saving
     from coconut_fast.train.run import run
 
-    folder = run(settings)
+    try:
+        folder = run(settings)
+    except KeyboardInterrupt:
+        kept = saving.checkpoints(Path(settings.output_dir))
+        again = f"goes on from {kept[-1].name}" if kept else "begins anew, there is no checkpoint yet"
+        raise KeyboardInterrupt(f"the same command {again}") from None
     if first:
         print(folder)
     return 0

@@ -143,12 +143,12 @@ def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, expected: str = "a file of problems") -> str:
     """The whole of a UTF-8 file (a byte order mark is dropped). ValueError where it cannot be read or is not UTF-8."""
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a file of problems") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

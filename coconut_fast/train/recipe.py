@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.arguments import OURS, CoconutArguments
 
 FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets the earlier ones win
 RENAMED = {"model_id": "model"}
@@ -104,7 +104,12 @@ def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
     known = [*TYPES, *FLAGS, "model_id", "bf16"]
     for key in found:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {_nearest(str(key), known)!r}")
+            named = (
+                f"it is called {OURS[key]} here"
+                if key in OURS
+                else f"the nearest known one is {_nearest(str(key), known)!r}"
+            )
+            raise ValueError(f"{where}: unknown key {key!r}; {named}")
     result = {key: value for key, value in found.items() if key not in official}
     if "model_id" in found:
         result["model"] = found["model_id"]
