@@ -96,7 +96,7 @@ def run_demo(
     print(result_table(results))
     forced = accuracy_by_thoughts(models["Coconut"], test)
     print("\nThe same Coconut model, made to speak after fewer thoughts (it then writes the rest of the chain):\n")
-    print("   ".join(f"{count} thoughts {100 * value:.1f}%" for count, value in enumerate(forced)))
+    print("   ".join(f"{n} thought{'s' if n != 1 else ''} {100 * value:.1f}%" for n, value in enumerate(forced)))
     write_results(folder / "results", results, {"seed": seed, "accuracy_by_thoughts": forced})
 
     curves = {name: folder / settings_name(changes) for name, changes in RUNS.items()}

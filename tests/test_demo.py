@@ -24,7 +24,7 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for name in demo.RUNS:
         assert f"\n{name} " in printed
     assert f"coconut-fast generate {out}/coconut '" in printed
-    assert "accuracy" in printed and "tokens" in printed and "s / example" in printed
+    assert "accuracy" in printed and "tokens" in printed and "ms / example" in printed
     for picture in (demo.CURVES, demo.THOUGHTS):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     results = json.loads((out / "results" / "results.json").read_text())

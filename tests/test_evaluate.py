@@ -103,7 +103,7 @@ def test_tables_and_files(tmp_path: Path) -> None:
     )
     table = result_table({"ours": result, "other one": result}).splitlines()
     assert table[0].split()[:3] == ["model", "accuracy", "tokens"]
-    assert table[2].split() == ["ours", "50.0%", "8.5", "6.0", "0.2500", "2"]
+    assert table[2].split() == ["ours", "50.0%", "8.5", "6.0", "250.00", "2"]
     assert len({len(line) for line in table}) == 1
     write_results(tmp_path, {"ours": result}, {"data": "test.json"})
     saved = json.loads((tmp_path / "results.json").read_text())

@@ -60,6 +60,29 @@ def test_final_epochs_end_a_run_by_count() -> None:
     assert schedule.stages_by_count() == [0, 0, 0, 1], "what it lasts at the most"
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"last_stage": 7, "epochs_per_stage": 5, "num_epochs": 50}, "0 to 6: 5 epochs each; 7: 15 epochs"),
+        (
+            {"last_stage": 4, "epochs_per_stage": 3, "num_epochs": 25, "first_epoch": 3},
+            "1 to 3: 3 epochs each; 4: 13 epochs",
+        ),
+        ({"last_stage": 0, "num_epochs": 1}, "0: 1 epoch"),
+        (
+            {"last_stage": 3, "epochs_per_stage": 2, "first_stage_epochs": 6, "num_epochs": 20, "advance_at": [0.9]},
+            "0: at most 6 epochs, until accuracy 0.9; 1 to 2: 2 epochs each; 3: the rest of 20 epochs",
+        ),
+        (
+            {"last_stage": 2, "epochs_per_stage": 2, "num_epochs": 20, "advance_at": 0.9, "final_epochs": 3},
+            "0 to 1: at most 2 epochs each, until accuracy 0.9; 2: 3 epochs",
+        ),
+    ],
+)
+def test_a_plan_in_words(plan: dict, words: str) -> None:
+    assert StageSchedule(**plan).in_words() == words
+
+
 def test_optimizer_resets() -> None:
     def at(how: str) -> list[int]:
         schedule = StageSchedule(last_stage=2, epochs_per_stage=2, num_epochs=6, reset_optimizer=how)

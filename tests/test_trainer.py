@@ -197,7 +197,7 @@ def test_the_learning_rate_ends_where_final_epochs_end_the_run(
     folder = run(tiny(tmp_path, **changes))
     rates = [r["learning_rate"] for r in read_metrics(folder / "metrics.jsonl") if "learning_rate" in r]
     assert len(rates) == 4 and rates[0] == 1e-2 and rates[-1] < 0.26e-2
-    assert "stages (stage x epochs) 0 x 1, 1 x 1, 2 x 1, 3 x 1\n" in capsys.readouterr().err
+    assert "\nstages      0 to 3: 1 epoch each\n" in capsys.readouterr().err
     with pytest.raises(ValueError, match=f"lr_schedule: found '{lr_schedule}', expected 'constant' or 'cosine_final'"):
         tiny(tmp_path, **changes, advance_at=0.9)
 

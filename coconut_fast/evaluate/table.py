@@ -10,18 +10,18 @@ from typing import Any
 from coconut_fast.files import write_atomically, write_json
 from coconut_fast.infer.answers import Evaluation
 
-COLUMNS = ("model", "accuracy", "tokens", "thoughts", "s / example", "examples")
+COLUMNS = ("model", "accuracy", "tokens", "thoughts", "ms / example", "examples")
 
 
 def result_table(results: Mapping[str, Evaluation]) -> str:
-    """One line per named result: accuracy in percent, generated tokens (thoughts included), seconds per example."""
+    """One line per named result: accuracy in percent, generated tokens (thoughts included), time per example."""
     rows = [
         (
             name,
             f"{100 * r.accuracy:.1f}%",
             f"{r.mean_tokens:.1f}",
             f"{r.mean_thoughts:.1f}",
-            f"{r.seconds_per_example:.4f}",
+            f"{1e3 * r.seconds_per_example:.2f}",
             str(len(r.predictions)),
         )
         for name, r in results.items()

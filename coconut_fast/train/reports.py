@@ -17,6 +17,7 @@ from coconut_fast.model.coconut import CoconutOutput
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
+HEADROOM = 1.15  # above the curves, for the names of stages
 DELAY = 2  # seconds until the progress bar appears
 SHOWN = {  # record -> progress bar
     "stage": "stage",
@@ -91,7 +92,7 @@ class Report(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self.shown |= {short: f"{logs[name]:.4g}" for name, short in SHOWN.items() if logs.get(name) is not None}
+        self.shown |= {short: figure(logs[name]) for name, short in SHOWN.items() if logs.get(name) is not None}
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
 
@@ -106,7 +107,7 @@ class Report(TrainerCallback):
         if state.is_world_process_zero and metrics:
             line = f"epoch {metrics['epoch']:g}  stage {metrics['stage']}  step {state.global_step}"
             names = ("eval_loss", "eval_accuracy", "eval_mean_tokens")
-            line += "".join(f"  {name[5:]} {metrics[name]:.4g}" for name in names if name in metrics)
+            line += "".join(f"  {name[5:]} {figure(metrics[name])}" for name in names if name in metrics)
             # tqdm.write would show a bar whose delay is not over, and leave it without a line end.
             shown = self.bar is not None and self.bar.format_dict["elapsed"] > DELAY
             (tqdm.write if shown else print)(line, file=sys.stderr)
@@ -116,6 +117,11 @@ class Report(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def figure(value: float) -> str:
+    """Four digits, and never an exponent for a large number."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def draw_curve(run: str | os.PathLike[str]) -> Path | None:
@@ -130,16 +136,16 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     scores = [(r["step"], r["eval_accuracy"]) for r in records if "eval_accuracy" in r]
     if not losses and not scores:
         return None
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    left = figure.subplots()
+    picture = Figure(figsize=(9, 4.5), layout="constrained")
+    left = picture.subplots()
     right = left.twinx()
     if losses:
         left.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=1, label="training loss")
     if scores:
         right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", markersize=3, label="accuracy")
     left.set(xlabel="step", ylabel="training loss", title=literal(Path(run).name))
-    left.set_ylim(bottom=0)
-    right.set(ylabel="validation accuracy", ylim=(0, 1.02))
+    left.set_ylim(0, HEADROOM * max((loss for _, loss in losses), default=0) or None)
+    right.set(ylabel="validation accuracy", ylim=(0, HEADROOM), yticks=[n / 5 for n in range(6)])
     for number, (start, stage) in enumerate(stage_starts(records)):
         left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
         height = 0.98 - 0.05 * (number % 2)  # neighbours that are close do not overlap
@@ -148,7 +154,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     left.legend(handles=handles, loc="lower left", fontsize=8)
     target = Path(run) / CURVE
     with write_atomically(target, binary=True) as file:
-        figure.savefig(file, dpi=120, format="png")
+        picture.savefig(file, dpi=120, format="png")
     return target
 
 

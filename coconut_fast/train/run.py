@@ -86,18 +86,14 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
     slot = METHODS[settings.method].slot
     slots = f", {settings.c_thought} {slot}{'s' if settings.c_thought != 1 else ''} per step" if slot else ""
-    epochs = schedule.stages_by_count()
-    planned = ", ".join(f"{s} x {epochs.count(s)}" for s in sorted(set(epochs)))
-    if schedule.advance_at is not None:
-        longest = ", ".join(f"{s} x {schedule.epochs_of(s)}" for s in range(schedule.last_stage))
-        planned = f"left at accuracy {schedule.advance_at}, after {longest} at the latest"
     held_out = f", {len(trainer.validation)} for validation" if trainer.validation else ""
     return "\n".join(
         [
             f"run         {settings.output_dir}" + (f", from {last.name}" if last else ""),
             f"model       {type(model.hf).__name__}, {size} parameters, {settings.precision}",
             f"problems    {len(trainer.rows)}{held_out}",
-            f"method      {settings.method}{slots}; stages (stage x epochs) {planned}",
+            f"method      {settings.method}{slots}",
+            f"stages      {schedule.in_words()}",
             f"batch       {trainer.sampler.rows_per_update} = {settings.batch_size_training} per process x "
             f"{settings.gradient_accumulation_steps} accumulated x {trainer.args.world_size} processes",
             f"device      {trainer.args.device}",

@@ -9,9 +9,10 @@ reproduced by its list of (stage, metric).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 RESETS = ("stage", "epoch", "never")
 
@@ -105,6 +106,22 @@ class StageSchedule:
         while (stage := self.next_stage(history)) is not None:
             history.append(EpochRecord(stage))
         return [record.stage for record in history]
+
+    def in_words(self) -> str:
+        """What is planned, as in "0: at most 6 epochs, until accuracy 0.9; 1 to 3: 2 epochs each; 4: 8 epochs"."""
+        counts = Counter(self.stages_by_count())
+        parts = []
+        for (count, until), group in groupby(sorted(counts), lambda s: (counts[s], self._left_at(s))):
+            stages = list(group)
+            name, each = (f"{stages[0]} to {stages[-1]}", " each") if len(stages) > 1 else (f"{stages[0]}", "")
+            epochs = f"{count} epoch{'s' if count != 1 else ''}{each}"
+            parts.append(f"{name}: {epochs}" if until is None else f"{name}: at most {epochs}, until accuracy {until}")
+        if self.last_stage in counts and self.advance_at is not None and self.final_epochs is None:
+            parts[-1] = f"{self.last_stage}: the rest of {self.num_epochs - self.first_epoch} epochs"
+        return "; ".join(parts)
+
+    def _left_at(self, stage: int) -> float | None:
+        return None if stage == self.last_stage else self.threshold(stage)
 
     def resets(self, history: Sequence[EpochRecord], stage: int) -> bool:
         """Whether the optimizer forgets its state before the epoch after `history`, which has `stage`."""
