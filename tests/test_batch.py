@@ -18,7 +18,7 @@ def test_passes_cut_rows_before_their_thoughts() -> None:
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 0, 2, 1, 2, 3, 4, 5]
     assert [p.source.tolist() for p in batch.passes] == [[], [1, 4], [0]]
     assert [p.thought_at.tolist() for p in batch.passes] == [[], [0, 1], [0]]
-    assert [p.detachable.tolist() for p in batch.passes] == [[], [1, 0], [0]]
+    assert [p.thoughts_after.tolist() for p in batch.passes] == [[], [1, 0], [0]]
     # row 0: 3 and 4 from the positions before them; row 1: 6; row 2: T from 7, 8 from T
     assert [p.targets.tolist() for p in batch.passes] == [[6, T], [8], [3, 4]]
     assert [p.loss_index.tolist() for p in batch.passes] == [[2, 4], [1], [0, 1]]

@@ -118,7 +118,7 @@ def _read(
             f"prompts: prompt {i} has {length} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
             f"is more than the {limit} positions of the model"
         )
-    return Prompt(tuple(ids), cut(ids, tokens.thought), max_new_tokens)
+    return Prompt(tuple(ids), split_at_thoughts(ids, tokens.thought), max_new_tokens)
 
 
 def as_trained(model: Coconut, ids: list[int]) -> list[int]:
@@ -150,7 +150,7 @@ def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
     return [*ids, *framed]
 
 
-def cut(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
+def split_at_thoughts(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
     """[a, b, T, T, c] -> (a b, 2 thoughts), (c, none)."""
     pieces: list[Piece] = []
     start, ids, left = 0, tuple(ids), ids.count(thought_id)

@@ -52,7 +52,7 @@ class Pass:
     max_length: int  # and the longest of its rows
     thought_at: torch.Tensor  # (len(rows),) int64: where in this pass the thoughts stand; empty for pass 0
     source: torch.Tensor  # (len(rows),) int64: the position in the previous pass whose hidden state is fed back
-    detachable: torch.Tensor  # (len(rows),) int64: how many thoughts of the row come after this one
+    thoughts_after: torch.Tensor  # (len(rows),) int64: of the row; below 0 for those added by train/buckets.py
     loss_index: torch.Tensor  # (N,) int64: positions in this pass that predict a labelled token
     targets: torch.Tensor  # (N,) int64: those tokens
     reads: Reads | None  # by the loss and the next thoughts; None where that is more than half of the pass
@@ -240,7 +240,7 @@ def cut(
                 max_length=int(stop_S[low:high].max()),
                 thought_at=_int64(offsets[:-1] if j else []),
                 source=_int64(ends_PB[j - 1, members] if j else []),
-                detachable=_int64(left_S[low:high] if j else []),
+                thoughts_after=_int64(left_S[low:high] if j else []),
                 loss_index=_int64(index),
                 targets=_int64(targets_T[start:stop][index]),
                 reads=make_reads(counts, unread_S[low:high]),

@@ -245,7 +245,7 @@ class Coconut(nn.Module):
         first_B = batch.passes[0].lengths  # which has all rows
         for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
-                thoughts_BD = self.feedback(self._detached(hidden[-1].index_select(0, p.source), p.detachable))
+                thoughts_BD = self.feedback(self._detached(hidden[-1].index_select(0, p.source), p.thoughts_after))
                 x_TD = x_TD.index_copy(0, p.thought_at, thoughts_BD.to(x_TD.dtype))
             ragged = Ragged(
                 cache=cache,

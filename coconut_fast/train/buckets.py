@@ -131,7 +131,7 @@ class _Plan:
         tokens, missing = p.stop - p.start, self.labelled[number] - p.loss_index.numel()
         # At tokens that differ as far as they can: the gradients of one token are added one after the other.
         idle = torch.arange(tokens - missing, tokens).remainder(tokens)
-        reads, left = None, p.detachable
+        reads, left = None, p.thoughts_after
         if number:
             left = torch.from_numpy(self.thoughts - number)  # below 0: a thought of nobody
         else:
@@ -140,7 +140,7 @@ class _Plan:
             p,
             max_query=_bound(p.max_query) if number else max_length,
             max_length=max_length,
-            detachable=left,
+            thoughts_after=left,
             loss_index=torch.cat([p.loss_index, idle]),
             targets=torch.cat([p.targets, p.targets.new_full((missing,), IGNORE)]),
             reads=reads and replace(reads, max_query=_bound(reads.max_query)),

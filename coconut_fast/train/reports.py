@@ -48,7 +48,7 @@ def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
     fed = [h[p.source] for h, p in zip(output.hidden_TD, passes[1:], strict=False)]
     if not fed:
         return None
-    own = torch.cat([p.detachable for p in passes]) >= 0  # the first pass has none
+    own = torch.cat([p.thoughts_after for p in passes]) >= 0  # not those that train/buckets.py has added
     norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
     return norms.where(own, 0.0).sum() / own.sum()
 
