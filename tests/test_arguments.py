@@ -108,7 +108,7 @@ def test_a_flag_that_would_leave_no_method_is_refused() -> None:
         make_arguments({"method": "cot"}, {"cot": False})
 
 
-def test_official_values() -> None:
+def test_official_values_keep_their_meaning() -> None:
     assert make_arguments({"bf16": True}).precision == "bf16_weights"
     assert make_arguments({"reset_optimizer": False}).reset_optimizer == "never"
     assert make_arguments({"lr": "1e-5"}).lr == 1e-5  # YAML 1.1 reads it as text
@@ -152,7 +152,7 @@ def test_overrides_win(official: Path) -> None:
         ("save_only_improve=true", "val_path: found none, expected a file, because save_only_improve looks at"),
     ],
 )
-def test_refuses(tmp_path: Path, override: str, message: str) -> None:
+def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str, message: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("model: gpt2\n")
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -179,7 +179,7 @@ def test_a_process_has_one_gpu_of_several(monkeypatch) -> None:
     assert (args.n_gpu, args.train_batch_size) == (1, 8)
 
 
-def test_refuses_files(tmp_path: Path) -> None:
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.yaml: cannot be read \(No such file"):
         read_recipe(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -201,7 +201,7 @@ def test_reference_agrees_with_dense_attention(dtype, options):
 
 @pytest.mark.parametrize("dims", [(8, 8), (12, 20), (80, 80), (128, 128), (256, 256), (192, 128), (5, 3), (16, 48)])
 @pytest.mark.parametrize("heads", [(2, 2), (6, 1), (4, 2), (3, 3)])
-def test_head_shapes(heads, dims):
+def test_every_head_count_and_width(heads, dims):
     check(make([1, 3, 30], [50, 3, 77], heads=heads, dims=dims))
     check(make([1, 3, 30], [50, 3, 77], heads=heads, dims=dims, dtype=FP64, softcap=2.0))
 
@@ -222,7 +222,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
         ops.extension().best_isa()
 
 
-def test_random_calls():
+def test_random_calls_agree_with_fp64():
     choose = random.Random(0).choice
     for _ in range(40):
         queries = [choose([0, 1, 2, 5, 17, 64, 140]) for _ in range(choose([1, 3]))] + [choose([1, 31])]
@@ -257,7 +257,7 @@ def test_a_window_of_one_copies_the_value():
     check(make([1, 40], [1, 60], dtype=FP64, window=1))
 
 
-def test_large_scores():
+def test_large_scores_do_not_overflow():
     case = make([1, 40], [100, 80])
     check(replace(case, query=case.query * 30))
     enormous = replace(case, query=case.query * 1e30)
@@ -334,7 +334,7 @@ def test_dropout_keeps_the_right_share_independently():
     assert not torch.equal(keep, dropout_keep(5 + 2**32, slots, heads, keys, 0.1).double())
 
 
-def test_empty_calls():
+def test_calls_without_queries_give_empty_results():
     case = make([0, 0], [5, 40])
     out, lse = ops.ragged_attention(case.query, case.keys, case.values, *case.where(), **case.keywords)
     assert out.shape == (0, 4, 64) and lse.shape == (0, 4)

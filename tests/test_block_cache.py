@@ -63,7 +63,7 @@ def test_contents_and_bounds(steps: list[tuple[bool, int, random.Random]]) -> No
     assert all((block == value).all() for block, value in held)
 
 
-def test_threads() -> None:
+def test_threads_never_share_a_block() -> None:
     def work(seed: int) -> bool:
         rng, held = random.Random(seed), []
         for _ in range(60):

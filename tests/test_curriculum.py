@@ -108,7 +108,7 @@ def test_icot_removal_smoothing_is_geometric():
     assert min(extra) == 0
 
 
-def test_markers():
+def test_markers_stand_where_asked_for():
     assert row("coconut", 1) == ([1, 2, 3, 91, 93, 92], [20, 30, 31, 32, 40, 41, 94])
     assert row("coconut", 1, markers=False)[0] == [1, 2, 3, 93]
     assert row("coconut", 1, tokens=BARE)[0] == [1, 2, 3, 93]  # a model trained without markers

@@ -39,7 +39,7 @@ def model(tmp_path: Path) -> Coconut:
         ("### ", ""),
     ],
 )
-def test_extraction(text: str, expected: str) -> None:
+def test_the_answer_stands_behind_the_last_mark(text: str, expected: str) -> None:
     assert extract_answer(text) == expected
 
 

@@ -105,7 +105,7 @@ def test_nan_and_inf_survive() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(64, 96), (63, 96)], ids=str)  # odd: never packed
-def test_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) -> None:
+def test_every_product_of_a_weight(dtype: torch.dtype, transposed: bool, shape: tuple[int, int]) -> None:
     """All products of a Weight, few rows and many, the second one with what the first has packed."""
     k, n = shape
     w, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (draw(k, n), draw(n, seed=1)))

@@ -25,7 +25,7 @@ def model():
 PROMPTS = [make_row(5, 2, 0, 1), make_row(12, 0, 0, 2), make_row(3, 5, 0, 3), [4, 5, 6], make_row(7, 1, 0, 4)]
 
 
-def test_thought_counts(model) -> None:
+def test_thoughts_are_counted_placed_or_replaced(model) -> None:
     own = generate(model, PROMPTS, max_new_tokens=4)
     assert own.num_thoughts == [2, 0, 5, 0, 1]
     question = PROMPTS[0][:5]
@@ -178,7 +178,7 @@ def test_rows_of_longrope_end_at_its_original_length() -> None:
         generate(model, [short, long], max_new_tokens=8)
 
 
-def test_no_prompts() -> None:
+def test_no_prompts_give_no_answers() -> None:
     model, _ = make_pair("gpt2")
     assert generate(model, []).token_ids == []
 

@@ -54,7 +54,7 @@ def test_mass_by_hops():
 
 
 @pytest.mark.parametrize("graph", [GRAPH, layered_trees(1, depth=3, width=3, extra_edges=4)[0]], ids=["odd", "layered"])
-def test_layout(graph: Graph):
+def test_nodes_stand_at_their_depth_and_trees_apart(graph: Graph):
     places = SearchTree(graph, torch.zeros(1, graph.num_nodes), ("",) * graph.num_nodes).layout()
     assert set(places) == set(range(graph.num_nodes)) and len(set(places.values())) == graph.num_nodes
     hops = graph.hops(graph.root)

@@ -210,7 +210,7 @@ def test_forked_rows_share_their_prompt() -> None:
 
 
 @pytest.mark.parametrize("feedback", ["rescale", "pause"])
-def test_feedback(feedback: str) -> None:
+def test_thoughts_go_through_the_feedback(feedback: str) -> None:
     hf = random_model("gpt2")
     model = wrap(hf, feedback=make_feedback(feedback, hf.get_input_embeddings()))
     runner = native.NativeModel(model, threads=1)

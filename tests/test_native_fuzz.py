@@ -61,7 +61,7 @@ def is_near_tie(plain: torch.nn.Module, prompt: list[int], ours: list[int], thei
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_random_batches(name: str) -> None:
+def test_random_batches_agree_with_the_oracle(name: str) -> None:
     family, changes = MODELS[name]
     model, plain = make_pair(family, **changes)
     exact = [native.NativeModel(model, weights=weights, threads=1) for weights in ("bf16", "int8")]

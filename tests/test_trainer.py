@@ -241,7 +241,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", None])
 @pytest.mark.parametrize("precision", ["bf16", "bf16_weights", "fp16"])
-def test_precisions(tmp_path: Path, precision: str, device: str | None) -> None:
+def test_every_precision_trains_and_keeps_its_weights_dtype(tmp_path: Path, precision: str, device: str | None) -> None:
     settings = {"precision": precision, "device": device, "feedback": "projection"}
     folder = run(tiny(tmp_path, **settings, num_epochs=3, eval_examples=2))
     model = load(folder)
@@ -261,7 +261,7 @@ def test_halves_are_computed_in_halves(tmp_path: Path) -> None:
     assert 0 < off["fp16"] < off["bf16"] < 0.1
 
 
-def test_symbols(tmp_path: Path) -> None:
+def test_graph_problems_train_as_symbols(tmp_path: Path) -> None:
     """Graph problems: stage s asks for a node s + 1 hops away, the last one for the target."""
     from coconut_fast.data.examples import write_examples
     from coconut_fast.data.graphs import layered_trees, symbolic_record
