@@ -27,8 +27,8 @@ def report(device: str | None = None) -> str:
         "versions": list(_versions()),
         "machine": list(_machine()),
         "C++ module": list(_extension()),
-        f"ops on {where}": list(_ops(chosen)),
         f"generation on {where}": list(_runners(chosen)),
+        f"ops on {where}": list(_ops(chosen)),
     }
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
 
@@ -69,7 +69,7 @@ def _extension() -> Iterator[str]:
             continue
         if name == "cuda":
             value = "yes" if value else f"no: {built['cuda_reason']}"
-        yield _line(name, str(value))
+        yield _line("C++ standard" if name == "cxx" else name, str(value))
     if built["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         yield f"built for torch {built['torch']}, but {torch.__version__} is installed: build it again"
 
