@@ -11,14 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from torch.cuda._utils import _get_device_index
 
-from coconut_fast import doctor, load, ops
+from coconut_fast import load
 from coconut_fast.cli import COMMANDS, main, make_parser
 from coconut_fast.commands.common import WEIGHTS as CLI_WEIGHTS
 from coconut_fast.commands.common import find_model
@@ -162,6 +160,20 @@ def test_generate(
     assert call(capsys, "generate", model, "--max-new-tokens", "4") == one, "prompts as they are typed"
 
 
+def test_a_model_that_is_not_here_is_told_before_the_hub_is_asked(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(path_or_id: str, **_: object) -> None:
+        assert "some-body/model is no path here: looking in the cache" in capsys.readouterr().err
+        raise ValueError("asked")
+
+    monkeypatch.setattr("coconut_fast.model.checkpoints.load", ask)
+    monkeypatch.setattr("coconut_fast.train.build.load", ask)
+    assert fails(capsys, 2, "generate", "some-body/model", "go").endswith("asked")
+    hub = ("tokenizer=null", "model=some-body/model", "name=hub")
+    assert fails(capsys, 2, "train", trained / "recipe.yaml", *hub).endswith("asked")
+
+
 def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained / "runs" / "run"
     call(capsys, "convert", "official", model, tmp_path / "checkpoint_9")
@@ -212,33 +224,6 @@ def test_only_eval(
     monkeypatch.setenv("RANK", "1")  # the official way is through torchrun, whose other processes leave it to the first
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert call(capsys, "train", tmp_path / "eval.yaml") == ""
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = call(capsys, "doctor", "--device", "cpu")
-    assert "ragged_attention" in shown and "torch " in shown and "ops on cpu\n" in shown
-    shown = call(capsys, "doctor", "--device", "cuda:77")
-    assert "\nops on cuda:77 (not here: what would be chosen)\n  ragged_attention" in shown
-    assert "\ngeneration on cuda:77 (not here: what would be chosen)\n" in shown
-
-
-def test_doctor_without_the_cpp_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> None:
-        raise ImportError("not built")
-
-    monkeypatch.setattr(ops, "extension", absent)
-    (line,) = doctor._runners(torch.device("cpu"))
-    assert "nothing: the C++ module, which lays out the cache, does not load" in line
-
-
-def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CUDA build on a GPU machine, of which this has only the answers."""
-    monkeypatch.setattr(ops, "extension", lambda: SimpleNamespace(build_info=lambda: {"cuda": True}))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", _get_device_index)
-    with pytest.raises(ValueError, match="Expected a cuda device"):
-        torch.cuda.get_device_name(torch.device("cpu"))
-    assert doctor._persistent(torch.device("cpu")) == "off: it runs on cuda, not on cpu"
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(

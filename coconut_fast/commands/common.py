@@ -71,6 +71,7 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
     quiet()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    tell_of_hub(path)
     return load(find_model(path), device=device, dtype=dtype, base=arguments.base)
 
 
@@ -82,6 +83,15 @@ def find_model(path: str) -> str | Path:
     if folder.is_dir() and not (folder / "config.json").is_file():
         return saving.best_or_last(folder) or path
     return path
+
+
+def tell_of_hub(path: str) -> None:
+    """A word where a model is not here: without a network transformers tries for half a minute."""
+    from coconut_fast.model.checkpoints import check_path
+
+    if not Path(path).exists():
+        check_path(path)  # a mistyped path is refused without asking
+        print(f"{path} is no path here: looking in the cache and on the hub of Hugging Face", file=sys.stderr)
 
 
 def set_progress_bars() -> None:

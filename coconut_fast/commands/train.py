@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut_fast.commands.common import add_command, quiet
+from coconut_fast.commands.common import add_command, quiet, tell_of_hub
 
 if TYPE_CHECKING:
     from coconut_fast.train.arguments import CoconutArguments
@@ -39,6 +39,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from coconut_fast.train import saving
     from coconut_fast.train.run import run
 
+    begins = not saving.checkpoints(Path(settings.output_dir))
+    if first and begins and isinstance(settings.model, str) and settings.load_model_path is None:
+        tell_of_hub(settings.model)
     try:
         folder = run(settings)
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ class GenerateOutput:
     token_ids: list[list[int] | None]  # without end-of-text
     num_thoughts: list[int]
     # (k, D) each: the hidden states fed back, one tensor for all samples of a prompt; None unless asked for.
-    thoughts: list[torch.Tensor | None] | None
+    thoughts: list[torch.Tensor | None] | None = field(repr=False)
     stats: GenerateStats = field(repr=False)
 
 
