@@ -25,6 +25,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt, checked and cut at its thoughts."""
+
     ids: tuple[int, ...]  # as the model sees them, thoughts marked by their token
     pieces: tuple[Piece, ...]
     max_new_tokens: int  # of each answer

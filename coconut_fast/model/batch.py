@@ -191,7 +191,8 @@ def cut(
 ) -> RaggedBatch:
     """`collate` of rows that stand one behind the other, none of them empty; its tensors are still apart.
 
-    Segments, suffix S, are those of pass 0, then those of pass 1, ..., each pass's by row.
+    A segment (suffix S) is what one row has in one pass: its tokens in front of the first thought, then those from each
+    thought up to the next. Segments stand pass by pass and, within one, by row; so do tokens, from `order_T` on.
     """
     starts_B, number_T, at_T, pass_T = row_major(lengths_B, ids_T, thought_id)
     thoughts_B = pass_T[starts_B + lengths_B - 1]
@@ -213,7 +214,7 @@ def cut(
     start_S = np.cumsum(count_S) - count_S
     stop_S = np.cumsum(counts_PB, axis=0)[pass_S, row_S]  # within the row
     left_S = thoughts_B[row_S] - pass_S
-    # In front of the first labelled position, or of the last token, which feeds the next thought.
+    # Unread is what stands in front of the first labelled position, but never a last token that feeds a thought.
     labelled_T = np.where(targets_T != IGNORE, np.arange(len(ids_T)), len(ids_T))
     unread_S = np.minimum(count_S - (left_S > 0), np.minimum.reduceat(labelled_T, start_S) - start_S)
     ends_PB = np.cumsum(counts_PB, axis=1) - 1  # where, in its pass, each row's last token stands
