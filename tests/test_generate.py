@@ -12,7 +12,9 @@ import torch
 from coconut_fast import generate, load, reference
 from coconut_fast.infer import engine, memory
 from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.train.build import build
 from tests.families import TOKENS, VOCAB, make_pair, make_row
+from tests.runs import tiny
 
 pytestmark = pytest.mark.usefixtures("runner")
 
@@ -223,6 +225,15 @@ def test_bad_input_is_refused_before_any_work(model, prompts, options, message) 
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **options)
     assert generate(model, [[1, 2]], max_new_tokens=1).token_ids  # usable afterwards
+
+
+def test_a_word_without_a_token_is_named(tmp_path) -> None:
+    """Where the vocabulary has no token for unknown words, as with the symbols of graph problems."""
+    model = build(tiny(tmp_path, tokenizer="symbols"), [])
+    assert generate(model, "1 2 [Q] 2 3 [R] 1", max_new_tokens=1).token_ids[0]
+    expected = "prompt 1 holds 'hello', which is none of the 40 words of the model's tokenizer"
+    with pytest.raises(ValueError, match=expected):
+        generate(model, ["1 2", "1 <|latent|> hello 2"], max_new_tokens=1)
 
 
 def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:

@@ -174,3 +174,11 @@ def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
         return model.tokenizer.encode(text + suffix, add_special_tokens=True)
     except (TypeError, UnicodeError) as error:  # half a surrogate pair, as undecodable bytes of a shell become
         raise ValueError(f"prompts: prompt {i} is not valid Unicode: {text!r}") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise  # tokenizers raises the bare class, for a word without a token where there is none for unknown ones
+        known = model.tokenizer.get_vocab()
+        word = next((word for word in text.split() if word not in known), text)
+        raise ValueError(
+            f"prompts: prompt {i} holds {word!r}, which is none of the {len(known)} words of the model's tokenizer"
+        ) from error
