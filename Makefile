@@ -17,6 +17,7 @@ install: $(VENV)/.built
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
 	  sys.exit("python %d.%d found, 3.11 to 3.13 needed; name one: make PYTHON=python3.12" % v)'
+	@echo "installing torch and what else is needed into $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -26,6 +27,7 @@ $(VENV)/.installed: requirements.txt
 EDITABLE = $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 IN_PLACE = $(BIN)/python setup.py --quiet build_ext --inplace
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py build_backend.py $(SOURCES)
+	@echo "compiling the C++ module (the whole of it takes some minutes on two cores)"
 	$(if $(filter-out csrc/%,$?),$(EDITABLE),$(IN_PLACE))
 	@$(BIN)/python -c 'from coconut_fast import ops; print("built:", ops.extension().build_info())'
 	touch $@

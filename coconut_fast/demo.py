@@ -85,7 +85,7 @@ def run_demo(
     models: dict[str, Coconut] = {}
     length: list[str] = []
     for number, (name, changes) in enumerate(RUNS.items(), 2):
-        print(f"{number}. {name}: training from scratch")
+        print(f"{number}. {name}: from scratch")
         run = train(read_recipe(find_recipe(), [*shared, *changes, *overrides, *length]))
         models[name] = load(run)
         length = length or [f"num_epochs={finished_epochs(run)}"]
