@@ -128,7 +128,8 @@ class Chain {
     int32_t row, position;
   };
 
-  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them, the first `finished` with their last.
+  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them, the first `finished` with their
+  // last token.
   struct Runs {
     int count = 0, finished = 0;
     std::vector<int32_t> rows, offsets, lengths;

@@ -164,14 +164,14 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
   const ChainShape& s = shape_;
   const auto store_to = [&](const Linear& linear, const Rows& rows) {
     return [&, out = rows.data.get(), stride = rows.stride](int c, const float* sums) {
-      const int width = linear.width();
-      kernels_.finish_store(sums, tokens, width, linear.bias ? linear.bias + c * width : nullptr, out + c * width, stride);
+      const int width = linear.width(), first = c * width;
+      kernels_.finish_store(sums, tokens, width, linear.bias ? linear.bias + first : nullptr, out + first, stride);
     };
   };
   const auto add_to = [&](const Linear& linear, const Rows& rows) {
     return [&, out = rows.data.get(), stride = rows.stride](int c, const float* sums) {
-      const int width = linear.width();
-      kernels_.finish_add(sums, tokens, width, linear.bias ? linear.bias + c * width : nullptr, out + c * width, stride);
+      const int width = linear.width(), first = c * width;
+      kernels_.finish_add(sums, tokens, width, linear.bias ? linear.bias + first : nullptr, out + first, stride);
     };
   };
   if (!prompt) look_ahead(t, tokens, cache, 0);

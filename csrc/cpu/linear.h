@@ -2,13 +2,13 @@
 //
 // Packing. Outputs go in blocks of 16 (one per 32-bit lane), `wide` (1, 2 or 4) blocks to a chunk. A chunk is
 //     [step of k][block of the chunk][16 outputs][k within the step]          one step = 64 bytes per block
-// where a step is one k in fp32, two in bf16 and four in int8: the operand order of VDPBF16PS, VPDPBUSD and of AMX tiles.
+// where a step is one k in fp32, two in bf16 and four in int8: the operand order of VDPBF16PS, VPDPBUSD and AMX tiles.
 // Chunks follow each other, so a thread that owns a range of chunks reads memory in one straight line.
 //
 // Sums. k is cut into segments (of `segment` values); within a segment one fp32 chain runs through k, and the segments'
 // sums are added in order. Every kernel of an instruction set does exactly this, however many rows it has at once, so
-// a row's result does not depend on the batch. (Isa::amx sums bf16 of 8 rows and more in the order of tiles, and of fewer
-// in that of vectors; int8 sums are exact integers everywhere.)
+// a row's result does not depend on the batch. (Isa::amx sums bf16 of 8 rows and more in the order of tiles, and of
+// fewer in that of vectors; int8 sums are exact integers everywhere.)
 //
 // int8 weights are stored plus 128, with one scale per output (and segment, if grouped). Where the CPU multiplies bytes
 // (VNNI, AMX) inputs become 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights
@@ -78,16 +78,16 @@ struct alignas(64) Ahead {  // a thread writes its own all the time
   }
 };
 
-// The weights a thread reads: its share of a matrix up to `end`, then its share of the next one, from `next` on. With one
-// or two rows `at` is where fetching stands, some KiB before the products; while its thread waits for others it goes on
-// up to `limit`.
+// The weights a thread reads: its share of a matrix up to `end`, then its share of the next one, from `next` on. With
+// one or two rows `at` is where fetching stands, some KiB before the products; while its thread waits for others it
+// goes on up to `limit`.
 struct alignas(64) Stream {
   const char *at = nullptr, *end = nullptr;
   const char *next = nullptr, *limit = nullptr;
 };
 
-// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches as much
-// as it reads: what the stream has next, or for more rows the next unit (chunk and segment), and what is ahead.
+// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches as
+// much as it reads: what the stream has next, or for more rows the next unit (chunk and segment), and what is ahead.
 using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
                               size_t out_stride, Stream& stream, Ahead& ahead);
 

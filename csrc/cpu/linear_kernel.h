@@ -175,7 +175,8 @@ static INLINE const char* fetch_of(const Unit& u, int group) {
 template <class P, int MR, int NB>
 static void row_group(const Unit& u, int row, int group) {
   const size_t w_step = u.linear->bytes_per_step();
-  const char* x = u.input->data + row * u.input->stride + size_t(u.segment) * u.linear->segment / P::kStep * P::kInputBytes;
+  const size_t before = size_t(u.segment) * u.linear->segment / P::kStep * P::kInputBytes;
+  const char* x = u.input->data + row * u.input->stride + before;
   const char* fetch = fetch_of(u, group);
   for (int j = 0; j < u.linear->wide; j += NB) {
     if constexpr (MR > 2) u.ahead->advance();
@@ -206,8 +207,10 @@ static void linear_chunk(const Linear& linear, int chunk, const Input& input, in
     u.steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / P::kStep;
     const char* following = u.weights + u.steps * linear.bytes_per_step();
     u.fetch = following == stream.end ? stream.next : following;
-    if (linear.scales)
-      u.scales = linear.scales + (size_t(chunk) * (linear.grouped ? segments : 1) + (linear.grouped ? u.segment : 0)) * linear.width();
+    if (linear.scales) {
+      const size_t index = linear.grouped ? size_t(chunk) * segments + u.segment : chunk;
+      u.scales = linear.scales + index * linear.width();
+    }
     for (int group = 0, row = 0; group < u.groups; ++group) {
       const int size = rows / u.groups + (group < rows % u.groups);
       switch (size) {

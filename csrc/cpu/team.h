@@ -1,5 +1,5 @@
-// A persistent team of threads: one run() wakes them, then phases are separated by spinning barriers (about 0.2 us where
-// every thread has a core) instead of a fork and join per layer. Between runs they sleep.
+// A persistent team of threads: one run() wakes them, then phases are separated by spinning barriers (about 0.2 us
+// where every thread has a core) instead of a fork and join per layer. Between runs they sleep.
 #pragma once
 
 #include <atomic>
