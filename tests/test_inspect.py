@@ -16,6 +16,7 @@ from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts, mar
 from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.build import build
+from coconut_fast.train.reports import draw_curve
 from tests.runs import MODEL, tiny
 
 #   0 -> 1 -> 2 -> 5        3 -> 4 is the other part; 6 stands alone
@@ -110,6 +111,13 @@ def test_learning_curves_are_drawn(tmp_path: Path):
     assert matplotlib.image.imread(picture)[..., :3].std() > 0.02
     with pytest.raises(ValueError, match=r"has no metrics.jsonl, expected the directory of a training run"):
         draw_learning_curves({"nothing": tmp_path / "nothing"}, tmp_path / "curves.png", title="")
+
+
+@pytest.mark.parametrize("skipped", [float("inf"), float("nan")])
+def test_a_run_with_a_skipped_step_has_its_curve(tmp_path: Path, skipped: float):
+    records = [{"step": step, "epoch": 1, "stage": 0, "loss": loss} for step, loss in enumerate((skipped, 2.0, 1.0), 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert matplotlib.image.imread(draw_curve(tmp_path))[..., :3].std() > 0.02
 
 
 @pytest.mark.parametrize(

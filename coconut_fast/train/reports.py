@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -144,7 +145,8 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     if scores:
         right.plot(*zip(*scores, strict=True), color="tab:orange", marker="o", markersize=3, label="accuracy")
     left.set(xlabel="step", ylabel="training loss", title=literal(Path(run).name))
-    left.set_ylim(0, HEADROOM * max((loss for _, loss in losses), default=0) or None)
+    highest = max((loss for _, loss in losses if math.isfinite(loss)), default=0)  # skipped steps log inf and nan
+    left.set_ylim(0, HEADROOM * highest or None)
     right.set(ylabel="validation accuracy", ylim=(0, HEADROOM), yticks=[n / 5 for n in range(6)])
     for number, (start, stage) in enumerate(stage_starts(records)):
         left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
