@@ -22,7 +22,7 @@ from benchmarks.shapes import DEVICE, make_hf, make_model, make_rows
 from coconut_fast import Coconut, ops
 from coconut_fast.kernels import matmul
 from coconut_fast.model import batch as ragged_batch
-from coconut_fast.model import deferred, weight
+from coconut_fast.model import coconut, deferred, weight
 from coconut_fast.model.batch import RaggedBatch, collate
 from coconut_fast.train.buckets import bucketed
 from coconut_fast.train.graphed import GraphedStep
@@ -47,7 +47,7 @@ def read_everything(model: Coconut) -> None:
 
 
 def products_by_onednn(model: Coconut) -> None:
-    weight._has_own_products = lambda tensor, dtype: False
+    weight.has_own_products = coconut.has_own_products = lambda tensor, dtype: False
 
 
 def products_by_mkl(model: Coconut) -> None:

@@ -35,6 +35,8 @@ FEW = 256  # rows up to which an fp32 product is cheaper than widening one in bf
 CHUNK_BYTES = 128 << 20  # of fp32 logits at a time: 668 rows of GPT-2's vocabulary
 DEVICE_CHUNK_BYTES = 640 << 20  # of logits on a GPU: 6,670 rows in 16 bits
 TILE = 64  # rows that a weight is padded to on a GPU
+OWN_DTYPES = (torch.float32, torch.bfloat16)  # of the operands of weight_gradient
+WeightGradient = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear_cross_entropy(
@@ -45,15 +47,21 @@ def linear_cross_entropy(
     *,
     scale: float = 1.0,
     softcap: float = 0.0,
+    weight_gradient: WeightGradient | None = None,
 ) -> Tensor:
-    """See the head of this file. Under autocast the products run in its dtype, as those of nn.Linear do."""
+    """See the head of this file. Under autocast the products run in its dtype, as those of nn.Linear do.
+
+    weight_gradient(g (N, V), hidden (N, D), dW so far or None) -> dW + g^T hidden in fp32, of fp32 or bf16 operands:
+    asked instead of a library's product, for fp32 weights on a CPU.
+    """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"linear_cross_entropy: expected hidden (N, D) and targets (N,), found {tuple(hidden.shape)} and "
             f"{tuple(targets.shape)}"
         )
-    function = _OnDevice if hidden.is_cuda and hidden.dtype != torch.float64 else _LinearCrossEntropy
-    return function.apply(hidden, weight, bias, targets, scale, softcap)
+    if hidden.is_cuda and hidden.dtype != torch.float64:
+        return _OnDevice.apply(hidden, weight, bias, targets, scale, softcap)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, weight_gradient)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -64,15 +72,16 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float,
+        weight_gradient: WeightGradient | None,
+    ) -> Tensor:  # fmt: skip
         device, compute = hidden.device.type, _compute_dtype(hidden)
         exact = torch.promote_types(compute, torch.float32)
         w, total, noted = weight.to(compute), hidden.new_zeros((), dtype=exact), None
         wants_grad = any(ctx.needs_input_grad)
         early = exact if compute == torch.float16 else compute  # of products before the incoming gradient is known
         rows = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
-        ctx.grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        ctx.grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad, weight_gradient)
         with torch.autocast(device, enabled=False):
             for start in range(0, max(len(hidden), 1), rows):
                 piece = slice(start, start + rows)
@@ -90,24 +99,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> Any:  # type: ignore[override]
         if not ctx.saved_tensors:
-            return *ctx.grads.scaled(grad_total), None, None, None
+            return *ctx.grads.scaled(grad_total), *[None] * 4
         g, h, w = ctx.saved_tensors
         grads = ctx.grads.fresh()
         grads.add(slice(None), (g * grad_total).to(h.dtype), h, w)
-        return *grads.scaled(None), None, None, None
+        return *grads.scaled(None), *[None] * 4
 
 
 class _Gradients:
     """dhidden, dweight and dbias, summed over chunks; None where nobody wants one. Made when first added to."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any, of_weight: WeightGradient | None
+    ) -> None:
         self.like, self.wanted = (hidden.detach(), weight.detach(), bias if bias is None else bias.detach()), wanted
+        self.of_weight = of_weight
         self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
     def fresh(self) -> _Gradients:
-        return _Gradients(*self.like, self.wanted)
+        return _Gradients(*self.like, self.wanted, self.of_weight)
 
     def add(self, piece: slice, g: Tensor, h: Tensor, w: Tensor) -> None:
         hidden, weight, bias = self.like
@@ -115,7 +127,9 @@ class _Gradients:
             if self.hidden is None:
                 self.hidden = torch.empty_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
             self.hidden[piece] = matmul(g, w)
-        if self.wanted[1]:
+        if self.wanted[1] and self.of_weight and weight.dtype == torch.float32 and h.dtype in OWN_DTYPES:
+            self.weight = self.of_weight(g, h, self.weight)
+        elif self.wanted[1]:
             if len(h) <= FEW and weight.dtype == torch.float32:
                 g, h = g.float(), h.float()
             part = matmul(g.T, h)
@@ -139,7 +153,8 @@ def _chunk(
     logits = matmul(h, w.T).to(exact)
     if bias is not None:
         logits += bias
-    logits *= scale
+    if scale != 1:
+        logits *= scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     slope = 1 - (logits / softcap).square() if softcap and wants_grad else None
@@ -153,7 +168,9 @@ def _chunk(
         return loss, None
     g = logits.sub_(lse_N1.masked_fill(ignored_N1, torch.inf)).exp_()  # of ignored rows 0
     g.scatter_add_(1, target_N1, ignored_N1.to(g.dtype) - 1)
-    return loss, g.mul_(scale) if slope is None else g.mul_(slope).mul_(scale)
+    if slope is not None:
+        g *= slope
+    return loss, g if scale == 1 else g.mul_(scale)
 
 
 class _OnDevice(torch.autograd.Function):

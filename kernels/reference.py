@@ -273,12 +273,14 @@ def ragged_attention_backward_ref(
 
 
 def linear_cross_entropy_ref(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float = 0.0
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float = 0.0,
+    weight_gradient: object = None,
+) -> Tensor:  # fmt: skip
     """The summed cross-entropy of a linear head: sum_n logsumexp(l_n) - l_n[target_n], l = scale * (hidden W^T + b).
 
     hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for a row that counts for nothing;
-    softcap: l = softcap * tanh(l / softcap). Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through.
+    softcap: l = softcap * tanh(l / softcap). Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through,
+    so weight_gradient, which says how the fused form makes dW, is not asked.
     """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coconut_fast import ops
 from coconut_fast.kernels import linear_cross_entropy as kernel
-from coconut_fast.kernels.reference import linear_cross_entropy_ref
+from coconut_fast.kernels.reference import linear_cross_entropy_ref, weight_gradient_ref
 from tests.compare import assert_as_good_as_torch
 
 
@@ -28,18 +29,24 @@ def _on_device(hidden, weight, bias, targets, *, scale: float = 1.0, softcap: fl
     return kernel._OnDevice.apply(hidden, weight, bias, targets, scale, softcap)
 
 
+def _gradient(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    ours = ops.choose("weight_gradient", left.device)[0] == "cpu"
+    return (ops.weight_gradient if ours else weight_gradient_ref)(left, right, into)
+
+
+@pytest.mark.parametrize("gradient", [None, _gradient], ids=["library", "own"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n", [0, 1, 5, 64])  # 64: several chunks
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-def test_linear_cross_entropy(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softcap: float) -> None:
+def test_linear_cross_entropy(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softcap: float, gradient) -> None:
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 13)
     options = {"scale": 0.6, "softcap": softcap}
     inputs = _inputs(n, bias, dtype)
     double = [x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
     truth = _run(linear_cross_entropy_ref, double, **options)
     plain = _run(linear_cross_entropy_ref, _inputs(n, bias, dtype), **options)
-    ours = _run(kernel.linear_cross_entropy, inputs, **options)
+    ours = _run(kernel.linear_cross_entropy, inputs, **options, weight_gradient=gradient)
     for name, *tensors in zip(["loss", "dhidden", "dweight", "dbias"], ours, plain, truth, strict=False):
         assert_as_good_as_torch(*tensors, what=name, working=dtype)
 
@@ -58,14 +65,24 @@ def test_rows_without_a_target_count_for_nothing(monkeypatch, n: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights() -> None:
-    inputs = _inputs(9, False, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = kernel.linear_cross_entropy(*inputs)
-    loss.backward()
-    exact = linear_cross_entropy_ref(*inputs)
-    assert loss.dtype == inputs[1].grad.dtype == torch.float32
-    assert 0 < (loss - exact).abs() < 0.02 * exact
+@pytest.mark.parametrize("n", [9, 64])  # 64: several chunks
+@pytest.mark.parametrize("gradient", [None, _gradient], ids=["library", "own"])
+def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights(monkeypatch, gradient, n: int) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 13)
+
+    def run(op, inputs: list, **options) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = op(*inputs, **options)
+        loss.backward()
+        return [loss.detach(), inputs[0].grad, inputs[1].grad]
+
+    ours = run(kernel.linear_cross_entropy, _inputs(n, False, torch.float32), weight_gradient=gradient)
+    plain = run(linear_cross_entropy_ref, _inputs(n, False, torch.float32))
+    truth = run(linear_cross_entropy_ref, _inputs(n, False, torch.float64))
+    assert all(x.dtype == torch.float32 for x in ours)
+    assert 0 < (ours[0] - truth[0]).abs() < 0.02 * truth[0]
+    for name, *tensors in zip(["loss", "dhidden", "dweight"], ours, plain, truth, strict=True):
+        assert_as_good_as_torch(*tensors, what=name, working=torch.bfloat16)
 
 
 @pytest.mark.parametrize("n", [14, 64])  # 64: several chunks

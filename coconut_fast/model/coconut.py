@@ -28,6 +28,7 @@ from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import Identity
 from coconut_fast.model.last_layer import only_reads
 from coconut_fast.model.parallel import refine
+from coconut_fast.model.weight import has_own_products
 from coconut_fast.tokens import LatentTokens
 
 
@@ -288,6 +289,7 @@ class Coconut(nn.Module):
             targets_N,
             scale=self.logits_scale,
             softcap=self.logits_softcap,
+            weight_gradient=ops.weight_gradient if has_own_products(weight_VD, weight_VD.dtype) else None,
         )
         return total / (batch.num_targets if num_items is None else num_items)
 

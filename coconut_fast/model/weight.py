@@ -29,7 +29,7 @@ class Weight:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transposed: bool) -> None:
         self.weight, self.bias, self.dtype, self.transposed = weight, bias, dtype, transposed
-        self.own = not (weight.shape[0] % 2 or weight.shape[1] % 2) and _has_own_products(weight, dtype)
+        self.own = not (weight.shape[0] % 2 or weight.shape[1] % 2) and has_own_products(weight, dtype)
         matrix = weight.T if transposed else weight
         self.matrix = matrix if self.own else matrix.to(dtype)
         self.vector = bias if bias is None else bias.to(dtype)
@@ -78,7 +78,7 @@ class Weight:
         return ops.packed_matmul(x, packed, matrix.shape[1], vector)
 
 
-def _has_own_products(weight: Tensor, dtype: torch.dtype) -> bool:
+def has_own_products(weight: Tensor, dtype: torch.dtype) -> bool:
     ours = (torch.float32, torch.bfloat16)
     if weight.dtype not in ours or dtype not in ours or not weight.is_cpu:
         return False
