@@ -39,7 +39,8 @@ static INLINE To bits(From v) {
 
 static INLINE Vec splat(float x) { return x - Vec{}; }
 
-static INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }   // b where one is NaN
+static INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }  // likewise
 
 // The sum of a vector's lanes, by halves.
 template <typename V>
@@ -99,6 +100,20 @@ static INLINE Vec exp(Vec x) {
   Vec y = p * power;
   y = x < -87.3f ? Vec{} : y;
   return x > 88.3f ? splat(INFINITY) : y;
+}
+
+// 2 to the power of x, within 2 ulp; x is held between -126 and 126, NaN stays NaN. Cheaper than exp() by a reduction.
+static INLINE Vec exp2(Vec x) {
+  x = smaller(splat(126.0f), larger(splat(-126.0f), x));
+  const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // see exp()
+  Vec p = splat(1.53458052e-4f);
+  p = p * r + 1.33999309e-3f;
+  p = p * r + 9.61848907e-3f;
+  p = p * r + 5.55032864e-2f;
+  p = p * r + 2.40226462e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+  return bits<Vec>(bits<WordVec>(p) + (bits<WordVec>(shifted) << 23));
 }
 
 // tanh to 2 ulp: an odd polynomial near zero, by exp elsewhere.
