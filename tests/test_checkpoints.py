@@ -154,6 +154,18 @@ def test_reference_checkpoints_of_either_kind_load(tmp_path) -> None:
         assert all(torch.equal(v, hf.state_dict()[k]) for k, v in loaded.hf.state_dict().items())
 
 
+def test_a_tied_head_need_not_be_in_a_reference_checkpoint(tmp_path) -> None:
+    hf = make_hf("gpt2")
+    hf.config.save_pretrained(tmp_path)
+    torch.save({k: v for k, v in hf.state_dict().items() if k != "lm_head.weight"}, tmp_path / "checkpoint")
+    loaded = load(tmp_path / "checkpoint", tokens=TOKENS)
+    assert torch.equal(loaded.hf.lm_head.weight, hf.transformer.wte.weight)
+    hf.config.tie_word_embeddings = False
+    hf.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\], unexpected nothing"):
+        load(tmp_path / "checkpoint", tokens=TOKENS)
+
+
 class _Evil:
     def __reduce__(self):
         return (print, ("code ran",))
@@ -213,17 +225,44 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
     with pytest.raises(ValueError, match="no config.json"):
         load(tmp_path / "alone")
     (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
-    with pytest.raises(ValueError, match="path_or_id: the tokenizer of .*torn does not load"):
+    with pytest.raises(ValueError, match="^the tokenizer of .*torn does not load"):
         load(tmp_path / "torn")
     (tmp_path / "torn" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="base: the configuration of .*torn does not load"):
+    with pytest.raises(ValueError, match="^the configuration of .*torn does not load"):
         load(tmp_path / "whole", base=tmp_path / "torn")
+    for name, content in (("text", b"hello, world"), ("json", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a whole torch checkpoint: it is none at all"):
+            load(tmp_path / name, tokens=TOKENS)
+    for name, odd in (("list", [1]), ("nested", {"model": state}), ("numbers", {1: torch.zeros(2)})):
+        torch.save(odd, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} holds a .*, expected tensors by name"):
+            load(tmp_path / name, tokens=TOKENS)
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "parallel")
+    with pytest.raises(ValueError, match=r"missing \['transformer.wte.*unexpected \['module.base_causallm.transformer"):
+        load(tmp_path / "parallel", tokens=TOKENS)
+    torch.save({**state, "base_causallm.transformer.wte.weight": torch.zeros(())}, tmp_path / "point")
+    with pytest.raises(ValueError, match="does not fit .*: size mismatch for transformer.wte.weight"):
+        load(tmp_path / "point", tokens=TOKENS)
     (tmp_path / "nothing").write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole torch checkpoint: it is empty"):
         load(tmp_path / "nothing", tokens=TOKENS)
     for path in (tmp_path / "nowhere", "./nowhere", "a/folder/nowhere", "tests/nowhere"):
         with pytest.raises(ValueError, match="no such file or directory"):
             load(path)
+
+
+def test_a_curriculum_of_another_version_is_refused(tmp_path) -> None:
+    hf = make_hf("gpt2", vocab_size=6)
+    hf.save_pretrained(tmp_path)
+    _tokenizer("a", "<<", "b", "c").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.settings = Settings(stage=1, curriculum={"c_thought": 1, "warmth": 2})
+    with pytest.raises(ValueError, match=r"coconut.json: curriculum: 'warmth' is unknown to this version"):
+        generate(model, "a b")
+    model.settings = Settings(stage=1, curriculum={"method": "magic"})
+    with pytest.raises(ValueError, match=r"coconut.json: curriculum: method: found 'magic'"):
+        generate(model, "a b")
 
 
 @pytest.mark.parametrize("name", ["hf.model.embed_tokens.weight", "hf.model.norm.weight", "feedback.3.bias"])
@@ -235,7 +274,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
         model.get_parameter(name).view(-1)[5] = value
     model.save_pretrained(tmp_path)
     shown = name.removeprefix("hf.")
-    with pytest.raises(ValueError, match=f"path_or_id: .*: the weight {shown} holds NaN or infinite"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: the weight {shown} holds NaN or infinite"):
         load(tmp_path)
 
 

@@ -79,9 +79,8 @@ def find_model(path: str) -> str | Path:
     """A run's directory that has checkpoints but is not finished stands for its stage's best one, else its last."""
     from coconut_fast.train import saving
 
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        return saving.best_or_last(folder) or path
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        return saving.best_or_last(Path(path)) or path
     return path
 
 
@@ -89,7 +88,7 @@ def tell_of_hub(path: str) -> None:
     """A word where a model is not here: without a network transformers tries for half a minute."""
     from coconut_fast.model.checkpoints import check_path
 
-    if not Path(path).exists():
+    if not os.path.exists(path):
         check_path(path)  # a mistyped path is refused without asking
         print(f"{path} is no path here: looking in the cache and on the hub of Hugging Face", file=sys.stderr)
 

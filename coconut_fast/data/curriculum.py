@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
+from typing import Any
 
 from coconut_fast.data.examples import TokenizedExample
 from coconut_fast.tokens import IGNORE, LatentTokens
@@ -114,6 +116,17 @@ class CurriculumConfig:
             or self.target == "random_frontier"
             or (self.method == "icot" and self.removal_smoothing < math.inf)
         )
+
+
+def saved_curriculum(saved: Mapping[str, Any]) -> CurriculumConfig:
+    """What a checkpoint's coconut.json says of its training. ValueError where another version, or a hand, wrote it."""
+    unknown = [name for name in saved if name not in CurriculumConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"coconut.json: curriculum: {unknown[0]!r} is unknown to this version of coconut_fast")
+    try:
+        return CurriculumConfig(**saved)
+    except ValueError as error:
+        raise ValueError(f"coconut.json: curriculum: {error}") from error
 
 
 def row_rng(seed: int, epoch: int, idx: int) -> random.Random:

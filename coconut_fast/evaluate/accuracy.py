@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coconut_fast.data.curriculum import METHODS, CurriculumConfig
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig, saved_curriculum
 from coconut_fast.data.examples import Example
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.coconut import Coconut
@@ -52,7 +52,7 @@ def trained_curriculum(
     if num_thoughts is not None and METHODS[asked].slot != "thought":
         raise ValueError(f"num_thoughts: found {num_thoughts}, expected none: method {asked!r} has no thoughts")
     if saved.curriculum is not None and saved.stage is not None and asked == saved.method:
-        return CurriculumConfig(**saved.curriculum), saved.stage
+        return saved_curriculum(saved.curriculum), saved.stage
     if METHODS[asked].slot is None:
         return CurriculumConfig(method=asked), 0
     count = num_thoughts if num_thoughts is not None else saved.num_thoughts

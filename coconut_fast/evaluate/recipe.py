@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from coconut_fast.data.curriculum import CurriculumConfig, num_slots
+from coconut_fast.data.curriculum import CurriculumConfig, num_slots, saved_curriculum
 from coconut_fast.data.examples import TokenizedExample
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.coconut import Coconut
@@ -39,7 +39,7 @@ def thoughts_of_recipe(settings: CoconutArguments, model: Coconut) -> tuple[int,
     `resume` agrees with that, and ValueError where the official code would silently take another number from it.
     """
     if model.settings.curriculum is not None and model.settings.stage is not None:
-        return model.settings.stage, CurriculumConfig(**model.settings.curriculum), settings.num_thoughts
+        return model.settings.stage, saved_curriculum(model.settings.curriculum), settings.num_thoughts
     config = settings.curriculum()
     last = config.max_latent_stage + 1
     if settings.num_thoughts is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
-from coconut_fast.data.curriculum import CurriculumConfig, question_row
+from coconut_fast.data.curriculum import question_row, saved_curriculum
 from coconut_fast.data.examples import TokenizedExample
 from coconut_fast.data.graphs import ANSWER
 from coconut_fast.model.coconut import Coconut
@@ -128,7 +128,7 @@ def as_trained(model: Coconut, ids: list[int]) -> list[int]:
     saved, tokens = model.settings, model.tokens
     if saved.curriculum is None or saved.stage is None or tokens.start in ids:
         return ids if saved.num_thoughts is None else with_thoughts(model, ids, saved.num_thoughts)
-    config = replace(CurriculumConfig(**saved.curriculum), pad_latent_to_max=True)
+    config = replace(saved_curriculum(saved.curriculum), pad_latent_to_max=True)
     cue = [] if saved.symbols is None else [ANSWER]
     question = TokenizedExample(ids, [], cue, cue=len(cue))
     return question_row(question, saved.stage, config, tokens)

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -57,20 +58,21 @@ def load(
     device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
     (see FEEDBACKS) or a module, default what the checkpoint was saved with. base: the directory or hub id that a torch
     file takes its configuration and tokenizer from, default the file's folder.
-    Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing or unexpected
-    weights, weights that are NaN or infinite, special tokens that cannot be known, and a model that cannot run ragged
+    Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing weights or
+    some of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
+    model), weights that are NaN or infinite, special tokens that cannot be known, and a model that cannot run ragged
     (see model/checks.py).
     """
     check_path(path_or_id)
     device = _check_arguments(device, dtype, tokens)
     path = Path(path_or_id)
     trained_tokens = False
-    if path.is_file():
+    if os.path.isfile(path):
         home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
         hf, trained_tokens = _read_reference(path, home)
     else:
         hf = _read_hugging_face(path_or_id)
-        home = path if path.is_dir() else str(path_or_id)
+        home = path if os.path.isdir(path) else str(path_or_id)
 
     saved = _read_coconut_json(home)
     tokenizer = _read_tokenizer(home)
@@ -79,8 +81,8 @@ def load(
     if tokens is None:
         if tokenizer is None:
             raise ValueError(
-                f"tokens: {path_or_id} has no tokenizer to take the special tokens from; "
-                "pass tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
+                f"tokens: {path_or_id} has no tokenizer to take the special tokens from; expected one beside "
+                "the weights, or tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
             )
         tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
     _check_tokens(tokens, hf)
@@ -91,8 +93,8 @@ def load(
     module = _read_feedback(feedback, saved, home, hf)
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
     model = model.to(device).eval()
-    check_finite(model, f"path_or_id: {path_or_id}")
-    check_ragged(model, f"path_or_id: {path_or_id}")
+    check_finite(model, str(path_or_id))
+    check_ragged(model, str(path_or_id))
     return model
 
 
@@ -101,12 +103,18 @@ def check_path(path_or_id: str | Path) -> None:
     if not isinstance(path_or_id, str | os.PathLike):
         raise ValueError(f"path_or_id: found {path_or_id!r}, expected a path or a hub id")
     path = Path(path_or_id)
-    # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for.
-    here = path.parent != Path(".") and path.parent.is_dir()
-    if not path.exists() and (here or not HUB_ID.fullmatch(str(path_or_id))):
-        raise ValueError(f"path_or_id: no such file or directory: {path_or_id}")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"path_or_id: {path} has no config.json; expected a model directory or a checkpoint file")
+    # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for. (Those of os.path:
+    # pathlib's raise for a name that is too long, as a prompt in a model's place may be, and for a closed folder.)
+    here = path.parent != Path(".") and os.path.isdir(path.parent)
+    if not os.path.exists(path) and (here or not HUB_ID.fullmatch(str(path_or_id))):
+        raise ValueError(f"no such file or directory: {path_or_id}")
+    if os.path.isdir(path):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise ValueError(f"{path} may not be read, expected a model directory or a checkpoint file")
+        if not os.path.isfile(path / "config.json"):
+            raise ValueError(f"{path} has no config.json; expected a model directory or a checkpoint file")
+    elif os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is a device, expected a model directory or a checkpoint file")
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -185,13 +193,35 @@ def add_latent_tokens(
 
 
 def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
+    """Where weights are missing or do not fit, transformers would draw them at random, with a warning at most."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path_or_id, dtype="auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        where = "" if Path(path_or_id).is_dir() else "no directory of that name is here, and from the hub it "
-        raise ValueError(
-            f"path_or_id: {path_or_id}: {where}does not load as a causal language model: {error}"
-        ) from error
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            path_or_id, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
+        where = "" if os.path.isdir(path_or_id) else "no directory of that name is here, and from the hub it "
+        raise ValueError(f"{path_or_id}: {where}does not load as a causal language model: {_reason(error)}") from error
+    unfit = None
+    if found["mismatched_keys"]:
+        name, shape, expected = min(found["mismatched_keys"])
+        unfit = f"{name} has shape {tuple(shape)}, expected {tuple(expected)}"
+    elif found["missing_keys"]:
+        unfit = _difference(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
+    if unfit:
+        raise ValueError(f"{path_or_id}: the weights do not fit config.json: {unfit}")
+    return hf
+
+
+def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    return f"missing {list(missing)[:3] or 'nothing'}, unexpected {list(unexpected)[:3] or 'nothing'}"
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error, whose next ones are advice on how to call that library."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
@@ -201,21 +231,24 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     than the configuration (the official code's runs without thoughts).
     """
     if isinstance(home, Path) and not (home / "config.json").is_file():
-        raise ValueError(f"path_or_id: {path} needs the model's config.json beside it; there is none in {home}")
+        raise ValueError(f"{path} needs the model's config.json beside it; there is none in {home}")
     state = _read_pickle(path)
     is_coconut = any(k.startswith(REFERENCE_PREFIX) for k in state)
     if is_coconut:
         # `embedding.weight` is the same tensor as the model's own table.
         state = {k.removeprefix(REFERENCE_PREFIX): v for k, v in state.items() if k.startswith(REFERENCE_PREFIX)}
+    floating = [v.dtype for v in state.values() if v.is_floating_point()]
     try:
         config = AutoConfig.from_pretrained(home)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"base: the configuration of {home} does not load: {error}") from error
-    floating = [v.dtype for v in state.values() if v.is_floating_point()]
-    with no_init_weights():  # all are read below: random ones took two thirds of the time
-        hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
+        with no_init_weights():  # all are read below: random ones took two thirds of the time
+            hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
+        raise ValueError(f"the configuration of {home} does not load: {_reason(error)}") from error
+    hf.tie_weights()  # left out with the initialisation; a tied head need not be in the file
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
-    table = next((k for k in names if k in state), None)
+    table = next((k for k in names if k in state and state[k].dim() == 2), None)
     rows = hf.get_input_embeddings().weight.shape[0]
     has_more_rows = table is not None and state[table].shape[0] > rows
     if table is not None and state[table].shape[0] != rows:
@@ -225,33 +258,31 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     except RuntimeError as error:
         wrong = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"path_or_id: {path} does not fit {home}: {wrong[0] if wrong else error}{more}") from error
+        raise ValueError(f"{path} does not fit {home}: {wrong[0] if wrong else error}{more}") from error
     # Old releases of transformers saved constant buffers; a tied head is not saved twice.
     unexpected = [k for k in unexpected if not k.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
     head = {k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight}
     missing = [k for k in missing if k not in head or table is None]
     if missing or unexpected:
-        raise ValueError(
-            f"path_or_id: {path} does not fit {home}: "
-            f"missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}"
-        )
-    hf.tie_weights()
+        raise ValueError(f"{path} does not fit {home}: {_difference(missing, unexpected)}")
     return hf, is_coconut or has_more_rows
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"path_or_id: {path} is refused: it holds more than tensors, and loading it could run code"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"path_or_id: {path} is not a whole torch checkpoint: {str(error) or 'it is empty'}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"path_or_id: {path} holds a {type(state).__name__}, expected a state dict of tensors")
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in many ways
+        with open(path, "rb") as file:
+            pickled = file.read(1) in (b"\x80", b"P")  # by itself, or in a zip file
+        if pickled and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
+        reason = _reason(error) if pickled else "it is none at all" if path.stat().st_size else "it is empty"
+        raise ValueError(f"{path} is not a whole torch checkpoint: {reason}") from error
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not tensors or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     return state
 
 
@@ -261,7 +292,7 @@ def _read_tokenizer(home: Path | str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(home)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"path_or_id: the tokenizer of {home} does not load: {error}") from error
+        raise ValueError(f"the tokenizer of {home} does not load: {error}") from error
 
 
 def _find(home: Path | str, name: str) -> Path | None:
@@ -281,10 +312,11 @@ def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
     try:
         saved = json.loads(file.read_text())
         known = {f.name for f in fields(Settings)}
-        saved["settings"] = {k: v for k, v in saved["settings"].items() if k in known}
+        saved["settings"] = asdict(Settings(**{k: v for k, v in saved["settings"].items() if k in known}))
         LatentTokens(**saved["tokens"])
-        saved["feedback"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(saved["feedback"], str):
+            raise TypeError(f"feedback: found {saved['feedback']!r}, expected its name")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{file}: expected tokens, settings and feedback as JSON, found {error!r}") from error
     return saved
 
@@ -300,12 +332,12 @@ def _read_feedback(
     if saved and saved["feedback"] == name and module.state_dict():
         weights = _find(home, FEEDBACK_WEIGHTS)
         if weights is None:
-            raise ValueError(f"path_or_id: {home} has no {FEEDBACK_WEIGHTS}, the weights of its feedback {name!r}")
+            raise ValueError(f"{home} has no {FEEDBACK_WEIGHTS}, the weights of its feedback {name!r}")
         try:
             module.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"path_or_id: {weights} does not load as a feedback {name!r}: {reason}") from error
+            raise ValueError(f"{weights} does not load as a feedback {name!r}: {reason}") from error
     return module
 
 

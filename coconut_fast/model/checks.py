@@ -34,6 +34,8 @@ def check_ragged(model: Coconut, what: str) -> None:
     attention once; and our head has to make the model's own logits of them.
     """
     name = type(model.hf).__name__
+    if model.num_layers < 1:
+        raise ValueError(f"{what}: {name} has {model.num_layers} layers, expected some")
     try:
         calls: list[tuple[int, int | None]] = []
         together_TD, theirs_TV = _run_together(model, calls)

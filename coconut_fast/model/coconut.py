@@ -44,6 +44,19 @@ class Settings:
     curriculum: dict[str, Any] | None = None  # the CurriculumConfig of its training, where it differs from the default
     symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, where they were
 
+    def __post_init__(self) -> None:
+        """ValueError for what somebody wrote into coconut.json by hand and nothing could use."""
+        for names, kind in (
+            (("num_thoughts", "stage"), int | None),
+            (("markers",), bool),
+            (("suffix", "method"), str),
+            (("curriculum", "symbols"), dict | None),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+                    raise ValueError(f"{name}: found {value!r}")
+
 
 @dataclass
 class CoconutOutput:

@@ -1,0 +1,100 @@
+"""Directories that hold no model, or half of one: one sentence that says what is wrong, and never random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coconut_fast import Coconut, load
+from tests.families import TOKENS, make_hf
+
+
+def _edited(folder, file: str, **changes) -> None:
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **changes}))
+
+
+def _without(state, name: str):
+    return {key: value for key, value in state.items() if key != name}
+
+
+C_FC = "transformer.h.1.mlp.c_fc.weight"
+UNFIT = {
+    "a weight is missing": (lambda state: _without(state, C_FC), rf"missing \['{C_FC}'\], unexpected nothing"),
+    "all are missing": (lambda state: {}, r"missing \['lm_head.weight', "),
+    "names of DataParallel": (
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        r"missing \['lm_head.weight', .* unexpected \['module.transformer.",
+    ),
+    "another shape": (
+        lambda state: {**state, C_FC: torch.zeros(2, 3)},
+        rf"{C_FC} has shape \(2, 3\), expected \(32, 128\)",
+    ),
+    "another vocabulary": (
+        lambda state: {**state, "transformer.wte.weight": torch.zeros(40, 32)},
+        r"transformer.wte.weight has shape \(40, 32\), expected \(96, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", UNFIT.values(), ids=UNFIT)
+def test_weights_that_do_not_fit_are_never_drawn_at_random(change, message: str, tmp_path) -> None:
+    """As transformers does, with a warning."""
+    make_hf("gpt2").save_pretrained(tmp_path)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{tmp_path}: the weights do not fit config.json: {message}"):
+        load(tmp_path, tokens=TOKENS)
+
+
+def test_a_missing_shard_is_named(tmp_path) -> None:
+    make_hf("gpt2").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"does not load as a causal language model: .*{shard.name}"):
+        load(tmp_path, tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "", "does not load as a causal language model: .*not a valid JSON"),
+        ("config.json", "[]", "does not load as a causal language model: Unrecognized model"),
+        ("config.json", "null", "does not load as a causal language model: "),
+        ("config.json", {"dtype": "bf16"}, "does not load as a causal language model: .*bf16"),
+        ("config.json", {"n_layer": "two"}, "does not load as a causal language model: .*'n_layer'.*'two'"),
+        ("config.json", {"n_layer": 0}, "GPT2LMHeadModel has 0 layers"),
+        ("config.json", {"model_type": "t5"}, "does not load as a causal language model: .*AutoModelForCausalLM.$"),
+        ("generation_config.json", "[]", "does not load as a causal language model: "),
+        ("tokenizer_config.json", "[]", "the tokenizer of .* does not load: "),
+        ("coconut.json", {"settings": []}, "coconut.json: expected tokens, settings and feedback as JSON"),
+        ("coconut.json", {"feedback": ["identity"]}, "coconut.json: expected .*found TypeError.*its name"),
+        ("coconut.json", {"settings": {"num_thoughts": "six"}}, "coconut.json: expected .*num_thoughts: found 'six'"),
+        ("coconut.json", {"settings": {"num_thoughts": -1}}, "coconut.json: expected .*num_thoughts: found -1"),
+        ("coconut.json", {"settings": {"suffix": None}}, "coconut.json: expected .*suffix: found None"),
+    ],
+)
+def test_files_that_make_no_sense_are_refused_in_one_sentence(file: str, content, message: str, tmp_path) -> None:
+    Coconut(make_hf("gpt2"), TOKENS).save_pretrained(tmp_path)
+    if isinstance(content, str):
+        (tmp_path / file).write_text(content)
+    else:
+        _edited(tmp_path, file, **content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_places_that_hold_no_model_are_refused(tmp_path, monkeypatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for device in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(ValueError, match=f"^{device} is a device, expected a model directory"):
+            load(device)
+    with pytest.raises(ValueError, match="^no such file or directory: Tom is a terpus"):
+        load("Tom is a terpus. " * 100)  # a prompt in the place of a model
+    make_hf("gpt2").save_pretrained(tmp_path / "closed")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may read anything
+    with pytest.raises(ValueError, match="closed may not be read, expected a model directory"):
+        load(tmp_path / "closed", tokens=TOKENS)
