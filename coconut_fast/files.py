@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +21,19 @@ UNFINISHED = ".unfinished-"  # the start of a directory's, while it is written o
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. ValueError where `path` is a folder or a
-    device.
+    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. A link stays one: what it points to is
+    written. ValueError where `path` is a folder or a device.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
-        raise ValueError(f"cannot write a file at {target}: a {'folder' if target.is_dir() else 'device'} is there")
+        raise ValueError(f"cannot write a file at {path}: a {'folder' if target.is_dir() else 'device'} is there")
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the rename stays within one file system; with process and thread, so that two of them
     # that write the same file do not write into each other's.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         with (
-            naming(target),
+            naming(path),
             open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file,
         ):
             yield file
@@ -72,20 +74,36 @@ def remove_unfinished(folder: Path) -> None:
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:
     """ValueError, opened by the setting's `name`, where a folder at `path` could be neither written to nor made."""
+    if not os.fspath(path):
+        raise ValueError(f"{name}: found nothing, expected a directory")
     for place in (Path(path), *Path(path).parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise ValueError(f"{name}: {place} may not be written to, expected a directory that may")
-            return
-        if place.exists():
-            raise ValueError(f"{name}: {place} is a file, expected a directory or nothing")
+        try:
+            found = os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"{name}: {place} cannot be a directory ({error.strerror})") from error
+        if not place.is_dir():
+            what = "a link to nothing" if stat.S_ISLNK(found.st_mode) and not place.exists() else "a file"
+            raise ValueError(f"{name}: {place} is {what}, expected a directory or nothing")
+        try:
+            with tempfile.TemporaryFile(dir=place):  # root, a file server or /proc do otherwise than permissions say
+                return
+        except OSError as error:
+            reason = error.strerror
+            raise ValueError(
+                f"{name}: {place} cannot be written to ({reason}), expected a directory that can"
+            ) from error
 
 
 def check_file(path: str | os.PathLike[str], name: str) -> None:
     """ValueError, opened by the setting's `name`, where no file could be written at `path`."""
-    if Path(path).is_dir():
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or os.fspath(path).endswith(os.sep):
         raise ValueError(f"{name}: {Path(path)} is a directory, expected a file or nothing")
-    check_folder(Path(path).parent, name)
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{name}: {Path(path)} is a device, expected a file or nothing")
+    check_folder((target if os.path.islink(path) else Path(path)).parent, name)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:

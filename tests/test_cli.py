@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -322,12 +324,32 @@ def test_places_that_may_not_be_written_to_are_refused_before_work(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, data = trained / "runs" / "run", trained / "val.json"
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write anywhere
-    refused = f"{tmp_path} may not be written to"
+
+    def temporary(dir: Path, really: Any = tempfile.TemporaryFile) -> Any:
+        if dir == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)  # root may write anywhere
+    refused = f"{tmp_path} cannot be written to (Permission denied), expected a directory that can"
     assert f"file: {refused}" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "1000000000")
     assert f"--out: {refused}" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "a" / "b")
     assert f"save_path: {refused}" in fails(capsys, 2, "train", trained / "recipe.yaml", f"save_path={tmp_path}")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+
+    monkeypatch.setattr("coconut_fast.model.checkpoints.load", lambda *_, **__: pytest.fail("loaded in vain"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to("absent")
+    (tmp_path / "there" / "results.json").mkdir(parents=True)
+    assert "target: /dev/full is a device" in fails(capsys, 2, "convert", "official", run, "/dev/full")
+    assert f"file: {tmp_path / 'pipe'} is a device" in fails(capsys, 2, "data", "graphs", tmp_path / "pipe")
+    assert f"file: {tmp_path / 'new'} is a directory" in fails(capsys, 2, "data", "graphs", f"{tmp_path}/new/")
+    nothing = f"--out: {tmp_path / 'nowhere'} is a link to nothing, expected a directory or nothing"
+    assert nothing in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "nowhere")
+    assert "results.json is a directory" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "there")
+    assert "--out: found nothing, expected a directory" in fails(capsys, 2, "eval", run, data, "--out", "")
+    assert "cannot be a directory (File name too long)" in fails(capsys, 2, "eval", run, data, "--out", "a" * 300)
 
 
 def test_an_interrupted_command_says_what_is_left(

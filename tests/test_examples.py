@@ -126,6 +126,21 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         pass
 
 
+def test_a_link_is_written_through(tmp_path):
+    """A file that lives on another disk stays there, with its link."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "link").symlink_to("disk/metrics.jsonl")
+    for text in ("first", "second"):  # the file need not be there yet
+        with write_atomically(tmp_path / "link") as file:
+            file.write(text)
+        assert (tmp_path / "link").is_symlink() and (disk / "metrics.jsonl").read_text() == text
+    with pytest.raises(KeyError), write_atomically(tmp_path / "link"):
+        raise KeyError("interrupted")
+    assert (disk / "metrics.jsonl").read_text() == "second"
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"] and os.listdir(disk) == ["metrics.jsonl"]
+
+
 class LetterTokenizer:
     """A tokenizer that shows what it was asked: one id per character, 1 in front where special tokens are asked for."""
 

@@ -218,3 +218,15 @@ def test_a_run_may_be_made_longer_and_cut_otherwise(stopped: Path) -> None:
     cut = {"batch_size_training": 4, "gradient_accumulation_steps": 4, "num_epochs": 5}
     assert start(stopped.parents[1], **cut) is None
     assert saving.checkpoints(stopped)[-1].name == "checkpoint-15"
+
+
+def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> None:
+    """As where one was moved to another disk."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for folder in (run / "checkpoint-2", disk):
+        folder.mkdir(parents=True)
+    (disk / "model.safetensors").write_bytes(b"weights")
+    (run / "checkpoint-1").symlink_to(disk)
+    saving.thin_out(run, 1, None)
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
+    assert (disk / "model.safetensors").read_bytes() == b"weights"

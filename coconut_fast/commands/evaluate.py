@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from coconut_fast.data.examples import read_examples
     from coconut_fast.evaluate.accuracy import evaluate
-    from coconut_fast.files import check_folder
+    from coconut_fast.evaluate.table import RESULTS
+    from coconut_fast.files import check_file, check_folder
     from coconut_fast.model.checkpoints import check_path
 
     for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_thoughts", 0)):
@@ -54,6 +55,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected {low} or more")
     if arguments.out is not None:
         check_folder(arguments.out, "--out")
+        check_file(Path(arguments.out) / RESULTS, "--out")
     for path in arguments.model:
         check_path(find_model(path))
     examples = read_examples(arguments.data)[: arguments.limit]
@@ -85,7 +87,7 @@ def _name(path: str, taken: dict[str, Any]) -> str:
 
 def show(results: dict[str, Evaluation], as_json: bool, out: str | None, facts: dict[str, Any]) -> None:
     """Prints results, and writes them where `out` says."""
-    from coconut_fast.evaluate.table import result_table, write_results
+    from coconut_fast.evaluate.table import RESULTS, result_table, write_results
 
     if as_json:
         print(json.dumps({name: result.summary() for name, result in results.items()}, indent=2))
@@ -93,4 +95,4 @@ def show(results: dict[str, Evaluation], as_json: bool, out: str | None, facts: 
         print(result_table(results))
     if out:
         write_results(out, results, facts)
-        print(f"wrote {out}/results.json", file=sys.stderr)
+        print(f"wrote {Path(out) / RESULTS}", file=sys.stderr)

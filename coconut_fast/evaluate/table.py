@@ -10,6 +10,7 @@ from typing import Any
 from coconut_fast.files import write_atomically, write_json
 from coconut_fast.infer.answers import Evaluation
 
+RESULTS = "results.json"
 COLUMNS = ("model", "accuracy", "tokens", "thoughts", "ms / example", "examples")
 
 
@@ -50,4 +51,4 @@ def write_results(
         with write_atomically(folder / f"{name}.jsonl") as file:
             for record in result.records():
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    write_json(folder / "results.json", {**(facts or {}), "results": summaries})
+    write_json(folder / RESULTS, {**(facts or {}), "results": summaries})

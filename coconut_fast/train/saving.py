@@ -110,8 +110,10 @@ def thin_out(run: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a directory so that no half of it is ever seen under its name."""
-    if folder.exists():
+    """Removes a directory so that no half of it is ever seen under its name. Of a link, what it points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         away = folder.with_name(f"{UNFINISHED}removed-{folder.name}")
         shutil.rmtree(away, ignore_errors=True)
         os.rename(folder, away)
