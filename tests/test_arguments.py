@@ -108,6 +108,27 @@ def test_a_flag_that_would_leave_no_method_is_refused() -> None:
         make_arguments({"method": "cot"}, {"cot": False})
 
 
+@pytest.mark.parametrize("text", ["no", "off", "yes", "true", "2026-11-26", "007", "1.10", "12:30", "1_000", "0x10"])
+def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
+    """YAML 1.1 would make False of `no`, a date of 2026-11-26, 7 of 007, 750 of 12:30."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"name: {text}  # of today\nsave_path: {text}\nmodel_id: {text}\nreset_optimizer: no\nreport_to: [a]\n"
+    )
+    found = read_recipe(file)
+    assert (found.name, found.save_path, found.model, found.load_model_path) == (text, text, text, None)
+    assert found.reset_optimizer == "never" and found.report_to == ["a"]
+    file.write_text("method: coconut\n")
+    found = read_recipe(file, [f"name={text}", f'save_path="{text}"', f"load_model_path={text}", "tokenizer=null"])
+    assert (found.name, found.save_path, found.load_model_path, found.tokenizer) == (text, text, text, None)
+    with pytest.raises(ValueError, match="method: found 'off', expected one of"):
+        read_recipe(file, ["method=off"])
+    with pytest.raises(ValueError, match="override: name: '2026-13-13' is not YAML"):
+        read_recipe(file, ["name=2026-13-13"])
+    with pytest.raises(ValueError, match="override: name: found None, expected text"):
+        read_recipe(file, ["name="])
+
+
 def test_official_values_keep_their_meaning() -> None:
     assert make_arguments({"bf16": True}).precision == "bf16_weights"
     assert make_arguments({"reset_optimizer": False}).reset_optimizer == "never"

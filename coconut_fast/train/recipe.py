@@ -27,6 +27,10 @@ FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets th
 RENAMED = {"model_id": "model"}
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-5, which YAML 1.1 reads as text
 TYPES = typing.get_type_hints(CoconutArguments)
+# Settings that are text; reset_optimizer may be true or false in the official files.
+TEXT = {"model_id", *(key for key, kind in TYPES.items() if str in (kind, *typing.get_args(kind)))} - {
+    "reset_optimizer"
+}
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -70,32 +74,39 @@ def make_arguments(
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """["lr=3e-4", "model.n_layer=2"] -> {"lr": "3e-4", "model.n_layer": 2}; values are YAML."""
+    """["lr=3e-4", "model.n_layer=2"] -> {"lr": "3e-4", "model.n_layer": 2}; values are YAML, but for text."""
     parsed = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"override: found {text!r}, expected key=value")
         try:
-            parsed[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            read, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a month 13
             raise ValueError(f"override: {key}: {value!r} is not YAML") from error
+        parsed[key.strip()] = _as_written(key.strip(), read, written)
     return parsed
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            text = file.read()
+        content, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a month 13
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{path}: not YAML{line}; expected lines of `key: value`") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, expected lines of `key: value`")
-    return content
+    return {key: _as_written(key, value, written.get(key, value)) for key, value in content.items()}
+
+
+def _as_written(key: str, value: Any, written: Any) -> Any:
+    """Text as it is written, where YAML reads `no` as False, 2026-11-26 as a date and 007 as 7."""
+    return value if key not in TEXT or isinstance(value, str | dict | list | None) else written
 
 
 def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
