@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import coconut_fast
 from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
-from coconut_fast.commands.common import Parser, set_progress_bars
+from coconut_fast.commands.common import Parser, format_warning, set_progress_bars
 
 COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command -> its exit code."""
     arguments = make_parser().parse_args(argv)
     set_progress_bars()
+    warnings.formatwarning = format_warning
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt as stop:

@@ -21,7 +21,7 @@ import yaml
 from coconut_fast import load
 from coconut_fast.cli import COMMANDS, main, make_parser
 from coconut_fast.commands.common import WEIGHTS as CLI_WEIGHTS
-from coconut_fast.commands.common import find_model
+from coconut_fast.commands.common import find_model, format_warning
 from coconut_fast.commands.evaluate import METHODS as CLI_METHODS
 from coconut_fast.commands.generate import read_prompts_file
 from coconut_fast.data.curriculum import METHODS
@@ -318,6 +318,11 @@ def test_progress_bars_come_late_from_one_process_and_write_little_to_log_files(
     assert show_bar(5, TQDM_DELAY="0", RANK="1") == ""
     few, many = show_bar(50, TQDM_DELAY="0"), show_bar(50, TQDM_DELAY="0", TQDM_MININTERVAL="0.01")
     assert 1 <= few.count("/50 [") < many.count("/50 [") / 2
+
+
+def test_warnings_of_ours_are_a_line() -> None:
+    assert format_warning("told", UserWarning, engine.__file__, 1) == "coconut-fast: warning: told\n"
+    assert format_warning("told", UserWarning, torch.__file__, 1).startswith(f"{torch.__file__}:1: UserWarning: told")
 
 
 def test_places_that_may_not_be_written_to_are_refused_before_work(

@@ -43,6 +43,7 @@ def test_the_answer_stands_behind_the_last_mark(text: str, expected: str) -> Non
     assert extract_answer(text) == expected
 
 
+@pytest.mark.filterwarnings("ignore:.*tokenizer does not know")
 def test_judgement_is_by_the_extracted_answer(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
     from coconut_fast.infer import answers
 
@@ -82,6 +83,13 @@ def test_answers_are_cut_to_the_positions_there_are(model: Coconut) -> None:
     assert evaluate(model, [long], num_thoughts=2, max_new_tokens=100).predictions[0].new_tokens <= 64
 
 
+def test_a_question_without_room_is_named(model: Coconut) -> None:
+    examples = [*chains(2), Example(" ".join(["go"] * 70), [], "ada")]
+    message = "^test.json: record 3: the question has 75 tokens with its thoughts, expected at most the 64 positions"
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, examples, num_thoughts=2, where="test.json")
+
+
 def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
     settings = tiny(tmp_path, tokenizer="symbols")
     model = build(settings, []).eval()
@@ -118,6 +126,7 @@ def test_a_long_problem_takes_nothing_from_the_others(model: Coconut) -> None:
     assert evaluate(model, [*short, long], num_thoughts=2, max_new_tokens=20).predictions[:4] == alone
 
 
+@pytest.mark.filterwarnings("ignore:.*tokenizer does not know")
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [

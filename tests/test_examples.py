@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from coconut_fast.data.examples import Example, read_examples, tokenize_examples, write_examples
 from coconut_fast.files import write_atomically, write_json
@@ -173,6 +177,41 @@ def test_a_tokenizer_without_end_of_text_is_refused():
     tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="no eos_token"):
         tokenize_examples([Example("q", [], "a")], tokenizer)
+
+
+def words_only(unk_token: str | None = None) -> PreTrainedTokenizerFast:
+    """A user's own tokenizer, of a few words; others are an error, or one token."""
+    known = ["<eos>", "is", "Tom", "a", "cat?", "###", "True", *filter(None, [unk_token])]
+    words = {word: number for number, word in enumerate(known)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=unk_token or "none"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token=unk_token)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "word"),
+    [
+        (Example("is Tom a dog?", [], "True"), "question", "dog?"),
+        (Example("is Tom a cat?", ["Tom is", "Tom was"], "True"), "steps", "was"),
+        (Example("is Tom a cat?", ["Tom is"], "False"), "answer", "False"),
+    ],
+)
+def test_a_word_without_a_token_is_named(monkeypatch: pytest.MonkeyPatch, wrong: Example, field: str, word: str):
+    monkeypatch.setattr("coconut_fast.data.examples.AT_ONCE", 2)
+    good = Example("is Tom a cat?", ["Tom is"], "True")
+    message = f"train.json: record 4, field '{field}': found '{re.escape(word)}', which is none of the 7 words"
+    with pytest.raises(ValueError, match=message):
+        tokenize_examples([good, good, good, wrong], words_only(), "train.json")
+
+
+def test_words_read_as_the_unknown_token_are_told_of():
+    good, odd = Example("is Tom a cat?", ["Tom is"], "True"), Example("is Rex a cat?", ["Rex is"], "False")
+    message = r"^val.json: the tokenizer does not know 3 of the words, first 'Rex' in record 2; .* as <unk>"
+    with pytest.warns(UserWarning, match=message):
+        tokenize_examples([good, odd], words_only("<unk>"), "val.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize_examples([good], words_only("<unk>"), "val.json")
 
 
 def test_threads_that_write_one_file_write_it_whole(tmp_path: Path):

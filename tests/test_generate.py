@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +16,7 @@ from coconut_fast.infer import engine, memory
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.train.build import build
 from tests.families import TOKENS, VOCAB, make_pair, make_row
-from tests.runs import tiny
+from tests.runs import chains, tiny
 
 pytestmark = pytest.mark.usefixtures("runner")
 
@@ -206,8 +208,15 @@ def test_no_prompts_give_no_answers() -> None:
         (None, {}, "prompts: expected a string, strings, or lists of token ids; found None"),
         ([[1], None], {}, "prompt 1 is None, expected a string or a list of token ids"),
         ([iter([1])], {}, "prompt 0 is <.*iterator .*, expected a string or a list of token ids"),
+        (torch.tensor(4), {}, r"lists of token ids; found tensor\(4\)"),
+        (np.array("go"), {}, "lists of token ids; found array"),
+        ([[1, 2], b"go"], {}, "prompt 1 is b'go', expected a string or a list of token ids"),
+        ([[1], [True, False]], {}, "prompt 1 holds booleans, expected token ids"),
+        ([torch.tensor([True, False])], {}, "prompt 0 holds booleans, expected token ids"),
+        ([np.array([True, False])], {}, "prompt 0 holds something that is no token id: 'numpy.bool"),
         ([[1, 2.5]], {}, "prompt 0 holds something that is no token id: 'float'"),
         ([[1, 2]], {"num_thoughts": 1.5}, "num_thoughts: expected an int of at least 0, found 1.5"),
+        ([[1, 2]], {"num_thoughts": "2"}, "num_thoughts: expected an int of at least 0, found '2'"),
         ([[1, 2]], {"temperature": "hot"}, "temperature: expected a finite number of at least 0, found 'hot'"),
         ([[1, 2]], {"temperature": float("nan")}, "temperature: expected"),
         ([[1, 2]], {"top_p": "x"}, "top_p: expected"),
@@ -234,6 +243,31 @@ def test_a_word_without_a_token_is_named(tmp_path) -> None:
     expected = "prompt 1 holds 'hello', which is none of the 40 words of the model's tokenizer"
     with pytest.raises(ValueError, match=expected):
         generate(model, ["1 2", "1 <|latent|> hello 2"], max_new_tokens=1)
+
+
+def test_words_that_become_the_unknown_token_are_told_of(tmp_path) -> None:
+    """All become one token to the model, and nobody would know why its answers are poor."""
+    model = build(tiny(tmp_path), chains(8))
+    message = r"^prompts: the tokenizer does not know 4 of the words, first 'zorp,' in prompt 1; .* as <\|unknown\|>"
+    with pytest.warns(UserWarning, match=message) as told:
+        generate(model, ["go on from ada", "go zorp, blub", [7, 7], "zorp"], max_new_tokens=1)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, ["go on from ada", [2, 2]], max_new_tokens=1)  # 2: the token itself, as the caller wants it
+
+
+def test_prompts_may_be_of_any_sequence(model) -> None:
+    plain = generate(model, [[4, 5], [6, 7]], max_new_tokens=3).token_ids
+    for prompts in (
+        ((4, 5), (6, 7)),
+        np.array([[4, 5], [6, 7]]),
+        torch.tensor([[4, 5], [6, 7]]),
+        [np.array([4, 5], np.uint8), torch.tensor([6, 7])],
+        ([i, i + 1] for i in (4, 6)),
+        [range(4, 6), array("i", [6, 7])],
+    ):
+        assert generate(model, prompts, max_new_tokens=3).token_ids == plain
 
 
 def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:

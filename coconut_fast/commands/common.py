@@ -6,12 +6,16 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import coconut_fast
 
 if TYPE_CHECKING:
     from coconut_fast.model.coconut import Coconut
 
+_format_warning = warnings.formatwarning
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("fp32", "bf16", "int8")
 MODEL_HELP = "a run's directory, a model directory, an official checkpoint file, or a hub id"
@@ -103,6 +107,15 @@ def set_progress_bars() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "2")  # ten lines a second fill a log
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Warnings of ours are a line; those of libraries look as ever."""
+    if filename.startswith(os.path.dirname(coconut_fast.__file__)):
+        return f"coconut-fast: warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def quiet() -> None:

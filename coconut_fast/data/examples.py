@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,12 +113,13 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) ->
             file.write("\n")
 
 
-def tokenize_examples(examples: Sequence[Example], tokenizer: Any) -> list[TokenizedExample]:
+def tokenize_examples(examples: Sequence[Example], tokenizer: Any, where: str = "the data") -> list[TokenizedExample]:
     """Tokenize as the official code does, with any Hugging Face tokenizer.
 
     The question and "\\n" with the tokenizer's special tokens; each step and "\\n" without; "### " and the answer
     without, then end-of-text. The pieces are tokenized apart, so a tokenizer that merges across them is fine.
-    ValueError where the tokenizer has no end-of-text token.
+    where: the file the problems are from. ValueError where the tokenizer has no end-of-text token, or none for a word;
+    a warning where it reads words as its unknown token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -126,15 +128,75 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any) -> list[Token
     with tqdm(total=len(examples), desc="tokenize", unit="problem", delay=2) as bar:
         for start in range(0, len(examples), AT_ONCE):
             some = examples[start : start + AT_ONCE]
-            questions = _encode(tokenizer, [example.question + "\n" for example in some], special=True)
-            steps = iter(_encode(tokenizer, [step + "\n" for example in some for step in example.steps], special=False))
-            answers = _encode(tokenizer, ["### " + example.answer for example in some], special=False)
+            try:
+                questions = _encode(tokenizer, [example.question + "\n" for example in some], special=True)
+                chains = _encode(tokenizer, [step + "\n" for example in some for step in example.steps], special=False)
+                answers = _encode(tokenizer, ["### " + example.answer for example in some], special=False)
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise  # tokenizers raises the bare class, for a word where no token stands for unknown ones
+                raise _unreadable(some, tokenizer, start, where) from error
+            steps = iter(chains)
             tokenized += [
                 TokenizedExample(question, [next(steps) for _ in example.steps], [*answer, eos], idx)
                 for idx, (example, question, answer) in enumerate(zip(some, questions, answers, strict=True), start)
             ]
             bar.update(len(some))
+    texts = (" ".join((e.question, *e.steps, "###", e.answer)) for e in examples)
+    pieces = ((e.question_ids, *e.steps_ids, e.answer_ids) for e in tokenized)
+    warn_of_unknown(tokenizer, zip(texts, pieces, strict=True), where, "record", 1)
     return tokenized
+
+
+def _unreadable(examples: Sequence[Example], tokenizer: Any, start: int, where: str) -> ValueError:
+    for number, example in enumerate(examples, start + 1):
+        for name, text in (
+            ("question", example.question),
+            *(("steps", step) for step in example.steps),
+            ("answer", f"### {example.answer}"),
+        ):
+            if (word := unknown_word(tokenizer, text)) is not None:
+                return ValueError(
+                    f"{where}: record {number}, field {name!r}: found {word!r}, which is none of the "
+                    f"{len(tokenizer.get_vocab())} words of the model's tokenizer"
+                )
+    return ValueError(f"{where}: the model's tokenizer cannot read records {start + 1} to {start + len(examples)}")
+
+
+def warn_of_unknown(
+    tokenizer: Any, read: Iterable[tuple[str, Iterable[Sequence[int]]]], where: str, each: str, start: int
+) -> None:
+    """A warning where words of a text stand among its token ids as the unknown one: how many do, and the first.
+
+    read: (a text, its token ids in pieces), numbered from `start` in the message, as `each` ("record") of `where`.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return  # GPT-2 calls its end-of-text so, too, and knows all bytes
+    count, first = 0, ""
+    for number, (text, pieces) in enumerate(read, start):
+        found = sum(ids.count(unknown) for ids in pieces)
+        if found and not count:
+            first = f"{(unknown_word(tokenizer, text) or text)!r} in {each} {number}"
+        count += found
+    if count:
+        warnings.warn(
+            f"{where}: the tokenizer does not know {count} of the words, first {first}; "
+            f"the model reads them as {tokenizer.unk_token}",
+            stacklevel=3,
+        )
+
+
+def unknown_word(tokenizer: Any, text: str) -> str | None:
+    """The first word of a text that a tokenizer has no token for, or only the unknown one; None: it knows them all."""
+
+    def known(word: str) -> bool:
+        try:
+            return tokenizer.unk_token_id not in tokenizer.encode(word, add_special_tokens=False)
+        except Exception:  # tokenizers raises nothing narrower
+            return False
+
+    return next((word for word in text.split() if not known(word)), None)
 
 
 def _encode(tokenizer: Any, texts: list[str], *, special: bool) -> list[list[int]]:

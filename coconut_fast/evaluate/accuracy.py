@@ -38,6 +38,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         weights=weights,
+        where=where,
     )
 
 

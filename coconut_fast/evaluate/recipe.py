@@ -29,6 +29,7 @@ def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
         num_thoughts=num_thoughts,
         max_new_tokens=settings.answer_length(),
         batch_size=settings.eval_batch_size,
+        where=str(settings.val_path),
     )
 
 

@@ -135,10 +135,14 @@ def answer(
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     weights: str | None = None,
+    where: str = "the data",
 ) -> Evaluation:
-    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for behind each prompt."""
+    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for behind each prompt.
+
+    ValueError, naming the record of `where`, for a prompt that has no room itself.
+    """
     mark = "#" if model.settings.symbols is None else "[A]"
-    limits = [_limit(model, problem, num_thoughts, max_new_tokens) for problem in problems]
+    limits = [_limit(model, problem, num_thoughts, max_new_tokens, where) for problem in problems]
     start = time.perf_counter()
     output = generate(
         model,
@@ -173,10 +177,15 @@ def answer(
     return Evaluation(predictions, seconds)
 
 
-def _limit(model: Coconut, problem: Problem, num_thoughts: int | None, max_new_tokens: int) -> int:
+def _limit(model: Coconut, problem: Problem, num_thoughts: int | None, max_new_tokens: int, where: str) -> int:
     """Tokens that are wanted of a problem's answer and have room behind its prompt; the last one is never read."""
     wanted = min(problem.length or max_new_tokens, max_new_tokens)
     if model.max_positions is None:
         return wanted
     prompt = problem.prompt if num_thoughts is None else with_thoughts(model, problem.prompt, num_thoughts)
-    return max(1, min(wanted, model.max_positions - len(prompt) + 1))
+    if len(prompt) > model.max_positions:
+        raise ValueError(
+            f"{where}: record {problem.idx + 1}: the question has {len(prompt)} tokens with its thoughts, expected at "
+            f"most the {model.max_positions} positions of the model"
+        )
+    return min(wanted, model.max_positions - len(prompt) + 1)

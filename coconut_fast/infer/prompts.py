@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
+import torch
+
 from coconut_fast.data.curriculum import question_row, saved_curriculum
-from coconut_fast.data.examples import TokenizedExample
+from coconut_fast.data.examples import TokenizedExample, unknown_word, warn_of_unknown
 from coconut_fast.data.graphs import ANSWER
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.tokens import LATENT
@@ -46,17 +48,23 @@ def read_prompts(
     expected = "prompts: expected a string, strings, or lists of token ids; found"
     if isinstance(prompts, str):
         prompts = [prompts]
-    elif not isinstance(prompts, Iterable):
+    elif not isinstance(prompts, Iterable) or getattr(prompts, "shape", None) == ():
         raise ValueError(f"{expected} {prompts!r}")
     else:
         prompts = list(prompts)
-    if any(isinstance(p, int) or getattr(p, "shape", None) == () for p in prompts):
+    if any(isinstance(p, int) or (getattr(p, "shape", None) == () and not isinstance(p, str)) for p in prompts):
         raise ValueError(f"{expected} one flat list of ints")
     limits = _each("max_new_tokens", max_new_tokens, 1, len(prompts))
     counts = [None] * len(prompts) if num_thoughts is None else _each("num_thoughts", num_thoughts, 0, len(prompts))
     limit, vocabulary = model.max_positions, model.hf.get_input_embeddings().weight.shape[0]
     each = enumerate(zip(prompts, counts, limits, strict=True))
-    return [_read(model, limit, vocabulary, i, prompt, count, most) for i, (prompt, count, most) in each]
+    read = [_read(model, limit, vocabulary, i, prompt, count, most) for i, (prompt, count, most) in each]
+    asked = (
+        (prompt, (done.ids,)) if isinstance(prompt, str) else ("", ())
+        for prompt, done in zip(prompts, read, strict=True)
+    )
+    warn_of_unknown(model.tokenizer, asked, "prompts", "prompt", 0)
+    return read
 
 
 def whole(name: str, value: Any, low: int) -> int:
@@ -72,7 +80,7 @@ def whole(name: str, value: Any, low: int) -> int:
 
 def _each(name: str, value: Any, low: int, prompts: int) -> list[int]:
     """One int per prompt."""
-    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "shape", None) == ():
         return [whole(name, value, low)] * prompts
     values = list(value)
     if len(values) != prompts:
@@ -90,7 +98,7 @@ def _read(
     max_new_tokens: int,
 ) -> Prompt:
     tokens = model.tokens
-    if not isinstance(prompt, Collection):
+    if not isinstance(prompt, Collection) or isinstance(prompt, bytes | bytearray):
         raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
         raise ValueError(f"prompts: prompt {i} is empty")
@@ -99,6 +107,8 @@ def _read(
         if count is None and tokens.thought not in ids:
             ids = as_trained(model, ids)
     else:
+        if isinstance(next(iter(prompt)), bool) or getattr(prompt, "dtype", None) == torch.bool:
+            raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask in their place
         try:
             ids = array("q", prompt).tolist()  # 20 ns a token, where a loop of Python takes 60
         except OverflowError:
@@ -177,8 +187,8 @@ def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
     except Exception as error:
         if type(error) is not Exception:
             raise  # tokenizers raises the bare class, for a word without a token where there is none for unknown ones
-        known = model.tokenizer.get_vocab()
-        word = next((word for word in text.split() if word not in known), text)
+        word = unknown_word(model.tokenizer, text) or text
+        size = len(model.tokenizer.get_vocab())
         raise ValueError(
-            f"prompts: prompt {i} holds {word!r}, which is none of the {len(known)} words of the model's tokenizer"
+            f"prompts: prompt {i} holds {word!r}, which is none of the {size} words of the model's tokenizer"
         ) from error

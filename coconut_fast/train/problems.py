@@ -71,7 +71,7 @@ def tokenize(
         return symbolic_examples(graphs_of(examples, where), seed=seed, **symbols)
     if tokenizer is None:
         raise ValueError("tokenizer: the model has none, expected one to read questions with")
-    return tokenize_examples(examples, tokenizer)
+    return tokenize_examples(examples, tokenizer, where)
 
 
 def read_file(path: str | os.PathLike[str] | None, name: str, limit: int | None = None) -> list[Example]:
