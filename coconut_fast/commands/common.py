@@ -19,6 +19,7 @@ _format_warning = warnings.formatwarning
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("fp32", "bf16", "int8")
 MODEL_HELP = "a run's directory, a model directory, an official checkpoint file, or a hub id"
+BASE_HELP = "directory or hub id with the configuration and tokenizer of a checkpoint file (default: the file's folder)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,11 +58,11 @@ def add_command(commands: Any, name: str, help: str, example: str) -> argparse.A
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="compute in this type (default: the checkpoint's)")
-    parser.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
+    parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="what the native chain on a CPU reads (default: the checkpoint's type)",
+        help="what weights are read as on a CPU; int8 changes answers now and then (default: the model's type)",
     )
     parser.add_argument("--batch-size", type=int, help="rows at a time (default: 32 on a CPU, 256 on a GPU)")
 

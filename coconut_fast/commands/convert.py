@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from coconut_fast.commands.common import MODEL_HELP, add_command, find_model, quiet
+from coconut_fast.commands.common import BASE_HELP, MODEL_HELP, add_command, find_model, quiet
 
 
 def add(commands: Any) -> None:
@@ -26,8 +26,12 @@ def add(commands: Any) -> None:
     )
     model.add_argument("source", help=MODEL_HELP)
     model.add_argument("target", help="directory to write")
-    model.add_argument("--base", help="directory or hub id with the configuration and tokenizer of a checkpoint file")
-    model.add_argument("--num-thoughts", type=int, help="thoughts it was trained with, to be remembered with it")
+    model.add_argument("--base", help=BASE_HELP)
+    model.add_argument(
+        "--num-thoughts",
+        type=int,
+        help="thoughts it was trained with, to be remembered with it (default: what the source says)",
+    )
     model.set_defaults(run=_model)
 
     official = add_command(
@@ -36,7 +40,7 @@ def add(commands: Any) -> None:
         "a model -> a checkpoint file that the official code loads",
         "coconut-fast convert official runs/prosqa checkpoint_50",
     )
-    official.add_argument("source", help="a directory or hub id")
+    official.add_argument("source", help="a run's directory, a model directory, or a hub id")
     official.add_argument("target", help="file to write")
     official.set_defaults(run=_official)
 
@@ -46,7 +50,7 @@ def add(commands: Any) -> None:
         "the text files of iCoT (question||steps #### answer) -> JSON",
         "coconut-fast convert icot train.txt data/gsm_train.json",
     )
-    icot.add_argument("source", help="a text file")
+    icot.add_argument("source", help="a text file of iCoT's data/gsm8k")
     icot.add_argument("target", help="file to write: .json or .jsonl")
     icot.set_defaults(run=_icot)
 

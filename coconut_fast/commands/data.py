@@ -44,12 +44,15 @@ def add(commands: Any) -> None:
 
 def _generator(kinds: Any, name: str, help: str, count: int) -> argparse.ArgumentParser:
     parser = add_command(
-        kinds, name, help, f"coconut-fast data {name} data/{name}_valid.json --count 300 --split valid"
+        kinds,
+        name,
+        f"generate problems: {help}",
+        f"coconut-fast data {name} data/{name}_valid.json --count 300 --split valid",
     )
     parser.add_argument("file", help="where to write: .json (a list) or .jsonl (a problem per line)")
     parser.add_argument("--count", type=int, default=count, help=f"problems (default {count})")
     parser.add_argument("--seed", type=int, default=0, help="other problems for another seed (default 0)")
-    parser.add_argument("--split", default="train", help="other problems from the same seed (default train)")
+    parser.add_argument("--split", default="train", help="any word: other problems from the same seed (default train)")
     return parser
 
 

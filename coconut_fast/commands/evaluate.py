@@ -33,10 +33,16 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--num-thoughts", type=int, help="thoughts per question (default: as the checkpoint was trained)"
     )
-    parser.add_argument("--method", choices=METHODS, help="how questions are put, where the checkpoint does not know")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        help="how questions are put (default: as the checkpoint was trained; coconut where it does not say)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
-    parser.add_argument("--limit", type=int, help="the first n problems only")
-    parser.add_argument("--out", help="directory for results.json and one JSON line per problem")
+    parser.add_argument("--limit", type=int, help="the first n problems only (default: all)")
+    parser.add_argument(
+        "--out", help="directory for results.json and a JSON line per problem (default: written nowhere)"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     add_model_options(parser)
     parser.set_defaults(run=_evaluate)

@@ -23,16 +23,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--num-thoughts", type=int, help="thoughts per prompt (default: as the checkpoint was trained)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: all)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens (default 0: all)")
     parser.add_argument(
         "--top-p",
         type=float,
         default=1.0,
-        help="nucleus sampling: from the fewest likeliest tokens whose probabilities reach this sum (1: all)",
+        help="nucleus sampling: from the fewest likeliest tokens whose probabilities reach this sum (default 1: all)",
     )
     parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each call)")
-    parser.add_argument("--num-samples", type=int, default=1, help="answers per prompt")
-    parser.add_argument("--json", action="store_true", help="one JSON object per answer, with its token ids")
+    parser.add_argument("--num-samples", type=int, default=1, help="answers per prompt (default 1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per answer, with its token ids")
     add_model_options(parser)
     parser.set_defaults(run=_generate)
 

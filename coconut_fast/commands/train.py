@@ -21,8 +21,14 @@ def add(commands: Any) -> None:
         "coconut-fast train recipes/prosqa.yaml method=no_thoughts name=prosqa-no-thoughts\n"
         "  torchrun --nproc-per-node 4 -m coconut_fast train recipes/prosqa.yaml gradient_accumulation_steps=1",
     )
-    parser.add_argument("recipe", help="a YAML file of settings (ours, or the official code's args/*.yaml)")
-    parser.add_argument("override", nargs="*", help="KEY=VALUE, instead of what the recipe says (model.n_layer=4 too)")
+    parser.add_argument(
+        "recipe",
+        help="a YAML file of settings: ours (coconut_fast/train/arguments.py says what each means, and its default) "
+        "or the official code's args/*.yaml",
+    )
+    parser.add_argument(
+        "override", nargs="*", help="KEY=VALUE, instead of what the recipe says; model.n_layer=4 for a key of a mapping"
+    )
     parser.set_defaults(run=_train)
 
 
