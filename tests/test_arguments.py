@@ -13,6 +13,7 @@ import yaml
 from transformers import TrainingArguments
 
 from coconut_fast.train.arguments import FOLLOWED, OURS, CoconutArguments
+from coconut_fast.train.build import build, make_tokenizer
 from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +230,36 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
 def test_training_arguments_that_are_ours_or_nobodys_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"training_arguments: found '?{name}'?, {message}"):
         CoconutArguments(training_arguments={name: 1})
+
+
+@pytest.mark.parametrize("level", ["loud", ["info"]])
+def test_a_training_argument_that_transformers_cannot_read_is_named(level: Any) -> None:
+    with pytest.raises(ValueError, match="training_arguments: found log_level .*, expected one of .*info"):
+        CoconutArguments(training_arguments={"log_level": level}, device="cpu").to_training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"from_config": "t5"}, "model: Unrecognized configuration class .*AutoModelForCausalLM.$"),
+        ({"from_config": ["gpt2"]}, r"model: found from_config \['gpt2'\], expected a family"),
+        ({"from_config": "gpt2", "n_layer": 1, "activation_function": "foo"}, "model: KeyError: 'foo'"),
+        ({"from_config": "gpt2", "n_layer": "two"}, "model: .*'n_layer'.*'two'"),
+        ({"from_config": "gpt2", "dtype": "bf16"}, "model: .*'bf16'"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused_in_one_sentence(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(CoconutArguments(model=model, tokenizer="symbols"), [])
+
+
+def test_a_tokenizer_that_does_not_load_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path} does not load: Couldn't instantiate .* one of: .1."):
+        make_tokenizer(str(tmp_path), [])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path} does not load: "):
+        make_tokenizer(str(tmp_path), [])
 
 
 def test_training_arguments_that_are_followed_have_no_other_name() -> None:

@@ -182,10 +182,13 @@ def _limit(model: Coconut, problem: Problem, num_thoughts: int | None, max_new_t
     wanted = min(problem.length or max_new_tokens, max_new_tokens)
     if model.max_positions is None:
         return wanted
-    prompt = problem.prompt if num_thoughts is None else with_thoughts(model, problem.prompt, num_thoughts)
-    if len(prompt) > model.max_positions:
+    prompt = problem.prompt
+    if num_thoughts is not None and num_thoughts <= model.max_positions:
+        prompt = with_thoughts(model, prompt, num_thoughts)
+    length = max(len(prompt), num_thoughts or 0)
+    if length > model.max_positions:
         raise ValueError(
-            f"{where}: record {problem.idx + 1}: the question has {len(prompt)} tokens with its thoughts, expected at "
+            f"{where}: record {problem.idx + 1}: the question has {length} tokens with its thoughts, expected at "
             f"most the {model.max_positions} positions of the model"
         )
-    return min(wanted, model.max_positions - len(prompt) + 1)
+    return min(wanted, model.max_positions - length + 1)

@@ -202,7 +202,9 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
         raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
         where = "" if os.path.isdir(path_or_id) else "no directory of that name is here, and from the hub it "
-        raise ValueError(f"{path_or_id}: {where}does not load as a causal language model: {_reason(error)}") from error
+        raise ValueError(
+            f"{path_or_id}: {where}does not load as a causal language model: {reason_of(error)}"
+        ) from error
     unfit = None
     if found["mismatched_keys"]:
         name, shape, expected = min(found["mismatched_keys"])
@@ -218,10 +220,11 @@ def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     return f"missing {list(missing)[:3] or 'nothing'}, unexpected {list(unexpected)[:3] or 'nothing'}"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first sentence of a library's error, whose next ones are advice on how to call that library."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""  # whose text is a key alone
+    return kind + " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
@@ -245,7 +248,7 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
-        raise ValueError(f"the configuration of {home} does not load: {_reason(error)}") from error
+        raise ValueError(f"the configuration of {home} does not load: {reason_of(error)}") from error
     hf.tie_weights()  # left out with the initialisation; a tied head need not be in the file
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
     table = next((k for k in names if k in state and state[k].dim() == 2), None)
@@ -278,7 +281,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             pickled = file.read(1) in (b"\x80", b"P")  # by itself, or in a zip file
         if pickled and isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
-        reason = _reason(error) if pickled else "it is none at all" if path.stat().st_size else "it is empty"
+        reason = reason_of(error) if pickled else "it is none at all" if path.stat().st_size else "it is empty"
         raise ValueError(f"{path} is not a whole torch checkpoint: {reason}") from error
     tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
     if not tensors or not all(isinstance(k, str) for k in state):

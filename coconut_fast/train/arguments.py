@@ -243,6 +243,7 @@ class CoconutArguments:
         """The arguments of transformers.Trainer that make these settings true. layer_class: what fsdp shards by."""
         import torch
         from transformers import TrainingArguments
+        from transformers.training_args import trainer_log_levels
 
         os.environ.setdefault("WANDB_PROJECT", self.project)
         saving = "no" if self.debug else "epoch"
@@ -282,6 +283,11 @@ class CoconutArguments:
             raise ValueError(
                 f"training_arguments: found {sorted(wrong)[0]!r}, which transformers.TrainingArguments lacks"
             )
+        levels = [*trainer_log_levels]
+        for name in ("log_level", "log_level_replica"):
+            level = self.training_arguments.get(name, levels[0])
+            if level not in levels:
+                raise ValueError(f"training_arguments: found {name} {level!r}, expected one of {', '.join(levels)}")
         arguments = TrainingArguments(**chosen, **self.training_arguments)
         if arguments.n_gpu > 1:  # torchrun uses more; DataParallel, which transformers would, cuts padded batches alone
             arguments._n_gpu = 1

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
-from coconut_fast.model.checkpoints import add_latent_tokens, load
+from coconut_fast.model.checkpoints import add_latent_tokens, load, reason_of
 from coconut_fast.model.checks import check_ragged
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
@@ -66,8 +66,8 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     config = make_config(settings.model, tokenizer)
     try:
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from error
+    except (ValueError, LookupError) as error:  # LookupError: an activation nobody knows
+        raise ValueError(f"model: {reason_of(error)}") from error
     tokens = add_latent_tokens(hf, tokenizer, trained=True)  # random rows, like all others
     if PAUSE in tokenizer.get_vocab():
         tokens = dataclasses.replace(tokens, pause=tokenizer.convert_tokens_to_ids(PAUSE))
@@ -89,8 +89,8 @@ def make_tokenizer(name: str | None, examples: Sequence[Example]) -> Any:
         return symbolic_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: {name} does not load: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer: {name} does not load: {reason_of(error)}") from error
 
 
 def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
@@ -99,7 +99,7 @@ def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
     family = wanted.pop("from_config")
     try:
         known = AutoConfig.for_model(family)
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"model: found from_config {family!r}, expected a family transformers has (gpt2, llama, qwen3, ...)"
         ) from error
