@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -152,6 +152,17 @@ def test_reference_checkpoints_of_either_kind_load(tmp_path) -> None:
     for name in ("checkpoint_3", "cot_checkpoint"):
         loaded = load(tmp_path / name, tokens=TOKENS)
         assert all(torch.equal(v, hf.state_dict()[k]) for k, v in loaded.hf.state_dict().items())
+
+
+def test_weights_named_as_a_hub_names_them_are_whole(tmp_path) -> None:
+    """openai-community/gpt2: names of the body alone, its constant masks among them, and no head."""
+    hf = make_hf("gpt2")
+    hf.save_pretrained(tmp_path)
+    kept = {k.removeprefix("transformer."): v.clone() for k, v in hf.state_dict().items() if k != "lm_head.weight"}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256) for layer in range(2)}
+    save_file({**kept, **masks}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load(tmp_path, tokens=TOKENS)
+    assert all(torch.equal(value, loaded.hf.state_dict()[name]) for name, value in hf.state_dict().items())
 
 
 def test_a_tied_head_need_not_be_in_a_reference_checkpoint(tmp_path) -> None:

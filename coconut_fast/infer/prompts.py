@@ -107,7 +107,8 @@ def _read(
         if count is None and tokens.thought not in ids:
             ids = as_trained(model, ids)
     else:
-        if isinstance(next(iter(prompt)), bool) or getattr(prompt, "dtype", None) == torch.bool:
+        kind = getattr(prompt, "dtype", None)
+        if kind == torch.bool or (kind is None and isinstance(next(iter(prompt)), bool)):
             raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask in their place
         try:
             ids = array("q", prompt).tolist()  # 20 ns a token, where a loop of Python takes 60
