@@ -108,8 +108,10 @@ def test_a_users_own_feedback_works(tmp_path) -> None:
 
     Coconut(make_hf("gpt2"), TOKENS, feedback=Halve()).save_pretrained(tmp_path)
     assert isinstance(load(tmp_path, feedback=Halve()).feedback, Halve)
-    with pytest.raises(ValueError, match="feedback: expected one of .*found 'Halve'"):
+    with pytest.raises(ValueError, match="saved with a module of its own, 'Halve'; expected feedback=module"):
         load(tmp_path)
+    with pytest.raises(ValueError, match="feedback: expected one of .*found 'Halve'"):
+        load(tmp_path, feedback="Halve")
 
 
 def test_tokens_are_added_and_start_from_the_known_one(tmp_path) -> None:

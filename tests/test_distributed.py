@@ -14,9 +14,10 @@ import torch
 import yaml
 
 from coconut_fast import load
+from coconut_fast.train.build import build
 from tests.conftest import ROOT
 from tests.distributed_worker import train
-from tests.runs import tiny
+from tests.runs import chains, tiny
 
 ONE = ("batch_size_training=12",)
 TWO = ("batch_size_training=3", "gradient_accumulation_steps=2")
@@ -92,6 +93,19 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
     )
     shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoint-12")
     assert_same_weights(train_together(tmp_path, "fsdp=true"), single)
+
+
+@pytest.mark.slow
+def test_a_feedback_that_the_model_brings_trains_together(tmp_path: Path) -> None:
+    """Steps without thoughts give its weights no gradient, which DDP has to be told of."""
+    model = build(tiny(tmp_path, feedback="projection"), chains(40))
+    model.save_pretrained(tmp_path / "model")
+    settings = tiny(tmp_path, model=str(tmp_path / "model"), tokenizer=None, num_epochs=2).to_dict()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    launch("coconut_fast", "train", str(recipe))
+    trained = load(tmp_path / "runs" / "tiny").feedback
+    assert not torch.equal(trained[0].weight, model.feedback[0].weight)
 
 
 @pytest.mark.slow

@@ -18,8 +18,11 @@ import torch
 
 from coconut_fast.data.examples import read_examples, write_examples
 from coconut_fast.train import saving
+from coconut_fast.train.build import build
+from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import make_arguments
 from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
 
 # Where a process kills itself: what is called, and at which call of it.
@@ -230,3 +233,28 @@ def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> N
     saving.thin_out(run, 1, None)
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert (disk / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_run_with_a_users_own_feedback_goes_on(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+            return hidden_BD * self.scale
+
+    def trained(epochs: int, last: Path | None = None) -> CoconutTrainer:
+        settings = tiny(tmp_path, num_epochs=epochs, val_path=None)
+        problems = read_examples(settings.train_path)
+        model = build(settings, problems)
+        model.feedback = Scaled()
+        trainer = CoconutTrainer(model, settings, DataSet(problems, model.tokenizer))
+        trainer.train(resume_from_checkpoint=last)
+        return trainer
+
+    whole = trained(3)
+    shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-9")
+    again = trained(3, saving.checkpoints(Path(whole.args.output_dir))[-1])
+    assert_same(again.model.state_dict(), whole.model.state_dict())
+    assert again.model.feedback.scale.item() != 1

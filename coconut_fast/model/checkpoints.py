@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from coconut_fast.files import UNFINISHED, check_folder, not_written
 from coconut_fast.model.checks import check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
-from coconut_fast.model.feedback import make_feedback, name_of
+from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 COCONUT_JSON = "coconut.json"
@@ -331,6 +331,8 @@ def _read_feedback(
         module, name = asked, name_of(asked)
     else:
         name = asked or (saved["feedback"] if saved else "identity")
+        if asked is None and name not in FEEDBACKS:
+            raise ValueError(f"feedback: {home} was saved with a module of its own, {name!r}; expected feedback=module")
         module = make_feedback(name, hf.get_input_embeddings())
     if saved and saved["feedback"] == name and module.state_dict():
         weights = _find(home, FEEDBACK_WEIGHTS)

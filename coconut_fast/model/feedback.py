@@ -1,7 +1,8 @@
 """Feedback: the map from a hidden state to the next input embedding. Identity in the paper; others by name.
 
 A feedback is an nn.Module (hidden_BD) -> embeds_BD. It is chosen by name, saved with the model, and a user's own
-module works in its place.
+module works in its place. Those with a name are made from the model's token embeddings (V, D), which give them their
+size, device and dtype.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ import torch
 from torch import nn
 
 
-class Identity(nn.Module):
+class Identity(nn.Identity):
     """The hidden state itself (Coconut, arXiv 2412.06769, section 3)."""
-
-    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        return hidden_BD
 
 
 class Rescale(nn.Module):
@@ -25,9 +23,9 @@ class Rescale(nn.Module):
 
     mean_norm: torch.Tensor
 
-    def __init__(self, dim: int, mean_norm: float = 1.0) -> None:
+    def __init__(self, weight_VD: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("mean_norm", torch.tensor(float(mean_norm)))
+        self.register_buffer("mean_norm", torch.linalg.vector_norm(weight_VD.float(), dim=-1).mean())
 
     def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         norm_B1 = torch.linalg.vector_norm(hidden_BD, dim=-1, keepdim=True, dtype=torch.float32)
@@ -38,17 +36,18 @@ class Rescale(nn.Module):
 class Projection(nn.Sequential):
     """Linear, GELU, linear, LayerNorm (CODI, arXiv 2502.21074)."""
 
-    def __init__(self, dim: int, inner: int | None = None) -> None:
-        inner = inner or dim
-        super().__init__(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim), nn.LayerNorm(dim))
+    def __init__(self, weight_VD: torch.Tensor) -> None:
+        dim = weight_VD.shape[1]
+        super().__init__(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
+        self.to(device=weight_VD.device, dtype=weight_VD.dtype)
 
 
 class Pause(nn.Module):
     """One learned embedding, whatever the hidden state: the paper's "pause as thought", with Coconut's extra passes."""
 
-    def __init__(self, start_D: torch.Tensor) -> None:
+    def __init__(self, weight_VD: torch.Tensor) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(start_D.clone())
+        self.embedding = nn.Parameter(weight_VD.mean(0))
 
     def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         return self.embedding.to(hidden_BD.dtype).expand_as(hidden_BD)
@@ -63,18 +62,10 @@ FEEDBACKS: dict[str, type[nn.Module]] = {
 
 
 def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
-    """A new feedback by name, sized for (and, for `rescale`, measured on) the model's token embeddings."""
+    """A new feedback by name, made from the model's token embeddings."""
     if name not in FEEDBACKS:
         raise ValueError(f"feedback: expected one of {', '.join(FEEDBACKS)}, found {name!r}")
-    weight_VD = embedding.weight.detach()
-    if name == "identity":
-        return Identity()
-    if name == "rescale":
-        mean_norm = torch.linalg.vector_norm(weight_VD.float(), dim=-1).mean().item()
-        return Rescale(weight_VD.shape[1], mean_norm).to(weight_VD.device)
-    if name == "pause":
-        return Pause(weight_VD.mean(0))
-    return Projection(weight_VD.shape[1]).to(device=weight_VD.device, dtype=weight_VD.dtype)
+    return FEEDBACKS[name](embedding.weight.detach())
 
 
 def name_of(feedback: nn.Module) -> str:

@@ -239,8 +239,11 @@ class CoconutArguments:
         """max_new_tokens, or the official default for this data."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
-    def to_training_arguments(self, layer_class: str | None = None) -> TrainingArguments:
-        """The arguments of transformers.Trainer that make these settings true. layer_class: what fsdp shards by."""
+    def to_training_arguments(self, layer_class: str | None = None, partly_used: bool = False) -> TrainingArguments:
+        """The arguments of transformers.Trainer that make these settings true.
+
+        layer_class: what fsdp shards by. partly_used: whether some steps give some weights no gradient.
+        """
         import torch
         from transformers import TrainingArguments
         from transformers.training_args import trainer_log_levels
@@ -273,7 +276,7 @@ class CoconutArguments:
             "disable_tqdm": True,  # we bring our own progress bar
             "logging_nan_inf_filter": False,  # it asks the device for a number in every step
             "remove_unused_columns": False,
-            "ddp_find_unused_parameters": self.feedback == "projection" or self.method.endswith("multipass"),
+            "ddp_find_unused_parameters": partly_used,
         }
         if self.fsdp:
             chosen["fsdp"] = True

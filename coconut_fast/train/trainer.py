@@ -14,6 +14,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from coconut_fast.files import write_json
 from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.checkpoints import load, write
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import FEEDBACKS
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.ahead import Ahead
 from coconut_fast.train.arguments import CoconutArguments
@@ -85,7 +87,10 @@ class CoconutTrainer(Trainer):
         self.report = Report(settings.output_dir)
         super().__init__(
             model=model,
-            args=settings.to_training_arguments(sharding.layer_class(model) if settings.fsdp else None),
+            args=settings.to_training_arguments(
+                layer_class=sharding.layer_class(model) if settings.fsdp else None,
+                partly_used=any(True for _ in model.feedback.parameters()),  # in steps without thoughts
+            ),
             train_dataset=self.rows,
             eval_dataset=validation,
             callbacks=[StageCallback(self), self.report, *callbacks],
@@ -377,4 +382,7 @@ class CoconutTrainer(Trainer):
             write(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        sharding.load_whole(self.accelerator.unwrap_model(self.model), load(resume_from_checkpoint).state_dict())
+        ours = self.accelerator.unwrap_model(self.model)
+        # A module of the user's cannot be made from its name.
+        own = None if type(ours.feedback) in FEEDBACKS.values() else copy.deepcopy(ours.feedback)
+        sharding.load_whole(ours, load(resume_from_checkpoint, feedback=own).state_dict())
