@@ -13,27 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference_dense import (  # noqa: F401 (the ops without a cache; one import path for all references)
-    accept_tokens_ref,
-    column_sums_ref,
-    cross_entropy_backward_ref,
-    cross_entropy_ref,
-    few_rows_matmul_ref,
-    gated_mlp_ref,
-    gelu_backward_ref,
-    gelu_ref,
-    latent_feedback_ref,
-    layer_norm_backward_ref,
-    layer_norm_ref,
-    lm_head_sample_ref,
-    matmul_ref,
-    pack_matrix_ref,
-    packed_matmul_ref,
-    residual_norm_ref,
-    skinny_linear_ref,
-    transpose_ref,
-    weight_gradient_ref,
-)
+from .reference_dense import *  # noqa: F403 (the ops without a cache; one import path for all references)
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
