@@ -22,6 +22,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import make_arguments
 from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.state import same_run
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
 
@@ -233,6 +234,12 @@ def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> N
     saving.thin_out(run, 1, None)
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert (disk / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Path) -> None:
+    same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 1}, tmp_path)
+    with pytest.raises(saving.CheckpointError, match="c_thought was 1 there and is 2 now"):
+        same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 2}, tmp_path)
 
 
 def test_a_run_with_a_users_own_feedback_goes_on(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig, num_slots
 from coconut_fast.data.examples import TokenizedExample
+from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.saving import CheckpointError
 from coconut_fast.train.schedule import EpochRecord
 
@@ -178,10 +179,15 @@ def remember(trainer: CoconutTrainer) -> dict[str, Any]:
 
 
 def same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
-    """CheckpointError, naming the first setting that differs, for a checkpoint of another run."""
+    """CheckpointError, naming the first setting that differs, for a checkpoint of another run.
+
+    A setting that is newer than the checkpoint had its default there.
+    """
+    defaults = {setting.name: setting.default for setting in fields(CoconutArguments)}
     for name in sorted({*saved, *present}):
-        if saved.get(name) != present.get(name):
+        was, now = saved.get(name, defaults.get(name)), present.get(name)
+        if was != now:
             raise CheckpointError(
-                f"{folder} belongs to another run: {name} was {saved.get(name)!r} there and is {present.get(name)!r} "
-                "now; use its settings to go on, or another name for a new run"
+                f"{folder} belongs to another run: {name} was {was!r} there and is {now!r} now; "
+                "use its settings to go on, or another name for a new run"
             )
