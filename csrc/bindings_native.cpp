@@ -59,7 +59,7 @@ static T* data_of(const at::Tensor& t, int64_t size, const char* name) {
   return t.data_ptr<T>();
 }
 
-static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::string& format, int group, int threads,
+static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::string& format, int threads,
                                          int max_tokens) {
   static const std::map<std::string, coconut_fast::Format> formats = {
       {"fp32", coconut_fast::Format::fp32}, {"bf16", coconut_fast::Format::bf16}, {"int8", coconut_fast::Format::int8}};
@@ -85,7 +85,7 @@ static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::strin
   if (s.heads % s.kv_heads) refuse("kv_heads must divide heads = ", s.heads, ", found ", s.kv_heads);
   if (max_tokens < 1) refuse("max_tokens must be at least 1, found ", max_tokens);
   if (threads == 0) threads = coconut_fast::default_threads();
-  return std::make_unique<Chain>(s, formats.at(format), group, threads, max_tokens, coconut_fast::best_isa());
+  return std::make_unique<Chain>(s, formats.at(format), threads, max_tokens, coconut_fast::best_isa());
 }
 
 static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, int64_t window) {
@@ -240,8 +240,7 @@ A model of a known family from packed weights; see csrc/cpu/chain.h, and infer/n
 
 hidden is float32 (rows, dim), read and written in place; other arrays are int32, seeds int64. The rows' new tokens must
 have been appended to the layout before.)")
-      .def(py::init(&make_chain), py::arg("shape"), py::arg("format"), py::arg("group"), py::arg("threads"),
-           py::arg("max_tokens"))
+      .def(py::init(&make_chain), py::arg("shape"), py::arg("format"), py::arg("threads"), py::arg("max_tokens"))
       .def("set_layer", &set_layer, py::arg("layer"), py::arg("tensors"), py::arg("scaling"), py::arg("window"))
       .def("set_ends", &set_ends, py::arg("tensors"))
       .def("set_feedback", &set_feedback, py::arg("norm"), py::arg("constant"))

@@ -51,7 +51,7 @@ void run(Linear linear, const float* x, int rows, float* out) {
   Guarded<char> weights(bytes);
   std::memcpy(weights.data(), linear.weights, bytes);
   linear.weights = weights.data();
-  const size_t count = linear.scales ? linear.n_padded() * (linear.grouped ? segments : 1) : 0;
+  const size_t count = linear.scales ? linear.n_padded() : 0;
   Guarded<float> scales(count);
   if (count) std::memcpy(scales.data(), linear.scales, count * sizeof(float)), linear.scales = scales.data();
 
@@ -63,7 +63,7 @@ void run(Linear linear, const float* x, int rows, float* out) {
   for (int m = 0; m < rows; ++m) {
     char* row = data.data() + m * stride;
     std::memset(row, 0, 2 * k);
-    prepare(x + size_t(m) * linear.k, linear.k, linear.segment,
+    prepare(x + size_t(m) * linear.k, linear.k,
             {kind, row, k, row_scales.data() + m * segments, offsets.data() + m * segments});
   }
   const bool digits = kind == InputKind::split16;
@@ -87,14 +87,13 @@ void run(Linear linear, const float* x, int rows, float* out) {
 
 using namespace coconut_fast;
 
-// out (rows, n) = x (rows, k) times w (n, k) transposed. bf16, or int8 with a scale for `group` columns (0: for a row).
+// out (rows, n) = x (rows, k) times w (n, k) transposed. bf16, or int8.
 // counts: blocks in a chunk; tiles loaded; products; lines fetched ahead.
-extern "C" void multiply(bool int8, int group, const float* w, int n, int k, const float* x, int rows, float* out,
-                         long* counts) {
+extern "C" void multiply(bool int8, const float* w, int n, int k, const float* x, int rows, float* out, long* counts) {
   Team team(1);
   Arena arena;
   const Format format = int8 ? Format::int8 : Format::bf16;
-  const Linear linear = pack({w, Dtype::f32, k, 1}, nullptr, n, k, {format, group, false}, arena, team);
+  const Linear linear = pack({w, Dtype::f32, k, 1}, nullptr, n, k, format, false, arena, team);
   amx_on_cpu::State& state = amx_on_cpu::state;
   state.loads = state.products = state.fetches = 0;
   if (int8) run<Format::int8>(linear, x, rows, out);

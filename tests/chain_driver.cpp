@@ -68,7 +68,7 @@ void run_chain(const std::string& name, bool llama, Format format, int threads) 
   const int kv_heads = llama ? 2 : kHeads, q = kHeads * kHeadDim, kv = kv_heads * kHeadDim;
   const ChainShape shape{kLayers, kDim, kHeads, kv_heads, kHeadDim, kInner, kVocab, kPositions, !llama, 1e-5f,
                          llama ? Activation::silu : Activation::gelu_tanh, llama, 1.0f};
-  Chain chain(shape, format, 0, threads, 64, best_isa());
+  Chain chain(shape, format, threads, 64, best_isa());
   for (int layer = 0; layer < kLayers; ++layer) {
     const Weights qkv(numbers, q + 2 * kv, kDim, format), o(numbers, kDim, q, format);
     const Weights up(numbers, llama ? 2 * kInner : kInner, kDim, format), down(numbers, kDim, kInner, format);
@@ -86,7 +86,7 @@ void run_chain(const std::string& name, bool llama, Format format, int threads) 
   chain.set_ends({embed.matrix, llama ? Matrix{} : positions.matrix, embed.matrix, nullptr, norm.data(), nullptr,
                   llama ? frequencies.data() : nullptr});
 
-  CacheLayout layout(kRows * 6, 16, kRows, 6, kRows * 6);
+  CacheLayout layout(kRows * 6, 16, kRows, 6);
   int64_t rows64[kRows];
   layout.alloc(kRows, rows64);
   const bool half = format == Format::bf16;

@@ -59,7 +59,7 @@ KIND = {"norm": "layer", "eps": 1e-5, "activation": "gelu", "gated": False, "rop
 
 
 def make_chain(threads: int = 1, max_tokens: int = 2, **changes: object) -> Any:
-    return _C.NativeChain(SHAPE | KIND | changes, "fp32", 0, threads, max_tokens)
+    return _C.NativeChain(SHAPE | KIND | changes, "fp32", threads, max_tokens)
 
 
 def layer(**changes: Tensor) -> dict[str, Tensor]:

@@ -51,17 +51,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def multiply(
-    library: Path, x: torch.Tensor, w: torch.Tensor, int8: bool = False, group: int = 0
-) -> tuple[torch.Tensor, list[int]]:
+def multiply(library: Path, x: torch.Tensor, w: torch.Tensor, int8: bool = False) -> tuple[torch.Tensor, list[int]]:
     """x (rows, k) times w (n, k) transposed, fp32 -> (rows, n); and the counts of amx_driver.cpp."""
     (rows, k), n = x.shape, len(w)
     out, counts = torch.full((rows, n), float("nan")), (ctypes.c_long * 4)()
     call = ctypes.CDLL(str(library)).multiply
-    call.argtypes = [ctypes.c_bool, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    call.argtypes = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     call.argtypes += [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     call.restype = None
-    call(int8, group, w.data_ptr(), n, k, x.data_ptr(), rows, out.data_ptr(), counts)
+    call(int8, w.data_ptr(), n, k, x.data_ptr(), rows, out.data_ptr(), counts)
     return out, list(counts)
 
 
@@ -97,12 +95,11 @@ def test_bf16_products(library: Path, rows: int, n: int, k: int, wide: int) -> N
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 35])
 @pytest.mark.parametrize(("n", "k"), [(10, 64), (32, 100), (128, 600), (80, 300)])
-@pytest.mark.parametrize("group", [0, 64, 512])
-def test_int8_products(library: Path, rows: int, n: int, k: int, group: int) -> None:
+def test_int8_products(library: Path, rows: int, n: int, k: int) -> None:
     x, w = draw(rows, k), draw(n, k, seed=1)
     x[0] = x[0].sign() * 3  # all digits at their largest
-    ours, counts = multiply(library, x, w, int8=True, group=group)
-    (x, x_scales), (w, w_scales) = quantise(x, 32512, group or SEGMENT), quantise(w, 127, group or k)
+    ours, counts = multiply(library, x, w, int8=True)
+    (x, x_scales), (w, w_scales) = quantise(x, 32512, SEGMENT), quantise(w, 127, k)
     truth = (x.double() * x_scales.double()) @ (w.double() * w_scales.double()).T
     assert_as_good_as_torch(ours, (x * x_scales) @ (w * w_scales).T, truth)
     assert counts[2] == 2 * ceil(rows / 16) * ceil(n / 16 / counts[0]) * counts[0] * ceil(k / 64)  # two digits

@@ -57,14 +57,12 @@ def reason_not(model: Coconut) -> str | None:
 class NativeModel:
     """A Coconut model's weights, packed for the CPU.
 
-    weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen by itself). group: int8 columns
-    that share a scale, a multiple of 64 (0: one scale per output). threads: default OMP_NUM_THREADS or all CPUs.
-    Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights, naming the tensor.
+    weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen by itself). threads: default
+    OMP_NUM_THREADS or all CPUs. Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights,
+    naming the tensor.
     """
 
-    def __init__(
-        self, model: Coconut, *, weights: str | None = None, group: int = 0, threads: int | None = None
-    ) -> None:
+    def __init__(self, model: Coconut, *, weights: str | None = None, threads: int | None = None) -> None:
         reason = reason_not(model)
         if reason:
             raise ValueError(f"model: cannot run natively: {reason}")
@@ -75,7 +73,7 @@ class NativeModel:
         self.dtype = model.dtype  # of the cache
         self.weights = weights or FORMATS[model.dtype]
         shape = {name: getattr(plan, name) for name in (*_SHAPE, *_KIND)}
-        self.chain = ops.extension().NativeChain(shape, self.weights, group, threads or 0, MAX_ROWS)
+        self.chain = ops.extension().NativeChain(shape, self.weights, threads or 0, MAX_ROWS)
         for index in range(plan.layers):
             tensors = {name: _for_chain(t) for name, t in plan.layer(index).named().items()}
             self.chain.set_layer(index, tensors, plan.scaling[index], plan.window[index])

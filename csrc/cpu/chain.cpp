@@ -27,13 +27,11 @@ size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 }  // namespace
 
-Chain::Chain(const ChainShape& shape, Format format, int group, int threads, int max_tokens, Isa isa)
-    : shape_(shape), format_(format), group_(group), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
+Chain::Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa)
+    : shape_(shape), format_(format), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
       team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), aheads_(threads), streams_(threads),
       tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
       picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
-  if (group % 64 || group < 0 || group > 512)
-    throw std::invalid_argument("group must be 0 or a multiple of 64 up to 512, found " + std::to_string(group));
   x_ = make_rows(shape.dim);
   spare_.stride = odd_lines(shape.dim * sizeof(float)) / sizeof(float);
   spare_.data = make_memory<float>(spare_.stride * threads);
@@ -81,7 +79,7 @@ const float* Chain::keep(const float* values, int n) {
 }
 
 Linear Chain::pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired) {
-  return pack(w, bias, n, k, {format_, group_, paired}, arena_, team_);
+  return pack(w, bias, n, k, format_, paired, arena_, team_);
 }
 
 void Chain::set_layer(int index, const LayerWeights& w) {

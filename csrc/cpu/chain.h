@@ -72,8 +72,8 @@ struct DecodeRequest {
 
 class Chain {
  public:
-  // max_tokens: rows (or prompt tokens) of one pass. group: see PackOptions.
-  Chain(const ChainShape& shape, Format format, int group, int threads, int max_tokens, Isa isa);
+  // max_tokens: rows (or prompt tokens) of one pass.
+  Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa);
 
   void set_layer(int layer, const LayerWeights& weights);
   void set_ends(const EndWeights& weights);
@@ -180,7 +180,7 @@ class Chain {
 
   const ChainShape shape_;
   const Format format_;
-  const int group_, max_tokens_;
+  const int max_tokens_;
   const Kernels& kernels_;
   std::mutex turn_;  // held for a whole call, by callers that do not hold the GIL
   Team team_;

@@ -43,7 +43,7 @@ void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear,
   for (int m = t; m < tokens; m += team_.size()) {
     float* normed = spare_.row(t);
     kernels_.norm(norm, x_.row(m), shape_.dim, normed);
-    kernels_.prepare(normed, shape_.dim, linear.segment, to.row(m));
+    kernels_.prepare(normed, shape_.dim, to.row(m));
   }
   wait(t);
 }
@@ -54,7 +54,7 @@ Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear
   if (to.kind == InputKind::fp32)
     return {reinterpret_cast<const char*>(rows.data.get()), rows.stride * sizeof(float), 0, nullptr, nullptr, 0};
   if (to.kind == InputKind::bf16) return to.view();
-  for (int m = t; m < tokens; m += team_.size()) kernels_.prepare(rows.row(m), linear.k, linear.segment, to.row(m));
+  for (int m = t; m < tokens; m += team_.size()) kernels_.prepare(rows.row(m), linear.k, to.row(m));
   team_.barrier();
   return to.view();
 }
@@ -64,7 +64,7 @@ void Chain::finish_attended(int m, int first, int count) {
   if (from_attended_.kind != InputKind::bf16) return;
   InputRow to = from_attended_.row(m);
   to.data += first * sizeof(uint16_t);
-  kernels_.prepare(attended_.row(m) + first, count, 0, to);
+  kernels_.prepare(attended_.row(m) + first, count, to);
 }
 
 // Thoughts and tokens: one position a row, head by head through its keys and values. A head of a row is read by the
@@ -263,7 +263,7 @@ void Chain::pick_tokens(int t, int count, const DecodeRequest& request, const fl
     if (filtered) begin(candidates[m]);
   }
   for (int m = t; m < count; m += threads)
-    kernels_.prepare(hidden + size_t(active_[m]) * shape_.dim, shape_.dim, head_.segment, from_x_.row(m));
+    kernels_.prepare(hidden + size_t(active_[m]) * shape_.dim, shape_.dim, from_x_.row(m));
   team_.barrier();
   multiply(t, head_, from_x_.view(), count, layers_[0].qkv, [&](int c, float* sums) {
     const int first = c * width, ids = ids_of(c);

@@ -53,7 +53,7 @@ struct Kernels {
   // out = norm(x), n values
   void (*norm)(const Norm& norm, const float* x, int n, float* out);
   // An input row of k values, already zero beyond
-  void (*prepare)(const float* x, int k, int segment, const InputRow& to);
+  void (*prepare)(const float* x, int k, const InputRow& to);
   // Epilogues: `sums` are rows of `width` outputs. bias has `width` values or is null.
   void (*finish_store)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);
   void (*finish_add)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);

@@ -5,14 +5,14 @@
 // where a step is one k in fp32, two in bf16 and four in int8: the operand order of VDPBF16PS, VPDPBUSD and AMX tiles.
 // Chunks follow each other, so a thread that owns a range of chunks reads memory in one straight line.
 //
-// Sums. k is cut into segments (of `segment` values); within a segment one fp32 chain runs through k, and the segments'
+// Sums. k is cut into segments (of kSegment values); within a segment one fp32 chain runs through k, and the segments'
 // sums are added in order. Every kernel of an instruction set does exactly this, however many rows it has at once, so
 // a row's result does not depend on the batch. (Isa::amx sums bf16 of 8 rows and more in the order of tiles, and of
 // fewer in that of vectors; int8 sums are exact integers everywhere.)
 //
-// int8 weights are stored plus 128, with one scale per output (and segment, if grouped). Where the CPU multiplies bytes
-// (VNNI, AMX) inputs become 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights
-// are converted and inputs stay fp32.
+// int8 weights are stored plus 128, with one scale per output. Where the CPU multiplies bytes (VNNI, AMX) inputs become
+// 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights are converted and inputs
+// stay fp32.
 #pragma once
 
 #include <cstddef>
@@ -23,20 +23,20 @@ namespace coconut_fast {
 enum class Format : int { fp32, bf16, int8 };
 inline int step_of(Format format) { return format == Format::fp32 ? 1 : format == Format::bf16 ? 2 : 4; }
 
+constexpr int kSegment = 256;
+
 struct Linear {
   Format format = Format::fp32;
   int n = 0, k = 0;         // outputs, inputs
   int k_padded = 0;         // multiple of 64
   int wide = 1, chunks = 0; // chunks * wide * 16 >= n; what is beyond n is zero
-  int segment = 0;          // multiple of 64
-  bool grouped = false;     // int8: a scale per segment, else per output only
   const char* weights = nullptr;
-  const float* scales = nullptr;  // int8: [chunk][segment or 1][wide * 16]
+  const float* scales = nullptr;  // int8: (n_padded(),)
   const float* bias = nullptr;    // (n,) or null
 
   int width() const { return wide * 16; }
   int n_padded() const { return chunks * width(); }
-  int segments() const { return (k_padded + segment - 1) / segment; }
+  int segments() const { return (k_padded + kSegment - 1) / kSegment; }
   size_t bytes_per_step() const { return size_t(wide) * 64; }
   size_t bytes_per_chunk() const { return size_t(k_padded / step_of(format)) * bytes_per_step(); }
   const char* chunk(int c) const { return weights + c * bytes_per_chunk(); }

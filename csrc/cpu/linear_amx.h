@@ -114,16 +114,14 @@ static void linear_tiles(const Linear& linear, int chunk, const Input& input, in
   const int blocks = linear.wide > 1 ? 2 : 1, segments = linear.segments();
   const size_t w_step = linear.bytes_per_step();
   const char* weights = linear.chunk(chunk);
+  const float* scales = digits ? linear.scales + size_t(chunk) * linear.width() : nullptr;
   const auto first_row = [&](int tile) { return tile * size < rows - size ? tile * size : rows - size; };
   configure_tiles(size);
   for (int segment = 0; segment < segments; ++segment) {
-    const int from = segment * linear.segment, to = from + linear.segment;
+    const int from = segment * kSegment, to = from + kSegment;
     const int steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / step_of(format);
     const char* following = weights + steps * w_step;
     TileFetch fetch{following == stream.end ? stream.next : following, (kTileRows + products - 1) / products, ahead};
-    const float* scales = nullptr;  // of the chunk's outputs
-    if (digits)
-      scales = linear.scales + (linear.grouped ? size_t(chunk) * segments + segment : chunk) * linear.width();
     const auto inputs = [&](int tile) { return input.data + first_row(tile) * input.stride + from * (digits ? 1 : 2); };
     for (int tile = 0; tile < tiles; tile += digits ? 1 : 2)
       for (int block = 0; block < linear.wide; block += 2) {

@@ -175,7 +175,7 @@ static INLINE const char* fetch_of(const Unit& u, int group) {
 template <class P, int MR, int NB>
 static void row_group(const Unit& u, int row, int group) {
   const size_t w_step = u.linear->bytes_per_step();
-  const size_t before = size_t(u.segment) * u.linear->segment / P::kStep * P::kInputBytes;
+  const size_t before = size_t(u.segment) * kSegment / P::kStep * P::kInputBytes;
   const char* x = u.input->data + row * u.input->stride + before;
   const char* fetch = fetch_of(u, group);
   for (int j = 0; j < u.linear->wide; j += NB) {
@@ -200,17 +200,14 @@ template <class P>
 static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
                          Stream& stream, Ahead& ahead) {
   Unit u{&linear, &input, linear.chunk(chunk), nullptr, nullptr, 0, 0, 0, out, out_stride, &stream, &ahead};
+  if (linear.scales) u.scales = linear.scales + size_t(chunk) * linear.width();
   u.groups = (rows + kMaxRows - 1) / kMaxRows;
   const int segments = linear.segments();
   for (u.segment = 0; u.segment < segments; ++u.segment) {
-    const int from = u.segment * linear.segment, to = from + linear.segment;
+    const int from = u.segment * kSegment, to = from + kSegment;
     u.steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / P::kStep;
     const char* following = u.weights + u.steps * linear.bytes_per_step();
     u.fetch = following == stream.end ? stream.next : following;
-    if (linear.scales) {
-      const size_t index = linear.grouped ? size_t(chunk) * segments + u.segment : chunk;
-      u.scales = linear.scales + index * linear.width();
-    }
     for (int group = 0, row = 0; group < u.groups; ++group) {
       const int size = rows / u.groups + (group < rows % u.groups);
       switch (size) {

@@ -9,7 +9,6 @@ namespace coconut_fast {
 namespace {
 
 constexpr size_t kBlock = size_t(64) << 20, kHuge = size_t(2) << 20;
-constexpr int kSegment = 256;
 
 int blocks_of(int outputs) { return (outputs + 15) / 16; }
 
@@ -24,8 +23,8 @@ int choose_wide(int blocks, int threads, int least) {
 
 class Packer {
  public:
-  Packer(const Matrix& w, int n, int k, const PackOptions& options, const Linear& to, char* weights, float* scales)
-      : w_(w), n_(n), k_(k), paired_(options.paired), to_(to), weights_(weights), scales_(scales) {}
+  Packer(const Matrix& w, int n, int k, bool paired, const Linear& to, char* weights, float* scales)
+      : w_(w), n_(n), k_(k), paired_(paired), to_(to), weights_(weights), scales_(scales) {}
 
   // Row of the source matrix behind output i of a chunk, or -1 for padding.
   int source(int chunk, int i) const {
@@ -61,16 +60,12 @@ class Packer {
   }
 
   void quantise(int c, int i, int row) {
-    const int size = to_.grouped ? to_.segment : k_;
-    for (int group = 0; group * size < k_; ++group) {
-      const int from = group * size, end = std::min(k_, from + size);
-      float largest = 0;
-      for (int column = from; column < end; ++column) largest = std::max(largest, std::fabs(w_.at(row, column)));
-      const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      scales_[(size_t(c) * (to_.grouped ? to_.segments() : 1) + group) * to_.width() + i] = scale;
-      for (int column = from; column < end; ++column)
-        *place(c, i, column) = static_cast<char>(std::lrint(w_.at(row, column) * inverse) + 128);
-    }
+    float largest = 0;
+    for (int column = 0; column < k_; ++column) largest = std::max(largest, std::fabs(w_.at(row, column)));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    scales_[size_t(c) * to_.width() + i] = largest / 127.0f;
+    for (int column = 0; column < k_; ++column)
+      *place(c, i, column) = static_cast<char>(std::lrint(w_.at(row, column) * inverse) + 128);
   }
 
   const Matrix& w_;
@@ -96,25 +91,22 @@ char* Arena::take(size_t bytes) {
   return start;
 }
 
-Linear pack(const Matrix& w, const float* bias, int n, int k, const PackOptions& options, Arena& arena, Team& team) {
+Linear pack(const Matrix& w, const float* bias, int n, int k, Format format, bool paired, Arena& arena, Team& team) {
   Linear to;
-  to.format = options.format;
+  to.format = format;
   to.n = n, to.k = k;
   to.k_padded = (k + 63) / 64 * 64;
-  const int blocks = options.paired ? 2 * blocks_of(n / 2) : blocks_of(n);
-  to.wide = choose_wide(blocks, team.size(), options.paired ? 2 : 1);
+  const int blocks = paired ? 2 * blocks_of(n / 2) : blocks_of(n);
+  to.wide = choose_wide(blocks, team.size(), paired ? 2 : 1);
   to.chunks = (blocks + to.wide - 1) / to.wide;
-  to.grouped = options.format == Format::int8 && options.group > 0;
-  to.segment = to.grouped ? options.group : kSegment;
   const size_t bytes = to.bytes_per_chunk() * to.chunks;
   char* weights = arena.take(bytes);
   float* scales = nullptr;
-  if (options.format == Format::int8)
-    scales = reinterpret_cast<float*>(arena.take(sizeof(float) * to.n_padded() * (to.grouped ? to.segments() : 1)));
-  Packer packer(w, n, k, options, to, weights, scales);
+  if (format == Format::int8) scales = reinterpret_cast<float*>(arena.take(sizeof(float) * to.n_padded()));
+  Packer packer(w, n, k, paired, to, weights, scales);
   team.run([&](int t) {
     const auto [first, last] = share(to.chunks, t, team.size());
-    if (options.format == Format::int8)  // a zero weight is stored as 128
+    if (format == Format::int8)  // a zero weight is stored as 128
       std::memset(weights + first * to.bytes_per_chunk(), 128, (last - first) * to.bytes_per_chunk());
     for (int c = first; c < last; ++c) packer.chunk(c);
   });

@@ -36,14 +36,9 @@ class Arena {
   char* free_ = nullptr;
 };
 
-struct PackOptions {
-  Format format;
-  int group;    // int8: columns that share a scale, a multiple of 64; 0 for one scale per output
-  bool paired;  // the matrix is two stacked ones (gate, up), and a chunk holds the same outputs of both
-};
-
-// Packs w (n, k) and bias ((n,) or null). Each of the team's threads writes what it will read later.
-Linear pack(const Matrix& w, const float* bias, int n, int k, const PackOptions& options, Arena& arena, Team& team);
+// Packs w (n, k) and bias ((n,) or null). Each of the team's threads writes what it will read later. paired: the matrix
+// is two stacked ones (gate, up), and a chunk holds the same outputs of both.
+Linear pack(const Matrix& w, const float* bias, int n, int k, Format format, bool paired, Arena& arena, Team& team);
 
 // The chunks [first, last) of a thread.
 struct Range {

@@ -79,14 +79,14 @@ static void split_segment(const float* x, int n, int8_t* high, int8_t* low, floa
   *offset = static_cast<int32_t>(0u - total * 128u);
 }
 
-static void prepare(const float* x, int k, int segment, const InputRow& to) {
+static void prepare(const float* x, int k, const InputRow& to) {
   if (to.kind == InputKind::fp32) {
     __builtin_memcpy(to.data, x, k * sizeof(float));
   } else if (to.kind == InputKind::bf16) {
     narrow(to.data, x, 1.0f, Dtype::bf16, k);
   } else {
-    for (int s = 0; s * segment < k; ++s) {
-      const int from = s * segment, n = k - from < segment ? k - from : segment;
+    for (int s = 0; s * kSegment < k; ++s) {
+      const int from = s * kSegment, n = k - from < kSegment ? k - from : kSegment;
       auto* high = reinterpret_cast<int8_t*>(to.data) + from;
       split_segment(x + from, n, high, high + to.low, to.scales + s, to.offsets + s);
     }
