@@ -19,7 +19,7 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import LatentTokens
 from tests.compare import assert_as_good_as_torch
-from tests.test_plan import gpt2, llama_like
+from tests.test_plan import ROPES, gpt2, llama_like
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 5, 0]
@@ -126,8 +126,8 @@ def test_every_instruction_set(isa: str, weights: str, monkeypatch: pytest.Monke
         hf = random_model(name, torch.bfloat16 if weights != "fp32" else torch.float32)
         model = native.NativeModel(wrap(hf), weights=weights, threads=1)
         assert model.chain.isa == isa
-        target = quantised(hf, 0) if weights == "int8" else hf
-        truth = chains(quantised(copy.deepcopy(hf).double(), 0) if weights == "int8" else copy.deepcopy(hf).double())
+        target = quantised(hf) if weights == "int8" else hf
+        truth = chains(quantised(copy.deepcopy(hf).double()) if weights == "int8" else copy.deepcopy(hf).double())
         assert_as_good_as_torch(native_chains(model), chains(target), truth, what=f"{name} {isa}")
 
 
@@ -137,21 +137,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         native.NativeModel(wrap(random_model("gpt2")), threads=1)
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 def test_rope_scaling(rope: dict[str, object]) -> None:
     hf = random_model("", rope_parameters={"rope_theta": 10000.0, **rope})
     ours = native_chains(native.NativeModel(wrap(hf), threads=1))

@@ -19,6 +19,17 @@ SMALL = {
     "vocab_size": 99,
     "max_position_embeddings": 128,
 }
+ROPES = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+]
 
 
 def gpt2(**changes: object) -> transformers.GPT2LMHeadModel:
@@ -58,21 +69,7 @@ def test_llama_family(kind: str) -> None:
     assert plan.window == ((4096, 4096) if kind == "Mistral" else (0, 0))
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 def test_static_rope_comes_from_the_models_own_module(rope: dict[str, object]) -> None:
     model = llama_like("Llama", rope_parameters={"rope_theta": 10000.0, **rope})
     plan = plan_of(model)
