@@ -7,7 +7,6 @@
 
 #include "bindings.h"
 #include "cpu/attention.h"
-#include "cpu/isa.h"
 #include "cpu/kv_append.h"
 
 using coconut_fast::Dtype;
@@ -199,8 +198,6 @@ static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::
 }
 
 void bind_attention(py::module_& m) {
-  m.def("best_isa", [] { return coconut_fast::isa_name(coconut_fast::best_isa()); },
-        "The instruction set the CPU kernels use: the machine's best, or COCONUT_FAST_ISA.");
   m.def("ragged_attention", &ragged_attention, py::arg("query"), py::arg("keys"), py::arg("values"),
         py::arg("page_table"), py::arg("rows"), py::arg("row_offsets"), py::arg("lengths"), py::kw_only(),
         py::arg("page_size"), py::arg("scaling"), py::arg("window") = 0, py::arg("softcap") = 0.0,

@@ -230,7 +230,8 @@ static py::tuple chain_decode(Chain& self, const CacheLayout& layout, const Stor
 }
 
 void bind_native(py::module_& m) {
-  m.def("isa", [] { return coconut_fast::isa_name(coconut_fast::best_isa()); }, "The instruction set CPU kernels use.");
+  m.def("isa", [] { return coconut_fast::isa_name(coconut_fast::best_isa()); },
+        "The instruction set the CPU kernels use: the machine's best, or COCONUT_FAST_ISA.");
   m.def("has_tiles", &coconut_fast::has_tiles, "Whether COCONUT_FAST_ISA=amx can be asked for here.");
   m.def("default_threads", &coconut_fast::default_threads, "CPUs of this process, or OMP_NUM_THREADS if fewer.");
   m.def("read_bandwidth", &coconut_fast::read_bandwidth, py::arg("threads"), py::arg("bytes"), py::arg("repeats"),

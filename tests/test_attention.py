@@ -171,7 +171,7 @@ ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
 def isas() -> list[str]:
-    return ISAS[: ISAS.index(ops.extension().best_isa()) + 1]
+    return ISAS[: ISAS.index(ops.extension().isa()) + 1]
 
 
 # One token alone, no token, one query at the end of a page and beyond it, a prefill, a tail, several chunks of lanes.
@@ -219,7 +219,7 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("COCONUT_FAST_ISA", "mmx")
     with pytest.raises(ValueError, match=r"COCONUT_FAST_ISA is mmx; expected portable"):
-        ops.extension().best_isa()
+        ops.extension().isa()
 
 
 def test_random_calls_agree_with_fp64():

@@ -136,12 +136,6 @@ static __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-static __device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
-  return x;
-}
-
 // N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves how many sums
 // a lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
 template <int N, int Mask = kWarp / 2>
