@@ -58,10 +58,10 @@ def make_tokens(vocab_size: int) -> LatentTokens:
     return LatentTokens(start=vocab_size - 3, end=vocab_size - 2, thought=vocab_size - 1, eos=None)
 
 
-def make_model(shape: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Coconut:
+def make_model(shape: str, dtype: torch.dtype = torch.float32) -> Coconut:
     """Ours, of a named shape."""
     hf = make_hf(shape, dtype)
-    return Coconut(hf, make_tokens(hf.config.vocab_size)).to(device).eval()
+    return Coconut(hf, make_tokens(hf.config.vocab_size)).to(DEVICE).eval()
 
 
 def make_prompts(vocab_size: int, count: int, length: int, thoughts: int, seed: int = 0) -> list[list[int]]:

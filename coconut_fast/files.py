@@ -106,10 +106,10 @@ def check_file(path: str | os.PathLike[str], name: str) -> None:
     check_folder((target if os.path.islink(path) else Path(path)).parent, name)
 
 
-def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as JSON, atomically. TypeError where JSON cannot hold it (and nothing is written)."""
     with write_atomically(path) as file:
-        json.dump(value, file, indent=indent, ensure_ascii=False)
+        json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 

@@ -58,10 +58,9 @@ def generate(
     thought_id: int,
     eos_id: int | None,
     max_new_tokens: int,
-    feedback: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[int]:
     """(T,) prompt with its thoughts marked -> the greedy answer, without end-of-text."""
-    embeds_TD = fill_thoughts(model, input_ids, thought_id, feedback)
+    embeds_TD = fill_thoughts(model, input_ids, thought_id)
     answer: list[int] = []
     while len(answer) < max_new_tokens:
         token = model(inputs_embeds=embeds_TD[None], use_cache=False).logits[0, -1].argmax()

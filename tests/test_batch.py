@@ -23,7 +23,6 @@ def test_passes_cut_rows_before_their_thoughts() -> None:
     assert [p.targets.tolist() for p in batch.passes] == [[6, T], [8], [3, 4]]
     assert [p.loss_index.tolist() for p in batch.passes] == [[2, 4], [1], [0, 1]]
     assert batch.num_targets == 5
-    assert batch.num_thoughts == 3
 
 
 def test_every_token_stands_once_in_the_padded_layout() -> None:

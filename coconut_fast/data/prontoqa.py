@@ -23,9 +23,6 @@ from tqdm import tqdm
 
 from coconut_fast.data.examples import Example
 
-# Problems per split in the paper.
-SPLITS = {"train": 9000, "valid": 200, "test": 800}
-
 CONCEPTS = (  # noqa: SIM905
     "wumpus yumpus zumpus dumpus rompus numpus tumpus vumpus impus jompus gorpus shumpus lempus sterpus grimpus "
     "lorpus brimpus"

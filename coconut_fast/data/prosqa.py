@@ -38,9 +38,6 @@ CONCEPTS = (  # noqa: SIM905
     "vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 ).split()
 
-# Problems per split of the released sets.
-SPLITS = {"train": 17886, "valid": 300, "test": 500}
-
 # algorithm -> nodes drawn, hops from root to target allowed (other graphs are drawn again)
 ALGORITHMS = {"calibrated": (28, (3, 6)), "printed": (23, (1, 40))}
 

@@ -93,8 +93,7 @@ def generate(
         seed = int(torch.randint(2**62, (), device="cpu")) if temperature else 0
     # Below 1e-30 nothing but the likeliest token has a chance, and 1 / temperature no place in fp32.
     sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
-    engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights)
-    engine.keep_thoughts = return_thoughts
+    engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts)
     in_training = [module for module in modules_of(model) if module.training]
     for module in in_training:
         module.training = False
@@ -130,14 +129,15 @@ class Engine:
         prompts: list[Prompt],
         sampling: Sampling,
         seed: int,
-        num_samples: int = 1,
-        batch_size: int | None = None,
-        weights: str | None = None,
+        num_samples: int,
+        batch_size: int | None,
+        weights: str | None,
+        keep_thoughts: bool,
     ) -> None:
         self.model = model
         self.prompts = prompts
         self.num_samples = num_samples
-        self.keep_thoughts = False
+        self.keep_thoughts = keep_thoughts
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         answers = max(1, len(prompts) * num_samples)

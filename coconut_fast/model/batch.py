@@ -73,11 +73,6 @@ class RaggedBatch:
     num_slots: int
     words: torch.Tensor | None = None  # (W,) int32: what all tensors above are views of, once they are
 
-    @property
-    def num_thoughts(self) -> int:
-        """Thoughts fed back in this batch, all rows together."""
-        return sum(len(p.rows) for p in self.passes[1:])
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
         words = packed(self)
