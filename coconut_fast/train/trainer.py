@@ -383,6 +383,8 @@ class CoconutTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         ours = self.accelerator.unwrap_model(self.model)
-        # A module of the user's cannot be made from its name.
-        own = None if type(ours.feedback) in FEEDBACKS.values() else copy.deepcopy(ours.feedback)
+        own = None
+        if type(ours.feedback) not in FEEDBACKS.values():  # a module of the user's, which its name cannot make
+            with sharding.gathered(ours):
+                own = copy.deepcopy(ours.feedback)
         sharding.load_whole(ours, load(resume_from_checkpoint, feedback=own).state_dict())
