@@ -179,8 +179,6 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
     rope = body.rotary_emb
     if rope.rope_type not in STATIC_ROPE:
         return f"rope type {rope.rope_type!r} changes with the length; only {', '.join(STATIC_ROPE)} are supported"
-    if not len(body.layers):
-        return "the model has no layers"
     attention = [layer.self_attn for layer in body.layers]
     head_dim = attention[0].head_dim
     if rope.inv_freq.numel() * 2 != head_dim:
