@@ -61,26 +61,18 @@ def make_graphs(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, 
     return files
 
 
-def run_demo(
-    folder: Path,
-    *,
-    seed: int = 0,
-    sizes: Mapping[str, int] | None = None,
-    overrides: Sequence[str] = (),
-) -> dict[str, Evaluation]:
+def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
     """The whole demo, up to the question. Everything it writes is in `folder`; a demo that was stopped goes on.
 
-    sizes: graphs per split (None: PROBLEMS). overrides: settings of all runs, "key=value" each. Returns the results on
-    fresh graphs by name.
+    overrides: settings of all runs, "key=value" each. Returns the results on fresh graphs by name.
     """
     for changes in RUNS.values():
         read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # what is wrong is refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"
     if before.is_file() and (other := json.loads(before.read_text())["seed"]) != seed:
         raise ValueError(f"--out: {folder} holds a demo of seed {other}, expected seed {seed} or another folder")
-    sizes = sizes or PROBLEMS
-    print(f"1. {sum(sizes.values())} graphs, of which {sizes['test']} are kept for the end")
-    files = make_graphs(folder / "data", sizes, seed)
+    print(f"1. {sum(PROBLEMS.values())} graphs, of which {PROBLEMS['test']} are kept for the end")
+    files = make_graphs(folder / "data", PROBLEMS, seed)
     shared = [f"save_path={folder}", f"train_path={files['train']}", f"val_path={files['valid']}", f"seed={seed}"]
     models: dict[str, Coconut] = {}
     length: list[str] = []
@@ -161,10 +153,10 @@ def chosen_problem(graphs: Sequence[Graph], result: Evaluation) -> int:
     return max(right, key=inner_nodes)
 
 
-def question_command(folder: Path, number: int = 0) -> tuple[list[str], str]:
-    """Arguments of `coconut-fast` that ask the trained model problem `number` of the test set; the right answer."""
+def question_command(folder: Path) -> tuple[list[str], str]:
+    """Arguments of `coconut-fast` that ask the trained model the first problem of the test set; the right answer."""
     run = folder / settings_name(RUNS["Coconut"])
-    example = read_examples(folder / "data" / "test.json")[number]
+    example = read_examples(folder / "data" / "test.json")[0]
     ids = write_questions(load(run), [example])[0].question_ids
     return ["generate", str(run), " ".join(VOCABULARY[token] for token in ids)], example.answer
 
