@@ -90,16 +90,16 @@ def test_rows_that_end_early_stop_where_they_ended(monkeypatch) -> None:
 
 def test_two_threads_capture_one_after_the_other(monkeypatch) -> None:
     inside, most = [], []
-    warm_up = GraphRunner._warm_up
+    capture = GraphRunner._capture
 
     def slow(self, *arguments):
         inside.append(self)
         most.append(len(inside))
         time.sleep(0.02)
-        warm_up(self, *arguments)
         inside.remove(self)
+        return capture(self, *arguments)
 
-    monkeypatch.setattr(GraphRunner, "_warm_up", slow)
+    monkeypatch.setattr(GraphRunner, "_capture", slow)
     monkeypatch.setattr(engine, "choose_runner", lambda model: (GraphRunner, "asked for"))
     models = [make_pair("gpt2")[0] for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:

@@ -232,7 +232,7 @@ class GraphRunner(EagerRunner):
         key = (batch.size, kind, count)
         if key not in self.graphs:
             with batch.at_rest(), aside(self.cache.device) as stream:
-                self._warm_up(batch, kind, *count)
+                self._run(batch, kind, *count)  # without an active row: compiles kernels and changes nothing else
                 self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
             self.captures += 1
         self.graphs[key]()
@@ -270,10 +270,6 @@ class GraphRunner(EagerRunner):
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         lengths = self.cache.layout.lengths
         return [int(lengths[r]) for r in rows]
-
-    def _warm_up(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
-        """Runs the passes once without an active row, which compiles kernels and changes nothing that is read."""
-        self._run(batch, kind, *count)
 
     def _run(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
         """Runs the passes launch by launch.
