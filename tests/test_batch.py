@@ -53,3 +53,7 @@ def test_shapes_are_checked() -> None:
         from_padded(torch.tensor([1, 2]), T)
     with pytest.raises(ValueError, match="labels: expected the shape"):
         from_padded(torch.tensor([[1, 2]]), T, labels=torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="input_ids: expected a .* tensor, found a list"):
+        from_padded([[1, 2]], T)
+    with pytest.raises(ValueError, match="labels: expected a .* tensor, found a list"):
+        from_padded(torch.tensor([[1, 2]]), T, labels=[[1, 2]])

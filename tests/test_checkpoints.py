@@ -108,6 +108,10 @@ def test_a_users_own_feedback_works(tmp_path) -> None:
 
     Coconut(make_hf("gpt2"), TOKENS, feedback=Halve()).save_pretrained(tmp_path)
     assert isinstance(load(tmp_path, feedback=Halve()).feedback, Halve)
+    wrong = {r"returned \(5, 5\)": torch.nn.Linear(32, 5), "raised RuntimeError": torch.nn.Linear(5, 32)}
+    for found, module in wrong.items():
+        with pytest.raises(ValueError, match=rf"feedback: Linear {found}.*, expected a map of \(5, 32\) torch.float32"):
+            load(tmp_path, feedback=module)
     with pytest.raises(ValueError, match="saved with a module of its own, 'Halve'; expected feedback=module"):
         load(tmp_path)
     with pytest.raises(ValueError, match="feedback: expected one of .*found 'Halve'"):

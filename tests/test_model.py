@@ -281,6 +281,15 @@ def test_a_result_may_be_written_in_place():
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_of_which_none_counts_have_a_loss():
+    model, _ = make_pair("llama")
+    ids = torch.tensor([make_row(9, 2, 2, 1)])
+    output = model(ids, labels=torch.full_like(ids, IGNORE))
+    assert output.loss.item() == 0 and model(ids).loss is None
+    output.loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 def test_second_derivatives_are_refused():
     """They would miss what goes through attention and the cache."""
     model, _ = make_pair("gpt2")

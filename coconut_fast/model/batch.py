@@ -287,15 +287,21 @@ def from_padded(
     labels: torch.Tensor | None = None,
 ) -> RaggedBatch:
     """Padded (B, T) tensors, pads left, right or both (attention_mask 0) -> RaggedBatch on the CPU."""
-    shape = tuple(input_ids.shape)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: expected shape (batch, tokens), found {shape}")
-    for name, tensor in {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected the shape of input_ids {shape}, found {tuple(tensor.shape)}")
-    for name, tensor in {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}.items():
-        if tensor is not None and tensor.is_floating_point():
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: expected a (batch, tokens) tensor, found a {type(tensor).__name__}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: expected shape (batch, tokens), found {tuple(input_ids.shape)}")
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name}: expected the shape of input_ids {tuple(input_ids.shape)}, found {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and name != "attention_mask":
             raise ValueError(f"{name}: expected integers, found {tensor.dtype}")
+    shape = tuple(input_ids.shape)
     ids = input_ids.cpu().numpy()
     columns: list[Any] = [np.arange(shape[1])] * shape[0]
     if attention_mask is not None:

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from coconut_fast.files import UNFINISHED, check_folder, not_written
-from coconut_fast.model.checks import check_finite, check_ragged
+from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
@@ -60,8 +60,8 @@ def load(
     file takes its configuration and tokenizer from, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing weights or
     some of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
-    model), weights that are NaN or infinite, special tokens that cannot be known, and a model that cannot run ragged
-    (see model/checks.py).
+    model), weights that are NaN or infinite, special tokens that cannot be known, a model that cannot run ragged, and
+    a feedback that does not make embeddings of hidden states (see model/checks.py).
     """
     check_path(path_or_id)
     device = _check_arguments(device, dtype, tokens)
@@ -95,6 +95,7 @@ def load(
     model = model.to(device).eval()
     check_finite(model, str(path_or_id))
     check_ragged(model, str(path_or_id))
+    check_feedback(model)
     return model
 
 

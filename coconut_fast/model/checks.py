@@ -1,4 +1,4 @@
-"""What a model has to show before it is handed out: finite weights, and that its own code can run ragged.
+"""What a model has to show before it is handed out: finite weights, a feedback that fits, and code that can run ragged.
 
 Any architecture may be asked for, and some would answer wrongly without a word: rows lie end to end on one token axis,
 and only attention knows where one ends. Convolutions and recurrences run over the ends; attention that does not go
@@ -56,6 +56,23 @@ def check_ragged(model: Coconut, what: str) -> None:
             f"{what}: {name} computes its logits in a way that is not known here; "
             "models are supported whose logits are head(hidden), scaled or soft-capped by their configuration"
         )
+
+
+@torch.no_grad()
+def check_feedback(model: Coconut) -> None:
+    """ValueError for a feedback that does not map hidden states (B, D) of the model's dtype to embeddings (B, D)."""
+    name = type(model.feedback).__name__
+    hidden_BD = _inputs(model)[0]
+    expected = f"a map of {tuple(hidden_BD.shape)} {model.dtype} on {model.device} to the same shape"
+    try:
+        embeds_BD = model.feedback(hidden_BD)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"feedback: {name} raised {error!r}, expected {expected}") from error
+    found = tuple(embeds_BD.shape) if isinstance(embeds_BD, torch.Tensor) else type(embeds_BD).__name__
+    if found != tuple(hidden_BD.shape):
+        raise ValueError(f"feedback: {name} returned {found}, expected {expected}")
 
 
 def _inputs(model: Coconut) -> tuple[torch.Tensor, torch.Tensor]:

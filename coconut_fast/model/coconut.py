@@ -229,7 +229,9 @@ class Coconut(nn.Module):
             hidden, embeds = self._passes(batch, loss_only)
         head = self.hf.get_output_embeddings()
         weight = head.weight if mode is None else mode.alias(head.weight)
-        loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items) if batch.num_targets else None
+        loss = None
+        if batch.num_targets or labels is not None:  # labels that are all -100 have a loss too: 0, without gradients
+            loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items)
         return CoconutOutput(loss, self, batch, hidden, embeds, loss_only)
 
     def _passes(self, batch: RaggedBatch, loss_only: bool) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -304,7 +306,7 @@ class Coconut(nn.Module):
             softcap=self.logits_softcap,
             weight_gradient=ops.weight_gradient if has_own_products(weight_VD, weight_VD.dtype) else None,
         )
-        return total / (batch.num_targets if num_items is None else num_items)
+        return total / (max(1, batch.num_targets) if num_items is None else num_items)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a directory that `coconut_fast.load` reads back loss-free and plain transformers reads as a model."""
