@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from coconut_fast import generate, load, reference
+from coconut_fast.data.graphs import EDGE, EOS
 from coconut_fast.infer import engine, memory
 from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.prompts import read_prompts
 from coconut_fast.train.build import build
 from tests.families import TOKENS, VOCAB, make_pair, make_row
 from tests.runs import chains, tiny
@@ -268,6 +270,19 @@ def test_prompts_may_be_of_any_sequence(model) -> None:
         [range(4, 6), array("i", [6, 7])],
     ):
         assert generate(model, prompts, max_new_tokens=3).token_ids == plain
+
+
+def test_a_graph_is_asked_without_separators_where_it_was_trained_so(tmp_path) -> None:
+    """Questions in files are written with them."""
+    model = build(tiny(tmp_path, tokenizer="symbols"), [])
+    whole, bare = "<eos> 4 10 | 10 7 | 5 3 [Q] 7 3 [R] 4", "4 10 10 7 5 3 [Q] 7 3 [R] 4"
+    for num_thoughts in (None, 2):
+        model.settings.symbols = {"separators": False}
+        (alike,), (same,) = (read_prompts(model, text, num_thoughts, 1) for text in (whole, bare))
+        assert alike == same and EDGE not in same.ids
+        model.settings.symbols = {"separators": True}
+        (kept,) = read_prompts(model, whole, num_thoughts, 1)
+        assert kept.ids.count(EDGE) == 2 and kept.ids[0] == EOS
 
 
 def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:

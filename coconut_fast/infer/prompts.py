@@ -12,7 +12,7 @@ import torch
 
 from coconut_fast.data.curriculum import question_row, saved_curriculum
 from coconut_fast.data.examples import TokenizedExample, unknown_word, warn_of_unknown
-from coconut_fast.data.graphs import ANSWER
+from coconut_fast.data.graphs import ANSWER, EDGE, EOS
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.tokens import LATENT
 
@@ -182,7 +182,7 @@ def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
     has_thoughts = LATENT in text
     suffix = "" if has_thoughts or text.endswith(model.settings.suffix) else model.settings.suffix
     try:
-        return model.tokenizer.encode(text + suffix, add_special_tokens=True)
+        ids = model.tokenizer.encode(text + suffix, add_special_tokens=True)
     except (TypeError, UnicodeError) as error:  # half a surrogate pair, as undecodable bytes of a shell become
         raise ValueError(f"prompts: prompt {i} is not valid Unicode: {text!r}") from error
     except Exception as error:
@@ -193,3 +193,7 @@ def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
         raise ValueError(
             f"prompts: prompt {i} holds {word!r}, which is none of the {size} words of the model's tokenizer"
         ) from error
+    if not (model.settings.symbols or {}).get("separators", True):
+        # Questions in files are written with them, and this model has never seen any: it answered none of 200 right.
+        ids = [token for token in ids if token not in (EDGE, EOS)]
+    return ids
