@@ -11,7 +11,7 @@ PAUSE = "<|pause|>"
 IGNORE = -100  # as everywhere in PyTorch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # five numbers in a row would be mixed up
 class LatentTokens:
     """Ids of the special tokens: `start` and `end` frame the thoughts, `thought` marks one, `eos` ends the answer.
 

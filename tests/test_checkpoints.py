@@ -295,6 +295,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(name: str, value: float
         load(tmp_path)
 
 
+def test_tokens_are_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        LatentTokens(5, 6, 7, 0)
+
+
 def test_unknown_tokens_are_refused(tmp_path) -> None:
     make_hf("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokens: .* has no tokenizer"):

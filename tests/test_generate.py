@@ -238,6 +238,12 @@ def test_bad_input_is_refused_before_any_work(model, prompts, options, message) 
     assert generate(model, [[1, 2]], max_new_tokens=1).token_ids  # usable afterwards
 
 
+def test_a_hugging_face_model_is_named(model) -> None:
+    for wrong in (model.hf, None):
+        with pytest.raises(ValueError, match=f"model: found a {type(wrong).__name__}, expected a Coconut model"):
+            generate(wrong, [[1, 2]])
+
+
 def test_a_word_without_a_token_is_named(tmp_path) -> None:
     """Where the vocabulary has no token for unknown words, as with the symbols of graph problems."""
     model = build(tiny(tmp_path, tokenizer="symbols"), [])

@@ -85,6 +85,8 @@ def generate(
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights: expected {', '.join(WEIGHTS)} or None, found {weights!r}")
     if not isinstance(model, Coconut):
+        if not isinstance(model, str | Path):
+            raise ValueError(f"model: found a {type(model).__name__}, expected a Coconut model, a path or a hub id")
         from coconut_fast.model.checkpoints import load
 
         model = load(model)
