@@ -98,7 +98,9 @@ def test_rescale_gives_the_mean_norm_of_the_embeddings() -> None:
     embedding = make_hf("gpt2").get_input_embeddings()
     feedback = make_feedback("rescale", embedding)
     expected = embedding.weight.norm(dim=-1).mean()
-    torch.testing.assert_close(feedback(torch.randn(5, 32) * 40).norm(dim=-1), expected.expand(5))
+    for dtype in (torch.float32, torch.float64):
+        norm = feedback(torch.randn(5, 32, dtype=dtype) * 40).norm(dim=-1)
+        torch.testing.assert_close(norm, expected.expand(5).to(dtype), rtol=1e-6, atol=0.0)
 
 
 def test_a_users_own_feedback_works(tmp_path) -> None:

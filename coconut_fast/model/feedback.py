@@ -28,8 +28,9 @@ class Rescale(nn.Module):
         self.register_buffer("mean_norm", torch.linalg.vector_norm(weight_VD.float(), dim=-1).mean())
 
     def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        norm_B1 = torch.linalg.vector_norm(hidden_BD, dim=-1, keepdim=True, dtype=torch.float32)
-        scale_B1 = self.mean_norm.float() / norm_B1.clamp_min(torch.finfo(torch.float32).tiny)
+        wide = torch.promote_types(hidden_BD.dtype, torch.float32)
+        norm_B1 = torch.linalg.vector_norm(hidden_BD, dim=-1, keepdim=True, dtype=wide)
+        scale_B1 = self.mean_norm.to(wide) / norm_B1.clamp_min(torch.finfo(torch.float32).tiny)
         return (hidden_BD * scale_B1).to(hidden_BD.dtype)
 
 
