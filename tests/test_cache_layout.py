@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from coconut_fast import ops
+from coconut_fast import KVCache, ops
 
 CacheLayout = ops.extension().CacheLayout
 
@@ -303,3 +303,9 @@ def test_unequal_lists_are_refused():
 def test_impossible_layouts_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         CacheLayout(**arguments)
+
+
+@pytest.mark.parametrize("name", ["num_slots", "max_rows", "max_length", "page_size"])
+def test_a_cache_without_room_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name}: found 0, expected 1 or more"):
+        KVCache(1, **{"num_slots": 8, name: 0})

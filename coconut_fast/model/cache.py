@@ -111,14 +111,17 @@ class KVCache(Storage):
         page_size: int = PAGE_SIZE,
         device: torch.device | str = "cpu",
     ) -> None:
-        if page_size < 1:
-            raise ValueError(f"page_size: found {page_size}, expected 1 or more")
+        max_length = num_slots if max_length is None else max_length
+        sizes = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length, "page_size": page_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: found {size}, expected 1 or more")
         num_pages = -(-num_slots // page_size)
         self.layout = ops.extension().CacheLayout(
             num_pages=num_pages,
             page_size=page_size,
             max_rows=max_rows,
-            max_pages_per_row=-(-(max_length or num_slots) // page_size),
+            max_pages_per_row=-(-max_length // page_size),
         )
         self.device = torch.device(device)
         # On a GPU the kernels read a copy of the page table at an address that never changes (graphs capture it).

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -204,7 +204,7 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
         where = "" if os.path.isdir(path_or_id) else "no directory of that name is here, and from the hub it "
         raise ValueError(
-            f"{path_or_id}: {where}does not load as a causal language model: {reason_of(error)}"
+            f"{path_or_id}: {where}does not load as a causal language model: {_torn(path_or_id)}{reason_of(error)}"
         ) from error
     unfit = None
     if found["mismatched_keys"]:
@@ -226,6 +226,17 @@ def reason_of(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""  # whose text is a key alone
     return kind + " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
+def _torn(directory: str | Path) -> str:
+    """The first file of weights that does not open (a download broke off), to stand before the reason; else nothing."""
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return f"{file.name}: "
+    return ""
 
 
 def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
