@@ -103,6 +103,12 @@ def test_rescale_gives_the_mean_norm_of_the_embeddings() -> None:
         torch.testing.assert_close(norm, expected.expand(5).to(dtype), rtol=1e-6, atol=0.0)
 
 
+def test_a_feedback_by_name_needs_no_load() -> None:
+    assert isinstance(Coconut(make_hf("gpt2"), TOKENS, feedback="rescale").feedback, FEEDBACKS["rescale"])
+    with pytest.raises(ValueError, match="feedback: expected one of .*found 'scaled'"):
+        Coconut(make_hf("gpt2"), TOKENS, feedback="scaled")
+
+
 def test_a_users_own_feedback_works(tmp_path) -> None:
     class Halve(torch.nn.Module):
         def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:

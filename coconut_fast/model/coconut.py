@@ -25,7 +25,7 @@ from coconut_fast.model import attention
 from coconut_fast.model.batch import RaggedBatch, check_range, from_padded
 from coconut_fast.model.cache import KVCache, Ragged, Storage
 from coconut_fast.model.deferred import DeferredWeightGradients
-from coconut_fast.model.feedback import Identity
+from coconut_fast.model.feedback import make_feedback
 from coconut_fast.model.last_layer import only_reads
 from coconut_fast.model.parallel import refine
 from coconut_fast.model.weight import has_own_products
@@ -91,7 +91,8 @@ class CoconutOutput:
 
 
 class Coconut(nn.Module):
-    """hf: any Hugging Face causal LM; tokens: its special tokens; feedback: hidden (B, D) -> next input (B, D)."""
+    """hf: any Hugging Face causal LM; tokens: its special tokens; feedback: hidden (B, D) -> next input (B, D), or one
+    of model/feedback.py by name (None: identity)."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class Coconut(nn.Module):
         tokens: LatentTokens,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        feedback: nn.Module | None = None,
+        feedback: nn.Module | str | None = None,
         settings: Settings | None = None,
     ) -> None:
         super().__init__()
@@ -111,7 +112,9 @@ class Coconut(nn.Module):
         _fuse_gelu(hf)
         self.hf = hf
         self.training = hf.training
-        self.feedback = feedback if feedback is not None else Identity()
+        if feedback is None or isinstance(feedback, str):
+            feedback = make_feedback(feedback or "identity", hf.get_input_embeddings())
+        self.feedback = feedback
         self.tokens = tokens
         self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()

@@ -17,7 +17,6 @@ from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.model.checkpoints import add_latent_tokens, load, reason_of
 from coconut_fast.model.checks import check_ragged
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 
@@ -71,8 +70,7 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     tokens = add_latent_tokens(hf, tokenizer, trained=True)  # random rows, like all others
     if PAUSE in tokenizer.get_vocab():
         tokens = dataclasses.replace(tokens, pause=tokenizer.convert_tokens_to_ids(PAUSE))
-    module = make_feedback(feedback, hf.get_input_embeddings())
-    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module)
+    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=feedback)
     check_ragged(model.eval(), "model")
     return model
 
