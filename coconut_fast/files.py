@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,8 +65,32 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> OSError:
     return OSError(f"{os.fspath(path)} could not be written ({reason}; {free:.1f} MB were free)")
 
 
+@contextmanager
+def reserve(folder: Path, name: str) -> Iterator[None]:
+    """Keeps `folder`, which is made where it is missing, from other processes that reserve it, while the block runs.
+
+    ValueError, opened by the setting's `name`, where another one has it. The lock is the folder's own, not a file, and
+    ends with its process however that ends; a file system without such locks (NFS) reserves nothing. A folder that is
+    empty afterwards is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{name}: another process is writing to {folder}, expected a folder of our own") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Removes what writers that were killed left in `folder`, which must have no other writer now."""
+    """Removes what writers that were killed left in `folder`, which must be reserved."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f"{UNFINISHED}*"):

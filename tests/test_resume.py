@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from coconut_fast.data.examples import read_examples, write_examples
+from coconut_fast.files import reserve
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
@@ -131,6 +132,18 @@ def stopped(undisturbed: Path, tmp_path: Path) -> Path:
     shutil.rmtree(run / "checkpoint-12")
     (run / "coconut.json").unlink()
     return run
+
+
+def test_a_second_process_does_not_train_in_the_same_directory(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    half = run / ".unfinished-checkpoint-2"
+    with reserve(run, "save_path"):
+        half.mkdir()  # the first process is writing it
+        refused = f"save_path: another process is writing to {run}, expected a folder of our own"
+        assert start(tmp_path) == ("ValueError", refused)
+        assert list(run.iterdir()) == [half]
+    assert start(tmp_path, num_epochs=1) is None
+    assert not half.exists() and saving.checkpoints(run)
 
 
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_fast.data.curriculum import METHODS
-from coconut_fast.files import check_folder, remove_unfinished, write_json
+from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
 from coconut_fast.model.checkpoints import COCONUT_JSON, load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
@@ -25,14 +25,23 @@ def run(settings: CoconutArguments) -> Path:
     """Trains as the settings say, from the newest checkpoint in `settings.output_dir` where there is one.
 
     Returns that directory: it then holds the best model of the last stage (for `coconut_fast.load`), checkpoints,
-    metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, or another run's
-    checkpoint; OSError where the disk does not take a checkpoint; NonFiniteError where training diverges.
+    metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, another run's checkpoint,
+    or a directory in which another process trains; OSError where the disk does not take a checkpoint; NonFiniteError
+    where training diverges.
     """
     folder = Path(settings.output_dir)
     check_folder(folder, "save_path")
-    main = int(os.environ.get("RANK", "0")) == 0
-    if main:
-        remove_unfinished(folder)
+    if int(os.environ.get("RANK", "0")):  # the first process has the directory for all of them
+        _run(settings, folder, main=False)
+    else:
+        with reserve(folder, "save_path"):
+            remove_unfinished(folder)
+            _run(settings, folder, main=True)
+    return folder
+
+
+def _run(settings: CoconutArguments, folder: Path, main: bool) -> None:
+    """What each process does; `main` writes."""
     train_limit, val_limit = settings.limits()
     examples = read_file(settings.train_path, "train_path", train_limit)
     held_out = read_file(settings.val_path, "val_path", val_limit) if settings.val_path else []
@@ -67,7 +76,6 @@ def run(settings: CoconutArguments) -> Path:
         print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
     if main:
         finish(folder, settings.debug)
-    return folder
 
 
 def finish(folder: Path, debug: bool) -> None:
