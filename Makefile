@@ -12,7 +12,10 @@ SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,\
 
 .PHONY: install demo test lint bench sanitize clean
 
-install: $(VENV)/.built
+# One at a time: `make test` beside `make demo` in a fresh clone waits until that has installed, and then need not.
+install:
+	@flock --nonblock Makefile true || echo "waiting for another make that installs into $(VENV)"
+	@flock Makefile $(MAKE) --no-print-directory $(VENV)/.built
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \
