@@ -30,7 +30,6 @@ BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decod
 # An architecture, what its configuration needs, and the word of the refusal that says why.
 REFUSED = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "interface"),
-    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}, "interface"),
     "qwen3_next": ({**LINEAR_HEADS, **LINEAR_DIMS, **MOE}, "layers without attention"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers without attention"),
     "mamba": ({"state_size": 8}, "interface|layers without attention"),
