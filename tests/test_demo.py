@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr().out
     for name in demo.RUNS:
         assert f"\n{name} " in printed
-    assert f"coconut-fast generate {out}/coconut '" in printed
+    assert f"coconut-fast generate {shlex.quote(f'{out}/coconut')} '" in printed
     assert "accuracy" in printed and "tokens" in printed and "ms / example" in printed
     for picture in (demo.CURVES, demo.THOUGHTS):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
