@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, which torch alone does not do
+if not os.access(Path.home(), os.W_OK):  # triton makes ~/.triton, and compiles nothing where it cannot
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("COCONUT_FAST_TEST_DATA", ROOT.parent / "shared"))
