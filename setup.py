@@ -24,6 +24,9 @@ NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is at hand to ask
 # Python's own flags ask for debug information, 20 MB of it. CFLAGS may ask for it again.
 os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
+# torch looks for ninja on PATH alone, where that of an environment that is not activated (`make`) does not lie. Without
+# it files are compiled one after the other, and all of them after any change.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
 
 TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
 TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}  # torch itself asks for it only where it is built for a GPU

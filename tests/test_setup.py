@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +53,18 @@ def test_a_toolkit_of_the_same_major_builds(headers: str, why: Callable[[], str]
 def test_a_torch_without_cuda_is_said(why: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert why() == f"torch {torch.__version__} is built without CUDA"
+
+
+def test_ninja_of_an_environment_that_is_not_activated_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ninja = tmp_path / "bin" / "ninja"
+    ninja.parent.mkdir()
+    ninja.write_text("#!/bin/sh\necho 1.13.0")
+    ninja.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "executable", str(ninja.with_name("python")))
+    monkeypatch.setenv("PATH", "/bin/without/ninja")
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert shutil.which("ninja") == str(ninja)
