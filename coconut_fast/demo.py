@@ -69,7 +69,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
     for changes in RUNS.values():
         read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # what is wrong is refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"
-    if before.is_file() and (other := json.loads(before.read_text())["seed"]) != seed:
+    if before.is_file() and (other := json.loads(before.read_text("utf-8"))["seed"]) != seed:
         raise ValueError(f"--out: {folder} holds a demo of seed {other}, expected seed {seed} or another folder")
     print(f"1. {sum(PROBLEMS.values())} graphs, of which {PROBLEMS['test']} are kept for the end")
     files = make_graphs(folder / "data", PROBLEMS, seed)

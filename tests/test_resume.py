@@ -10,6 +10,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from coconut_fast.train.state import same_run
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
 
+ROOT = Path(__file__).resolve().parents[1]
 # Where a process kills itself: what is called, and at which call of it.
 SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 2),  # before the first checkpoint
@@ -144,6 +147,15 @@ def test_a_second_process_does_not_train_in_the_same_directory(tmp_path: Path) -
         assert list(run.iterdir()) == [half]
     assert start(tmp_path, num_epochs=1) is None
     assert not half.exists() and saving.checkpoints(run)
+
+
+def test_a_manifest_reads_the_same_in_any_locale(tmp_path: Path) -> None:
+    saving.finish(tmp_path, {"model": "modèle"})
+    code = f"print(ascii(read_manifest(Path({str(tmp_path)!r}))['model']))"
+    command = [sys.executable, "-c", f"from coconut_fast.train.saving import Path, read_manifest; {code}"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == ascii("modèle") + "\n", done.stderr
 
 
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path) -> None:

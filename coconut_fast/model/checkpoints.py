@@ -164,7 +164,7 @@ def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None
         "settings": asdict(model.settings),
         "feedback": name_of(model.feedback),
     }
-    (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n")
+    (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n", "utf-8")
 
 
 def add_latent_tokens(
@@ -325,7 +325,7 @@ def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text("utf-8"))
         known = {f.name for f in fields(Settings)}
         saved["settings"] = asdict(Settings(**{k: v for k, v in saved["settings"].items() if k in known}))
         LatentTokens(**saved["tokens"])

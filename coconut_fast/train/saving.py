@@ -57,7 +57,7 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The facts of a whole checkpoint; CheckpointError for a truncated or foreign one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         files: dict[str, int] = manifest["files"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
