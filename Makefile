@@ -10,12 +10,15 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,\
   cache_layout block_cache bindings gemm gelu kv_append attention attention_far native)
 
-.PHONY: install demo test lint bench sanitize clean
+.PHONY: install installed demo test lint bench sanitize clean
 
 # One at a time: `make test` beside `make demo` in a fresh clone waits until that has installed, and then need not.
 install:
 	@flock --nonblock Makefile true || echo "waiting for another make that installs into $(VENV)"
-	@flock Makefile $(MAKE) --no-print-directory $(VENV)/.built
+	@flock Makefile $(MAKE) --no-print-directory installed
+
+installed: $(VENV)/.built
+	@:
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or \

@@ -24,12 +24,11 @@ def test_two_at_once_install_one_after_the_other(tmp_path: Path) -> None:
     (folder / "csrc").mkdir(parents=True)
     for name in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py", "build_backend.py"):
         shutil.copy(ROOT / name, folder)
-    python = tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+    (folder / "python").write_text(PYTHON)
+    (folder / "python").chmod(0o755)
 
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    make = ["make", "install", f"PYTHON={python}"]
+    make = ["make", "install", "PYTHON=./python"]
     both = [subprocess.Popen(make, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -38,3 +37,5 @@ def test_two_at_once_install_one_after_the_other(tmp_path: Path) -> None:
     assert len(log) == 6, "torch, the other requirements and the package are installed once"
     for begin, end in zip(log[::2], log[1::2], strict=True):
         assert begin.removeprefix("begin") == end.removeprefix("end")
+    again = subprocess.run(make, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout == "", "nothing is left to do, and nothing is said"
