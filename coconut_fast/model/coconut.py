@@ -114,7 +114,7 @@ class Coconut(nn.Module):
         self.training = hf.training
         if feedback is None or isinstance(feedback, str):
             feedback = make_feedback(feedback or "identity", hf.get_input_embeddings())
-        self.feedback = feedback
+        self.feedback: nn.Module = feedback
         self.tokens = tokens
         self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()
