@@ -57,6 +57,19 @@ def test_a_missing_shard_is_named(tmp_path) -> None:
         load(tmp_path, tokens=TOKENS)
 
 
+def test_a_file_that_does_not_open_hides_no_other_reason(tmp_path) -> None:
+    make_hf("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "adapter.safetensors").symlink_to("nothing")  # what a cache leaves that was cleaned up
+    load(tmp_path, tokens=TOKENS)
+    _edited(tmp_path, "config.json", n_head=3)
+    with pytest.raises(ValueError, match="does not load as a causal language model: .*must be divisible by num_heads"):
+        load(tmp_path, tokens=TOKENS)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to("nothing")
+    with pytest.raises(ValueError, match="does not load as a causal language model: "):
+        load(tmp_path, tokens=TOKENS)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

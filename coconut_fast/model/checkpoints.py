@@ -203,8 +203,9 @@ def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
         raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
         where = "" if os.path.isdir(path_or_id) else "no directory of that name is here, and from the hub it "
+        torn = _torn(path_or_id) if isinstance(error, SafetensorError) else ""
         raise ValueError(
-            f"{path_or_id}: {where}does not load as a causal language model: {_torn(path_or_id)}{reason_of(error)}"
+            f"{path_or_id}: {where}does not load as a causal language model: {torn}{reason_of(error)}"
         ) from error
     unfit = None
     if found["mismatched_keys"]:
@@ -234,7 +235,7 @@ def _torn(directory: str | Path) -> str:
         try:
             with safe_open(file, "pt"):
                 pass
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return f"{file.name}: "
     return ""
 
