@@ -102,9 +102,10 @@ static INLINE Vec exp(Vec x) {
   return x > 88.3f ? splat(INFINITY) : y;
 }
 
-// 2 to the power of x, within 2 ulp; x is held between -126 and 126, NaN stays NaN. Cheaper than exp() by a reduction.
+// 2 to the power of x, within 2 ulp; 2^-126 below -126, inf from 128 on, NaN stays NaN. Cheaper than exp() by a
+// reduction.
 static INLINE Vec exp2(Vec x) {
-  x = smaller(splat(126.0f), larger(splat(-126.0f), x));
+  x = smaller(splat(128.0f), larger(splat(-126.0f), x));
   const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // see exp()
   Vec p = splat(1.53458052e-4f);
   p = p * r + 1.33999309e-3f;
