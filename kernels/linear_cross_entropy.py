@@ -135,7 +135,7 @@ class _Gradients:
             part = matmul(g.T, h)
             self.weight = part.to(weight.dtype) if self.weight is None else self.weight.add_(part)
         if bias is not None and self.wanted[2]:
-            part = g.sum(0)
+            part = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
             self.bias = part.to(bias.dtype) if self.bias is None else self.bias.add_(part)
 
     def scaled(self, by: Tensor | None) -> list[Tensor | None]:

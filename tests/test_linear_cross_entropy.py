@@ -65,6 +65,14 @@ def test_rows_without_a_target_count_for_nothing(monkeypatch, n: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradient", [None, _gradient], ids=["library", "own"])
+def test_the_gradient_of_a_bias_is_summed_in_fp32(monkeypatch, gradient) -> None:
+    hidden, weight, bias, targets = _inputs(64, True, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel.linear_cross_entropy(hidden, weight, bias, targets, weight_gradient=gradient).backward()
+    assert (bias.grad != bias.grad.bfloat16()).any(), "rounded to bf16"
+
+
 @pytest.mark.parametrize("n", [9, 64])  # 64: several chunks
 @pytest.mark.parametrize("gradient", [None, _gradient], ids=["library", "own"])
 def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights(monkeypatch, gradient, n: int) -> None:
