@@ -13,9 +13,10 @@ SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,\
 .PHONY: install installed demo test lint bench sanitize clean
 
 # One at a time: `make test` beside `make demo` in a fresh clone waits until that has installed, and then need not.
+# --close: a compiler cache's server, which the build may start and which stays, must not keep the lock.
 install:
 	@flock --nonblock Makefile true || echo "waiting for another make that installs into $(VENV)"
-	@flock Makefile $(MAKE) --no-print-directory installed
+	@flock --close Makefile $(MAKE) --no-print-directory installed
 
 installed: $(VENV)/.built
 	@:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = """#!/bin/sh
 case "$*" in
   "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip "*"--editable"*) echo "begin $*" >> log; (sleep 5; touch over) > /dev/null 2>&1 & echo "end $*" >> log ;;
   "-m pip "*) echo "begin $*" >> log; sleep 0.2; echo "end $*" >> log ;;
 esac
 """
@@ -33,6 +34,7 @@ def test_two_at_once_install_one_after_the_other(tmp_path: Path) -> None:
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
 
+    assert not (folder / "over").exists(), "what the build leaves running keeps nobody waiting"
     log = (folder / "log").read_text().splitlines()
     assert len(log) == 6, "torch, the other requirements and the package are installed once"
     for begin, end in zip(log[::2], log[1::2], strict=True):
