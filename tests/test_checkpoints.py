@@ -191,6 +191,14 @@ def test_a_tied_head_need_not_be_in_a_reference_checkpoint(tmp_path) -> None:
         load(tmp_path / "checkpoint", tokens=TOKENS)
 
 
+def test_a_tied_head_of_other_weights_is_refused(tmp_path) -> None:
+    hf = make_hf("gpt2")
+    hf.config.save_pretrained(tmp_path)
+    torch.save({**hf.state_dict(), "lm_head.weight": hf.lm_head.weight + 1}, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="lm_head.weight differs from transformer.wte.weight, .* config.json ties"):
+        load(tmp_path / "checkpoint", tokens=TOKENS)
+
+
 class _Evil:
     def __reduce__(self):
         return (print, ("code ran",))

@@ -281,7 +281,14 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     missing = [k for k in missing if k not in head or table is None]
     if missing or unexpected:
         raise ValueError(f"{path} does not fit {home}: {_difference(missing, unexpected)}")
+    for name in head & state.keys():  # one of them would be left out without a word
+        if table is not None and not _same(state[name], state[table]):
+            raise ValueError(f"{path} does not fit {home}: {name} differs from {table}, which config.json ties it to")
     return hf, is_coconut or has_more_rows
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
