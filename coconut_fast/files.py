@@ -74,13 +74,28 @@ def reserve(folder: Path, name: str) -> Iterator[None]:
     made and is empty afterwards is removed.
     """
     made, descriptor = _locked(folder, name)
+    _reserved.add(descriptor)
     try:
         yield
     finally:
-        if made:
-            with suppress(OSError):
-                folder.rmdir()  # under the lock: it would be gone under the next process otherwise
-        os.close(descriptor)
+        if descriptor in _reserved:  # not in a child
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()  # under the lock: it would be gone under the next process otherwise
+            _reserved.remove(descriptor)
+            os.close(descriptor)
+
+
+_reserved: set[int] = set()  # descriptors that hold locks
+
+
+def _let_go() -> None:
+    """A lock is also that of forked children, such as a loader's, which outlive a killed process for some seconds."""
+    while _reserved:
+        os.close(_reserved.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _locked(folder: Path, name: str) -> tuple[bool, int]:

@@ -176,6 +176,24 @@ def test_a_directory_that_went_before_it_was_locked_is_made_again(tmp_path: Path
             pass
 
 
+def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, signal, time
+        from coconut_fast.files import Path, reserve
+        read, write = os.pipe()
+        with reserve(Path({str(tmp_path)!r}), "save_path"):
+            if not os.fork():
+                os.write(write, b".")  # the child runs
+                time.sleep(10)
+                os._exit(0)
+            os.read(read, 1)
+            os.kill(os.getpid(), signal.SIGKILL)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    with reserve(tmp_path, "save_path"):
+        pass
+
+
 def test_a_manifest_reads_the_same_in_any_locale(tmp_path: Path) -> None:
     saving.finish(tmp_path, {"model": "modèle"})
     code = f"print(ascii(read_manifest(Path({str(tmp_path)!r}))['model']))"
