@@ -233,7 +233,7 @@ class Coconut(nn.Module):
         head = self.hf.get_output_embeddings()
         weight = head.weight if mode is None else mode.alias(head.weight)
         loss = None
-        if batch.num_targets or labels is not None:  # labels that are all -100 have a loss too: 0, without gradients
+        if batch.num_targets or labels is not None:  # labels that are all -100 have a loss too: 0, as are its gradients
             loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items)
         return CoconutOutput(loss, self, batch, hidden, embeds, loss_only)
 
