@@ -53,9 +53,8 @@ def test_rows_are_found_again(shapes: list) -> None:
     assert filled.num_targets == plain.num_targets
     assert sum(int((p.targets != IGNORE).sum()) for p in filled.passes) == plain.num_targets
     assert {p.rows for p in filled.passes[1:]} <= {tuple(range(len(shapes)))}
-    assert sum(int((p.thoughts_after >= 0).sum()) for p in filled.passes[1:]) == sum(
-        len(p.rows) for p in plain.passes[1:]
-    )
+    thoughts = sum(len(p.rows) for p in plain.passes[1:])
+    assert sum(int((p.thoughts_after >= 0).sum()) for p in filled.passes[1:]) == thoughts
     assert int(filled.position_ids.max()) == int(plain.position_ids.max())
     for p in filled.passes:
         assert p.max_query >= max(p.counts)
