@@ -43,7 +43,7 @@ def _train(arguments: argparse.Namespace) -> int:
             _evaluate(settings)
         return 0
     from coconut_fast.train import saving
-    from coconut_fast.train.run import run
+    from coconut_fast.train.run import leave_group, run
 
     begins = not saving.checkpoints(Path(settings.output_dir))
     if first and begins and isinstance(settings.model, str) and settings.load_model_path is None:
@@ -54,6 +54,7 @@ def _train(arguments: argparse.Namespace) -> int:
         kept = saving.checkpoints(Path(settings.output_dir))
         again = f"goes on from {kept[-1].name}" if kept else "begins anew, there is no checkpoint yet"
         raise KeyboardInterrupt(f"the same command {again}") from None
+    leave_group()
     if first:
         print(folder)
     return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
@@ -76,6 +79,17 @@ def _run(settings: CoconutArguments, folder: Path, main: bool) -> None:
         print("finished    nothing is left to train; another name begins a new run", file=sys.stderr)
     if main:
         finish(folder, settings.debug)
+
+
+def leave_group() -> None:
+    """Ends the process group, for a process that is about to exit, with whatever a finished trainer held of it.
+
+    A group that outlives the interpreter has threads that may free a tensor when no interpreter is left, which aborts
+    the process, and torchrun then stops the others in the middle of what they write.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer is a cycle, and its model's DDP holds the group
+        dist.destroy_process_group()
 
 
 def finish(folder: Path, debug: bool) -> None:
