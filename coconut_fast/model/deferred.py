@@ -44,18 +44,23 @@ class DeferredWeightGradients(TorchFunctionMode):
         self.uses: dict[tuple[int, int], tuple[Tensor, _Uses]] = {}
         self.cheap: _Cheap | None = None  # the last result that is not worth keeping
         self.stream = layer_norm.Stream()
+        self.parts: dict[Any, tuple[Tensor, ...]] = {}  # of parameters that are split
+        self.known: set[int] = set()  # the ids of these parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.linear and len(args) >= 2 and _is_trained(args[1]):
+        trained = len(args) >= 2 and self._is_trained(args[1])
+        if func is functional.linear and trained:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            if _is_bias(bias, width=args[1].shape[0]):
+            if self._is_bias(bias, width=args[1].shape[0]):
                 return self._product(args[0], args[1], bias, transposed=True)
         if func is torch.addmm and len(args) == 3 and not kwargs:
             bias, x, weight = args
-            if _is_trained(weight) and _is_bias(bias, width=weight.shape[1]):
+            if self._is_trained(weight) and self._is_bias(bias, width=weight.shape[1]):
                 return self._product(x, weight, bias, transposed=False)
-        if func is functional.embedding and len(args) >= 2 and _is_trained(args[1]) and _is_plain(*args[2:], **kwargs):
+        if func is torch.Tensor.split and self._is_trained(args[0]):
+            return self._split(args[0], func, args, kwargs)
+        if func is functional.embedding and trained and _is_plain(*args[2:], **kwargs):
             return _Lookup.apply(args[0], *self._uses(args[1], None))
         if func is functional.layer_norm and layer_norm.fuses(*args, **kwargs):
             return self._norm(*args, **kwargs)
@@ -72,7 +77,26 @@ class DeferredWeightGradients(TorchFunctionMode):
 
     def alias(self, weight: Tensor) -> Tensor:
         """The weight, for a use that makes its gradient itself; embeddings add theirs to that in place."""
-        return self._uses(weight, None)[0] if _is_trained(weight) else weight
+        return self._uses(weight, None)[0] if self._is_trained(weight) else weight
+
+    def _split(self, whole: Tensor, func: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+        """The parts of a parameter, the same tensors each time: uses of a part are known by its id too."""
+        key = (id(whole), str(args[1:]), str(kwargs))
+        if key not in self.parts:
+            self.parts[key] = func(*args, **kwargs)
+            self.known.update(id(part) for part in self.parts[key])
+        return self.parts[key]
+
+    def _is_known(self, x: Any) -> bool:
+        """Whether x is known again by its id, which a temporary tensor's successor may have too."""
+        return isinstance(x, nn.Parameter) or id(x) in self.known
+
+    def _is_trained(self, weight: Any) -> bool:
+        return self._is_known(weight) and weight.requires_grad and torch.is_grad_enabled()
+
+    def _is_bias(self, bias: Any, width: int) -> bool:
+        """Whether it is one, and not broadcast."""
+        return bias is None or (self._is_known(bias) and bias.shape == (width,))
 
     def _uses(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, _Uses]:
         key = (id(weight), id(bias))
@@ -82,7 +106,7 @@ class DeferredWeightGradients(TorchFunctionMode):
         return self.uses[key]
 
     def _norm(self, x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-        if not (_is_trained(weight) and _is_bias(bias, width=weight.shape[0])):
+        if not (self._is_trained(weight) and self._is_bias(bias, width=weight.shape[0])):
             return functional.layer_norm(x, shape, weight, bias, eps)
         return self.stream.norm(x, *self._uses(weight, bias), eps)
 
@@ -94,15 +118,6 @@ class DeferredWeightGradients(TorchFunctionMode):
         cheap = self.cheap if self.cheap is not None and self.cheap.made(x) else None
         rounded = self.stream.rounded(x, compute)
         return _Use.apply(x.to(compute) if rounded is None else rounded, alias, uses, cheap)
-
-
-def _is_trained(weight: Any) -> bool:
-    return isinstance(weight, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
-
-
-def _is_bias(bias: Any, width: int) -> bool:
-    """Whether it is known again by its id, which a temporary tensor's successor may have too, and is not broadcast."""
-    return bias is None or (isinstance(bias, nn.Parameter) and bias.shape == (width,))
 
 
 def _is_plain(
