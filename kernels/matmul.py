@@ -1,9 +1,10 @@
 """Matrix product in fp32 by oneDNN: a @ b + bias, operands in any layout.
 
-PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors. Measured on one of them only, an AMD
-EPYC of Zen 5: 200 GFLOP/s on two cores with MKL, 340 to 450 with oneDNN's AVX-512 kernels (2,800 rows through GPT-2's
-matrices). Other CPUs take oneDNN too, unmeasured; MKL may be as fast or faster on Intel's. bf16 and fp16 products go to
-oneDNN anyway, fp64 ones have nowhere else to go. Bound by the rate of multiply-adds; for a few rows by reading b once.
+PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors. Measured on two of them, 2,650 to 2,800
+rows through GPT-2's matrices on two cores: 200 GFLOP/s with MKL and 340 to 450 with oneDNN's AVX-512 kernels on Zen 5,
+190 to 206 and 204 to 220 on Zen 4. Other CPUs take oneDNN too; MKL may be as fast or faster on Intel's. bf16 and fp16
+products go to oneDNN anyway, fp64 ones have nowhere else to go. Bound by the rate of multiply-adds; for a few rows by
+reading b once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The operator behind Inductor's fused linear layers: X @ W.T + bias with W in any layout, X copied if not contiguous.
+# The operator behind Inductor's fused linear layers: X @ W.T + bias with W contiguous or its transpose; X is copied if
+# not contiguous. W with gaps, such as some columns of a wider one, would go through a loop of 0.2 GFLOP/s.
 _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
 
@@ -28,5 +30,6 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor | N
         if into is not None:
             return into.addmm_(a, b)
         return a @ b if bias is None else torch.addmm(bias, a, b)
-    product = _linear(a, b.T, bias, "none", [], "")
+    weight = b.T if b.is_contiguous() or b.T.is_contiguous() else b.T.contiguous()
+    product = _linear(a, weight, bias, "none", [], "")
     return product if into is None else into.add_(product)

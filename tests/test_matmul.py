@@ -6,17 +6,25 @@ import pytest
 import torch
 
 from coconut_fast import ops
+from coconut_fast.kernels import matmul
 from tests.compare import assert_as_good_as_torch
+
+
+def lay(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """x in memory as it is, its transpose, or with gaps."""
+    if layout == "g":
+        return torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    return x.T.contiguous().T if layout == "t" else x
 
 
 @pytest.mark.parametrize("backend", ["onednn", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("shape", [(1, 5, 3), (7, 1, 33), (64, 300, 65), (0, 4, 3), (3, 0, 4), (3, 4, 0)])
-@pytest.mark.parametrize("layouts", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("layouts", ["nn", "nt", "tn", "tt", "gg"])
 def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], layouts: str) -> None:
     (m, k, n), g = shape, torch.Generator().manual_seed(0)
     a, b, bias = (torch.randn(s, generator=g).to(dtype) for s in ((m, k), (k, n), (n,)))
-    a, b = (x.T.contiguous().T if layout == "t" else x for x, layout in zip((a, b), layouts, strict=True))
+    a, b = (lay(x, layout) for x, layout in zip((a, b), layouts, strict=True))
     start = torch.randn(m, n, generator=g).to(dtype)
     exact = a.double() @ b.double()
     into = start.clone()
@@ -28,6 +36,17 @@ def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], l
     }
     for what, (ours, plain, truth) in results.items():
         assert_as_good_as_torch(ours, plain, truth, what=what)
+
+
+@pytest.mark.parametrize("layout", ["n", "t", "g"])
+def test_onednn_sees_no_gaps_and_no_needless_copy(layout: str, monkeypatch) -> None:
+    """With gaps it takes a loop that is a thousand times slower."""
+    seen, linear = [], matmul._linear
+    monkeypatch.setattr(matmul, "_linear", lambda a, w, *rest: seen.append(w) or linear(a, w, *rest))
+    b = lay(torch.randn(6, 8), layout)
+    ops.call("matmul", torch.randn(4, 6), b, backend="onednn")
+    assert seen[0].is_contiguous() or seen[0].T.is_contiguous()
+    assert (seen[0].data_ptr() == b.data_ptr()) == (layout != "g")
 
 
 def test_wrong_shapes_are_refused() -> None:
