@@ -70,18 +70,21 @@ def reserve(folder: Path, name: str) -> Iterator[None]:
     """Keeps `folder`, which is made where it is missing, from other processes that reserve it, while the block runs.
 
     ValueError, opened by the setting's `name`, where another one has it. The lock is the folder's own, not a file, and
-    ends with its process however that ends; a file system without such locks (NFS) reserves nothing. A folder that was
-    made and is empty afterwards is removed.
+    ends with its process however that ends; a file system without such locks (NFS) reserves nothing.
     """
-    made, descriptor = _locked(folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
     _reserved.add(descriptor)
     try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = f"another process is writing to {folder}"
+                raise ValueError(f"{name}: {found}, expected a folder of our own") from None
         yield
     finally:
         if descriptor in _reserved:  # not in a child
-            if made:
-                with suppress(OSError):
-                    folder.rmdir()  # under the lock: it would be gone under the next process otherwise
             _reserved.remove(descriptor)
             os.close(descriptor)
 
@@ -96,32 +99,6 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
-
-
-def _locked(folder: Path, name: str) -> tuple[bool, int]:
-    """Whether `folder` was made here, and its locked descriptor."""
-    while True:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its last owner has just removed it
-        try:
-            with suppress(OSError):
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    found = f"another process is writing to {folder}"
-                    raise ValueError(f"{name}: {found}, expected a folder of our own") from None
-            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                return made, descriptor
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # removed since it was opened, and perhaps made again
 
 
 def remove_unfinished(folder: Path) -> None:

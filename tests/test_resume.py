@@ -3,7 +3,6 @@ where an undisturbed one ends."""
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import multiprocessing
 import os
@@ -148,32 +147,6 @@ def test_a_second_process_does_not_train_in_the_same_directory(tmp_path: Path) -
         assert list(run.iterdir()) == [half]
     assert start(tmp_path, num_epochs=1) is None
     assert not half.exists() and saving.checkpoints(run)
-
-
-def test_who_is_refused_a_directory_leaves_it_there(tmp_path: Path) -> None:
-    made, given = tmp_path / "made", tmp_path / "given"
-    given.mkdir()
-    for run in (made, given):
-        with reserve(run, "save_path"):
-            for _ in range(2):  # nothing is written yet
-                with pytest.raises(ValueError, match="another process"), reserve(run, "save_path"):
-                    pass
-    assert given.is_dir() and not made.exists()
-
-
-def test_a_directory_that_went_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch) -> None:
-    run, lock = tmp_path / "run", fcntl.flock
-
-    def late(*arguments: int) -> None:
-        run.rmdir()  # by its former owner, who lets go now
-        monkeypatch.setattr(fcntl, "flock", lock)
-        lock(*arguments)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with reserve(run, "save_path"):
-        assert run.is_dir()
-        with pytest.raises(ValueError, match="another process"), reserve(run, "save_path"):
-            pass
 
 
 def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path) -> None:

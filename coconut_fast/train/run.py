@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from coconut_fast.data.curriculum import METHODS
+from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
 from coconut_fast.model.checkpoints import COCONUT_JSON, load
 from coconut_fast.model.coconut import Coconut
@@ -34,21 +35,22 @@ def run(settings: CoconutArguments) -> Path:
     """
     folder = Path(settings.output_dir)
     check_folder(folder, "save_path")
-    if int(os.environ.get("RANK", "0")):  # the first process has the directory for all of them
-        _run(settings, folder, main=False)
-    else:
-        with reserve(folder, "save_path"):
-            remove_unfinished(folder)
-            _run(settings, folder, main=True)
-    return folder
-
-
-def _run(settings: CoconutArguments, folder: Path, main: bool) -> None:
-    """What each process does; `main` writes."""
     train_limit, val_limit = settings.limits()
     examples = read_file(settings.train_path, "train_path", train_limit)
     held_out = read_file(settings.val_path, "val_path", val_limit) if settings.val_path else []
+    if os.environ.get("RANK", "0") != "0":  # the first process has the directory for all of them, and writes
+        _train(settings, folder, examples, held_out, main=False)
+    else:
+        with reserve(folder, "save_path"):
+            remove_unfinished(folder)
+            _train(settings, folder, examples, held_out, main=True)
+    return folder
 
+
+def _train(
+    settings: CoconutArguments, folder: Path, examples: list[Example], held_out: list[Example], main: bool
+) -> None:
+    """What each process does; `main` writes."""
     found = [] if settings.debug else saving.checkpoints(folder)
     last = found[-1] if found else None
     if last is None and not settings.debug and (folder / COCONUT_JSON).exists():
