@@ -275,12 +275,14 @@ def test_places_that_may_not_be_written_to_are_refused_before_work(
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nowhere").symlink_to("absent")
     (tmp_path / "there" / "results.json").mkdir(parents=True)
+    (tmp_path / "taken" / f"{run.name}.jsonl").mkdir(parents=True)
     assert "target: /dev/full is a device" in fails(capsys, 2, "convert", "official", run, "/dev/full")
     assert f"file: {tmp_path / 'pipe'} is a device" in fails(capsys, 2, "data", "graphs", tmp_path / "pipe")
     assert f"file: {tmp_path / 'new'} is a directory" in fails(capsys, 2, "data", "graphs", f"{tmp_path}/new/")
     nothing = f"--out: {tmp_path / 'nowhere'} is a link to nothing, expected a directory or nothing"
     assert nothing in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "nowhere")
     assert "results.json is a directory" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "there")
+    assert f"{run.name}.jsonl is a directory" in fails(capsys, 2, "eval", run, data, "--out", tmp_path / "taken")
     assert "--out: found nothing, expected a directory" in fails(capsys, 2, "eval", run, data, "--out", "")
     assert "cannot be a directory (File name too long)" in fails(capsys, 2, "eval", run, data, "--out", "a" * 300)
 

@@ -62,14 +62,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         check_folder(arguments.out, "--out")
         check_file(Path(arguments.out) / RESULTS, "--out")
+    names: list[str] = []
     for path in arguments.model:
         check_path(find_model(path))
+        names.append(_name(path, names))
+        if arguments.out is not None:
+            check_file(Path(arguments.out) / f"{names[-1]}.jsonl", "--out")
     examples = read_examples(arguments.data)[: arguments.limit]
     results: dict[str, Evaluation] = {}
     try:
-        for path in arguments.model:
+        for path, name in zip(arguments.model, names, strict=True):
             model = load_model(path, arguments)
-            results[_name(path, results)] = evaluate(
+            results[name] = evaluate(
                 model,
                 examples,
                 num_thoughts=arguments.num_thoughts,
@@ -85,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _name(path: str, taken: dict[str, Any]) -> str:
+def _name(path: str, taken: list[str]) -> str:
     name = Path(path).resolve().name
     names = itertools.chain([name, path.strip("/").replace("/", "-")], (f"{name}-{n}" for n in itertools.count(2)))
     return next(n for n in names if n not in taken)
