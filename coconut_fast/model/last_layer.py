@@ -40,7 +40,7 @@ def token_wise(layer: nn.Module) -> list[nn.Module]:
 def joint_projections(layer: nn.Module) -> list[Conv1D]:
     """GPT-2's projections of queries, keys and values, in this order, in one matrix."""
     joint = [getattr(m, "c_attn", None) for m in layer.children() if hasattr(m, "layer_idx")]
-    plain = [m for m in joint if isinstance(m, Conv1D) and type(m) is Conv1D and "forward" not in vars(m)]
+    plain = [m for m in joint if isinstance(m, Conv1D) and getattr(m.forward, "__func__", None) is Conv1D.forward]
     return [m for m in plain if m.nf == 3 * m.nx]
 
 
@@ -55,7 +55,7 @@ def only_reads(hf: PreTrainedModel, reads: Reads | None) -> Iterator[None]:
     for module in token_wise(layers[-1]):
         ours[module] = functools.partial(_read, module.forward, reads.at)
     for module in joint_projections(layers[-1]):
-        ours[module] = functools.partial(_read_queries, module.weight, module.bias, reads.at)
+        ours[module] = functools.partial(_read_queries, module, reads.at)
     own = {module: vars(module).get("forward") for module in ours}  # a user's or a library's
     for module, forward in ours.items():
         module.forward = forward
@@ -72,11 +72,12 @@ def _read(whole: Callable[..., torch.Tensor], at: torch.Tensor, x_1TD: torch.Ten
     return _spread(whole(x_1TD.index_select(1, at), *args), at, x_1TD.shape[1])
 
 
-def _read_queries(weight: torch.Tensor, bias: torch.Tensor, at: torch.Tensor, x_1TD: torch.Tensor) -> torch.Tensor:
+def _read_queries(joint: Conv1D, at: torch.Tensor, x_1TD: torch.Tensor) -> torch.Tensor:
     """x W + b, but the first third of the columns for the tokens `at` alone."""
     x_TD = x_1TD[0]
-    width = x_TD.shape[1]
-    (weight_q, weight_kv), (bias_q, bias_kv) = (p.split([width, 2 * width], dim=-1) for p in (weight, bias))
+    widths = [joint.nx, 2 * joint.nx]
+    weight_q, weight_kv = joint.weight.split(widths, dim=1)  # looked up here: FSDP puts the whole one there by now
+    bias_q, bias_kv = joint.bias.split(widths)
     query_RD = torch.addmm(bias_q, x_TD.index_select(0, at), weight_q)
     return torch.cat([_spread(query_RD[None], at, len(x_TD)), torch.addmm(bias_kv, x_TD, weight_kv)[None]], dim=-1)
 
