@@ -278,6 +278,19 @@ def test_queries_that_nobody_reads_are_not_made(family: str, made: dict, monkeyp
     assert {kind: products[kind] for kind in made} == made
 
 
+def test_the_last_layer_takes_the_weights_that_are_there_when_it_runs():
+    """FSDP puts the whole ones into a layer as that begins."""
+    model, _ = make_pair("gpt2")
+    rows, labels = _batch()
+    batch = collate(rows, TOKENS.thought, labels)
+    expected = model(batch=batch, loss_only=True).loss
+    last = model.hf.transformer.h[-1]
+    joint, whole = last.attn.c_attn, last.attn.c_attn.weight
+    joint.weight = torch.nn.Parameter(torch.zeros_like(whole))
+    last.register_forward_pre_hook(lambda *_: setattr(joint, "weight", whole))
+    assert torch.equal(model(batch=batch, loss_only=True).loss, expected)
+
+
 def test_a_replaced_forward_in_the_last_layer_is_kept():
     """accelerate's hooks and others' patches are attributes of the instance."""
     model, _ = make_pair("gpt2")
