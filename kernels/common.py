@@ -49,11 +49,23 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def arch(tensor: torch.Tensor) -> int:
-    """The tables' key: 80 for an A100, 90 for an H100 or H200."""
+    """Compute capability: 80 of an A100, 89 of a 4090, 90 of an H100 or H200, 120 of a 5090."""
     if not tensor.is_cuda:
         return PLANNED
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def generation(tensor: torch.Tensor) -> int:
+    """The key of tables that turn on how tensor cores are fed: 90 by groups of warps, from shared memory; 80 by each
+    warp, from registers, which is also the way of consumer cards since (120)."""
+    return 90 if 90 <= arch(tensor) < 120 else 80
+
+
+def shared_memory(tensor: torch.Tensor) -> int:
+    """Bytes of shared memory that a block may have."""
+    key = arch(tensor)
+    return (99 if key in (86, 89) or key >= 120 else 163 if key < 90 else 227) << 10
 
 
 def overlaps(tensor: torch.Tensor) -> bool:

@@ -31,6 +31,7 @@ from .common import (
     products,
     register,
     release,
+    shared_memory,
 )
 
 
@@ -249,7 +250,7 @@ def _launch(
     top_k = top_k if 0 < top_k < vocabulary else vocabulary
     ranked = top_k < vocabulary or top_p < 1
     mode = "greedy" if temperature == 0 else "store" if ranked else "sum"
-    dot, block_m, block_v, block_k, stages = _tiles(batch, dim, weight.element_size())
+    dot, block_m, block_v, block_k, stages = _tiles(hidden, weight)
     num_tiles = triton.cdiv(vocabulary, block_v)
     tops = torch.empty(batch * num_tiles, dtype=torch.float32, device=hidden.device)
     extras = torch.empty(batch * num_tiles, dtype=torch.float64, device=hidden.device)
@@ -338,12 +339,15 @@ def _launch(
     return ids
 
 
-def _tiles(batch: int, dim: int, itemsize: int) -> tuple[bool, int, int, int, int]:
+def _tiles(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, int, int, int, int]:
     """Tensor cores or not, BLOCK_M, BLOCK_V, BLOCK_K, stages."""
+    (batch, dim), itemsize = hidden.shape, weight.element_size()
     if batch == 1:
         return False, 1, 32, min(triton.next_power_of_2(dim), 256 // itemsize), 3
-    block_m = min(64, max(16, triton.next_power_of_2(batch)))
-    return True, block_m, 64, max(16, min(triton.next_power_of_2(dim), 256 // itemsize)), 4
+    block_m, block_v = min(64, max(16, triton.next_power_of_2(batch))), 64
+    block_k = max(16, min(triton.next_power_of_2(dim), 256 // itemsize))
+    stage = block_k * (block_m * hidden.element_size() + block_v * itemsize)
+    return True, block_m, block_v, block_k, min(4, 1 + shared_memory(hidden) // stage)
 
 
 _OP = register(

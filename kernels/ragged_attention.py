@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import decode_attention as decode
-from .common import LN2, LOG2E, arch, check_shape, compute_type, mix, on_device, register, slots_of, tanh
+from .common import LN2, LOG2E, check_shape, compute_type, generation, mix, on_device, register, slots_of, tanh
 
 SPLIT_FROM = 128  # BLOCK_M whose loop is one without masks and one with; smaller tiles spilled, and are short anyway
 
@@ -136,12 +136,12 @@ def seed_on(query: torch.Tensor, seed: int | torch.Tensor, dropout: float) -> to
     return torch.full((), seed, dtype=torch.int64, device=query.device)
 
 
-def _tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, int, int]:
+def _tiles(pairs: int, width: int, itemsize: int, generation: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps, stages for `pairs` queries x heads of a group and head vectors of `width` elements."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
         return min(m, 32), 16 if m == 16 or width > 64 else 32, 4 if width <= 64 else 8, 1
-    if width > 128 or (width > 64 and arch < 90):
+    if width > 128 or (width > 64 and generation < 90):
         return min(m, 64), 32, 4, 2
     if width <= 64 and m <= 512:
         return min(m, 64), 64, 4, 3
@@ -208,7 +208,7 @@ def _launch(
         "ragged_attention",
     )  # fmt: skip
     pairs, width = max_query * shared["GROUP"], max(shared["BLOCK_K"], shared["BLOCK_KV"])
-    block_m, block_n, warps, stages = _tiles(pairs, width, shared["TYPE"].primitive_bitwidth // 8, arch(query))
+    block_m, block_n, warps, stages = _tiles(pairs, width, shared["TYPE"].primitive_bitwidth // 8, generation(query))
     out = query.new_empty(tokens, heads, values.shape[2])
     lse = query.new_empty(tokens, heads, dtype=torch.float32)
     if tokens:

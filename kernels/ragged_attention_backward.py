@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, arch, check_dtypes, check_shape, on_device, register, slots_of
+from .common import LOG2E, check_dtypes, check_shape, generation, on_device, register, slots_of
 from .ragged_attention import KEYWORDS, LAYOUT, arguments, bend, kept, load, seed_on, words
 from .ragged_attention_few import launch
 
@@ -165,14 +165,14 @@ def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, 
     return (min(m, 64), 64, 4, 3) if width <= 64 else (min(m, 64), 64, 8, 2)
 
 
-def _key_tiles(pairs: int, width: int, itemsize: int, arch: int) -> tuple[int, int, int, int]:
+def _key_tiles(pairs: int, width: int, itemsize: int, generation: int) -> tuple[int, int, int, int]:
     """The same for dk and dv; a program's own positions are BLOCK_N, its steps BLOCK_M."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
         return min(m, 32), 32 if width <= 64 else 16, 4 if width <= 64 else 8, 1
     if width > 128:
         return min(m, 32), 32, 8, 1
-    if arch < 90:
+    if generation < 90:
         return (min(m, 64), 32, 4, 2) if width <= 64 else (min(m, 32), 64, 8, 2)
     return (min(m, 32), 64, 4, 2) if width <= 64 else (min(m, 64), 64, 8, 2)
 
@@ -236,7 +236,7 @@ def _launch(
             num_warps=warps,
             num_stages=stages,
         )
-        block_m, block_n, warps, stages = _key_tiles(pairs, width, itemsize, arch(query))
+        block_m, block_n, warps, stages = _key_tiles(pairs, width, itemsize, generation(query))
         _backward_keys[(triton.cdiv(max_length, block_n), kv_heads, batch)](
             **into,
             **shared,

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .common import LOG2E, arch, on_device, slots_of
+from .common import LOG2E, generation, on_device, slots_of
 from .ragged_attention import bend, kept, load, words
 
 FEW = 64  # queries x heads of a group that one program takes at once, for all positions of its row and kv head
@@ -183,7 +183,7 @@ def launch(shared: dict[str, Any], one: bool, pairs: int, width: int, batch: int
             _backward_one[(kv_heads, batch)](**shared, HEADS=kv_heads, BLOCK_N=block_n, STAGES=stages, num_warps=warps)
         return True
     narrow = shared["TYPE"].primitive_bitwidth == 16 and width <= 64
-    if pairs > FEW or not narrow or kv_heads * batch < PROGRAMS or arch(query) < 90:
+    if pairs > FEW or not narrow or kv_heads * batch < PROGRAMS or generation(query) < 90:
         return False
     block_m, block_n, warps, stages = _few_tiles(pairs)
     with on_device(query):

@@ -37,6 +37,7 @@ from .common import (
     overlaps,
     register,
     release,
+    shared_memory,
     silu,
 )
 from .skinny_linear_dot import _linear_dot, _linear_wide
@@ -190,8 +191,8 @@ class Tiles(NamedTuple):
     ahead: int = 0
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int) -> Tiles:
-    """parts: weights an output, 2 for swiglu."""
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int, shared: int) -> Tiles:
+    """parts: weights an output, 2 for swiglu. shared: bytes of shared memory that a block may have."""
     width, block_m = triton.next_power_of_2(inputs), triton.next_power_of_2(rows)
     if rows > NORM_ROWS:
         return Tiles(
@@ -206,8 +207,10 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int) -> Ti
         return Tiles("plain", block_m, block_n, min(width, 32 * vector * warps), warps)
     warps = 8
     span = max(16 * warps, min(width, (1024 // parts if itemsize == 2 else 256)))
-    ahead = min(triton.cdiv(inputs, span), 1 if itemsize == 4 or block_m > 8 else 3)
-    return Tiles("dot", max(8, block_m), 16, span // warps, warps, ahead)
+    block_m, block_n = max(8, block_m), 16
+    room = shared // (span * itemsize) - block_m  # for tiles of the weights beside one of x; one of them is in use
+    ahead = min(triton.cdiv(inputs, span), 1 if itemsize == 4 else 3, room // (block_n * parts) - 1)
+    return Tiles("dot", block_m, block_n, span // warps, warps, max(ahead, 1))
 
 
 def _launch(
@@ -245,7 +248,7 @@ def _launch(
     out = torch.empty(rows, outputs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     if rows == 0:
         return out
-    cut = tiles(rows, outputs, inputs, weight.element_size(), 2 if gated else 1)
+    cut = tiles(rows, outputs, inputs, weight.element_size(), 2 if gated else 1, shared_memory(x))
     overlap = overlap and overlaps(x)
     arguments = {
         "x": x,
