@@ -247,7 +247,7 @@ def test_a_hugging_face_model_is_named(model) -> None:
 def test_a_word_without_a_token_is_named(tmp_path) -> None:
     """Where the vocabulary has no token for unknown words, as with the symbols of graph problems."""
     model = build(tiny(tmp_path, tokenizer="symbols"), [])
-    assert generate(model, "1 2 [Q] 2 3 [R] 1", max_new_tokens=1).token_ids[0]
+    assert generate(model, "1 2 [Q] 2 3 [R] 1", num_thoughts=0, max_new_tokens=1).token_ids[0]
     expected = "prompt 1 holds 'hello', which is none of the 40 words of the model's tokenizer"
     with pytest.raises(ValueError, match=expected):
         generate(model, ["1 2", "1 <|latent|> hello 2"], max_new_tokens=1)
@@ -258,11 +258,28 @@ def test_words_that_become_the_unknown_token_are_told_of(tmp_path) -> None:
     model = build(tiny(tmp_path), chains(8))
     message = r"^prompts: the tokenizer does not know 4 of the words, first 'zorp,' in prompt 1; .* as <\|unknown\|>"
     with pytest.warns(UserWarning, match=message) as told:
-        generate(model, ["go on from ada", "go zorp, blub", [7, 7], "zorp"], max_new_tokens=1)
+        generate(model, ["go on from ada", "go zorp, blub", [7, 7], "zorp"], num_thoughts=0, max_new_tokens=1)
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(model, ["go on from ada", [2, 2]], max_new_tokens=1)  # 2: the token itself, as the caller wants it
+        # 2: the token itself, as the caller wants it
+        generate(model, ["go on from ada", [2, 2]], num_thoughts=0, max_new_tokens=1)
+
+
+def test_answers_without_thoughts_that_nobody_asked_for_are_told_of(tmp_path) -> None:
+    """An official checkpoint does not say how many thoughts it was trained with."""
+    model = build(tiny(tmp_path), chains(8))
+    prompts = ["go on from ada", "go<|start-latent|><|latent|><|end-latent|>", [7, 7], "ada"]
+    message = "^num_thoughts: the model does not say how many it was trained with, so 2 of 4 prompts get none; num_thou"
+    with pytest.warns(UserWarning, match=message) as told:
+        assert generate(model, prompts, max_new_tokens=1).num_thoughts == [0, 1, 0, 0]
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, prompts, num_thoughts=0, max_new_tokens=1)
+        generate(model, prompts[1:3], max_new_tokens=1)
+        model.settings.num_thoughts = 2
+        assert generate(model, prompts, max_new_tokens=1).num_thoughts == [2, 1, 0, 2]
 
 
 def test_prompts_may_be_of_any_sequence(model) -> None:
@@ -282,7 +299,7 @@ def test_a_graph_is_asked_without_separators_where_it_was_trained_so(tmp_path) -
     """Questions in files are written with them."""
     model = build(tiny(tmp_path, tokenizer="symbols"), [])
     whole, bare = "<eos> 4 10 | 10 7 | 5 3 [Q] 7 3 [R] 4", "4 10 10 7 5 3 [Q] 7 3 [R] 4"
-    for num_thoughts in (None, 2):
+    for num_thoughts in (0, 2):
         model.settings.symbols = {"separators": False}
         (alike,), (same,) = (read_prompts(model, text, num_thoughts, 1) for text in (whole, bare))
         assert alike == same and EDGE not in same.ids

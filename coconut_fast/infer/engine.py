@@ -61,8 +61,8 @@ def generate(
 
     model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
     num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
-    without any is asked as the checkpoint was trained, with its thoughts or pauses. max_new_tokens: the longest answer,
-    for all or one per prompt. temperature 0 is greedy; otherwise every answer has its own random numbers, made from
+    without any is asked as the checkpoint was trained, with its thoughts or pauses; of one that does not say how (an
+    official one) it gets none, with a warning. max_new_tokens: the longest answer, for all or one per prompt. temperature 0 is greedy; otherwise every answer has its own random numbers, made from
     `seed` and its prompt, so it does not depend on the batch or the order of prompts. num_samples: answers per prompt,
     from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", what the native chain on a
     CPU reads; None: the model's own type. int8 (a scale per output) takes half the time of bf16 for one row, no less

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,13 @@ def read_prompts(
         for prompt, done in zip(prompts, read, strict=True)
     )
     warn_of_unknown(model.tokenizer, asked, "prompts", "prompt", 0)
+    bare = sum(isinstance(p, str) and not done.num_thoughts for p, done in zip(prompts, read, strict=True))
+    if bare and num_thoughts is None and model.settings.num_thoughts is None and model.settings.stage is None:
+        warnings.warn(
+            f"num_thoughts: the model does not say how many it was trained with, so {bare} of {len(read)} prompts "
+            "get none; num_thoughts=0 says that this is meant",
+            stacklevel=3,
+        )
     return read
 
 
