@@ -19,7 +19,7 @@ from coconut_fast import Coconut, LatentTokens, generate, load
 from coconut_fast.model.coconut import Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.conftest import ROOT
-from tests.families import FAMILIES, TOKENS, make_hf, make_row
+from tests.families import FAMILIES, TOKENS, VOCAB, make_hf, make_row
 
 
 def _tokenizer(*words: str) -> PreTrainedTokenizerFast:
@@ -94,10 +94,13 @@ torch.save(load({name!r}).state_dict(), {str(tmp_path / "state")!r})"""
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
 
 
-def test_rescale_gives_the_mean_norm_of_the_embeddings() -> None:
-    embedding = make_hf("gpt2").get_input_embeddings()
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_rescale_gives_the_mean_norm_of_the_embeddings(family: str) -> None:
+    """As they enter the body: Gemma's embedding module multiplies those of its table by sqrt(D)."""
+    embedding = make_hf(family).get_input_embeddings()
     feedback = make_feedback("rescale", embedding)
-    expected = embedding.weight.norm(dim=-1).mean()
+    expected = embedding(torch.arange(VOCAB)).norm(dim=-1).mean().detach()
+    assert (expected / embedding.weight.norm(dim=-1).mean() > 5) == (family != "gpt2")
     for dtype in (torch.float32, torch.float64):
         norm = feedback(torch.randn(5, 32, dtype=dtype) * 40).norm(dim=-1)
         torch.testing.assert_close(norm, expected.expand(5).to(dtype), rtol=1e-6, atol=0.0)

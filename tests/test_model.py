@@ -232,6 +232,18 @@ def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, mo
     assert [c() for c in caches] == [None, None]
 
 
+def test_another_attention_is_refused_with_advice() -> None:
+    """It would take all rows of a batch for one, and no call would say so."""
+    ours, _ = make_pair("gemma3_text")
+    ours.hf.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"^hf: its attention is 'sdpa', expected 'coconut_fast'; model\.hf\.set_attn"):
+        ours(torch.tensor([[4, 5, 6]]))
+    with pytest.raises(ValueError, match="^hf: its attention is 'sdpa'"):
+        generate(ours, [[4, 5, 6]])
+    ours.hf.set_attn_implementation("coconut_fast")
+    assert generate(ours, [[4, 5, 6]], max_new_tokens=1).token_ids
+
+
 def test_the_hugging_face_model_by_itself_is_refused_with_advice() -> None:
     ours, _ = make_pair("gpt2")
     with pytest.raises(ValueError, match="set_attn_implementation"):

@@ -37,5 +37,5 @@ def decode_thoughts(
     if output.stats.interrupted:
         raise KeyboardInterrupt
     thoughts = [thought_KD for thought_KD in output.thoughts or () if thought_KD is not None]
-    with torch.inference_mode():
+    with torch.no_grad():  # and not inference mode: probes may train on what comes out
         return [model.head(thought_KD).float().softmax(-1).cpu() for thought_KD in thoughts]

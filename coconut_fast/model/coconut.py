@@ -167,6 +167,12 @@ class Coconut(nn.Module):
         return self._body(embeds_TD, position_ids_T, ragged)
 
     def _body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
+        found = self.hf.config.get_text_config()._attn_implementation
+        if found != attention.NAME:  # any other one takes the batch for one long row, without a word
+            raise ValueError(
+                f"hf: its attention is {found!r}, expected {attention.NAME!r}; "
+                f"model.hf.set_attn_implementation({attention.NAME!r}) sets it back"
+            )
         with only_reads(self.hf, ragged.reads):
             output = self.hf.base_model(
                 inputs_embeds=embeds_TD[None],

@@ -63,10 +63,14 @@ FEEDBACKS: dict[str, type[nn.Module]] = {
 
 
 def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
-    """A new feedback by name, made from the model's token embeddings."""
+    """A new feedback by name, made from the model's token embeddings, as they enter its body (Gemma scales its table)."""
     if name not in FEEDBACKS:
         raise ValueError(f"feedback: expected one of {', '.join(FEEDBACKS)}, found {name!r}")
-    return FEEDBACKS[name](embedding.weight.detach())
+    table_VD = embedding.weight.detach()
+    if type(embedding).forward is not nn.Embedding.forward:
+        with torch.no_grad():
+            table_VD = embedding(torch.arange(len(table_VD), device=table_VD.device))
+    return FEEDBACKS[name](table_VD)
 
 
 def name_of(feedback: nn.Module) -> str:
