@@ -78,7 +78,7 @@ def main() -> None:
     if job["who"] == "ours":
         ops.extension().keep_freed_memory()  # as the trainer does
         model = make_model(job["shape"]).train()
-        model.parallel_rounds = job.get("parallel_rounds")
+        model.settings.parallel_rounds = job.get("parallel_rounds")
         if job.get("without"):
             SAVINGS[job["without"]](model)
 
@@ -88,7 +88,7 @@ def main() -> None:
             value.backward()
             return (value.detach(),)
 
-        if device == "cpu" or model.parallel_rounds is not None:
+        if device == "cpu" or model.settings.parallel_rounds is not None:
             batch = collate(rows, model.tokens.thought, labels).to(device)
             step = functools.partial(forward_backward, batch, batch.num_targets)
         else:  # as the trainer does, with a batch that comes from the host every time

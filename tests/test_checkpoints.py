@@ -112,6 +112,15 @@ def test_a_feedback_by_name_needs_no_load() -> None:
         Coconut(make_hf("gpt2"), TOKENS, feedback="scaled")
 
 
+def test_a_feedback_in_place_of_a_trained_one_is_told_of(tmp_path) -> None:
+    """Its weights fit no other; a wrapper around it, which adds noise for one, would start at random."""
+    hf = make_hf("gpt2")
+    Coconut(hf, TOKENS, feedback="projection").save_pretrained(tmp_path)
+    for other in ("rescale", torch.nn.Sequential(make_feedback("projection", hf.get_input_embeddings()))):
+        with pytest.warns(UserWarning, match="was saved with 'projection', whose weights are left out; '(rescale|Seq)"):
+            load(tmp_path, feedback=other)
+
+
 def test_a_users_own_feedback_works(tmp_path) -> None:
     class Halve(torch.nn.Module):
         def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:

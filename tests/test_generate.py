@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coconut_fast import generate, load, reference
-from coconut_fast.data.graphs import EDGE, EOS
+from coconut_fast.data.graphs import ANSWER, EDGE, EOS
 from coconut_fast.infer import engine, memory
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.prompts import read_prompts
@@ -306,6 +306,18 @@ def test_a_graph_is_asked_without_separators_where_it_was_trained_so(tmp_path) -
         model.settings.symbols = {"separators": True}
         (kept,) = read_prompts(model, whole, num_thoughts, 1)
         assert kept.ids.count(EDGE) == 2 and kept.ids[0] == EOS
+
+
+def test_a_graph_has_its_cue_behind_any_number_of_thoughts(tmp_path) -> None:
+    """[A] follows the thoughts, as in training; without it the model answers nothing."""
+    model = build(tiny(tmp_path, tokenizer="symbols"), [])
+    model.settings.symbols, model.settings.markers = {"separators": False}, False
+    model.settings.curriculum = {"markers": False, "target": "random_frontier"}
+    text = "4 10 10 7 5 3 [Q] 7 3 [R] 4"
+    for model.settings.stage in (1, 3):
+        asked = [read_prompts(model, text, n, 1)[0].ids for n in (None, 0, 1, 5)]
+        for ids, count in zip(asked, (model.settings.stage, 0, 1, 5), strict=True):
+            assert ids[-count - 1 :] == (*[model.tokens.thought] * count, ANSWER) and ids[: -count - 1] == asked[1][:-1]
 
 
 def test_two_threads_that_share_a_model_answer_as_one_after_the_other() -> None:

@@ -204,7 +204,7 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
 def test_checkpointed_passes_give_the_same_gradients(dropout: float, rounds: int | None) -> None:
     ours, _ = make_pair("gpt2", attn_pdrop=dropout, resid_pdrop=dropout)
     ours.train()
-    ours.parallel_rounds, ours.defer_weight_gradients = rounds, False
+    ours.settings.parallel_rounds, ours.defer_weight_gradients = rounds, False
     rows, labels = _batch()
     gradients = []
     for ours.checkpoint_passes in (False, True):
@@ -224,7 +224,7 @@ def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, mo
     make = getattr(coconut, kind)
     monkeypatch.setattr(coconut, kind, lambda *a, **k: caches.append(weakref.ref(c := make(*a, **k))) or c)
     ours, _ = make_pair("gpt2")
-    ours.checkpoint_passes, ours.parallel_rounds = checkpointed, rounds
+    ours.checkpoint_passes, ours.settings.parallel_rounds = checkpointed, rounds
     rows, labels = _batch()
     for _ in range(2):
         ours(batch=collate(rows, TOKENS.thought, labels)).loss.backward()

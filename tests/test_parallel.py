@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from coconut_fast import generate, load
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE
 from tests.families import TOKENS, make_pair, make_row
@@ -15,7 +16,7 @@ BATCH = collate(ROWS, TOKENS.thought, [[IGNORE] * (len(r) - 3) + r[-3:] for r in
 
 def _run(model, rounds: int | None) -> tuple:
     model.zero_grad()
-    model.parallel_rounds = rounds
+    model.settings.parallel_rounds = rounds
     output = model(batch=BATCH)
     output.loss.backward()
     return output, [p.grad.clone() for p in model.parameters()]
@@ -61,10 +62,42 @@ def test_fewer_rounds_follow_the_definition(rounds: int) -> None:
 
 def test_a_second_backward_gives_the_same_gradients() -> None:
     model, _ = make_pair("gpt2", torch.float64)
-    model.parallel_rounds = 3
+    model.settings.parallel_rounds = 3
     loss = model(batch=BATCH).loss
     loss.backward(retain_graph=True)
     first = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     loss.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), first, strict=True))
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_a_model_answers_by_the_rounds_it_was_trained_with(family: str, rounds: int, tmp_path) -> None:
+    """Against the forward of training, token by token; alone and together, after saving and loading."""
+    model, _ = make_pair(family)
+    model.settings.parallel_rounds = rounds
+    model.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    prompts = [row[:-3] for row in ROWS]
+    found = generate(model, prompts, max_new_tokens=4, return_thoughts=True)
+    assert found.stats.backend == "parallel" and f"in {rounds} rounds" in found.stats.reason
+    assert found.prompt_ids == prompts
+    for prompt, answer, thoughts_KD in zip(prompts, found.token_ids, found.thoughts, strict=True):
+        row = list(prompt)
+        for token in answer:
+            output = model(torch.tensor([row]))
+            assert output.logits[0, -1].argmax() == token
+            row.append(token)
+        at = [t for t, token in enumerate(prompt) if token == TOKENS.thought]
+        states_TD = model(torch.tensor([prompt])).hidden_TD
+        flat_TD = torch.cat(states_TD)[model_order(prompt)]
+        torch.testing.assert_close(thoughts_KD, flat_TD[[t - 1 for t in at]].detach(), rtol=1e-4, atol=1e-5)
+        assert generate(model, [prompt], max_new_tokens=4).token_ids == [answer]
+    model.settings.parallel_rounds = None
+    same = generate(model, prompts, max_new_tokens=4).token_ids == found.token_ids
+    assert same == (rounds == 5), "so few rounds are an approximation, which this model shows"
+
+
+def model_order(prompt: list[int]) -> torch.Tensor:
+    return collate([prompt], TOKENS.thought).padded_at.argsort()

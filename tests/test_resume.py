@@ -20,6 +20,8 @@ import torch
 
 from coconut_fast.data.examples import read_examples, write_examples
 from coconut_fast.files import reserve
+from coconut_fast.model.checkpoints import load
+from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import saving
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
@@ -40,7 +42,7 @@ SPOTS = [
     ("coconut_fast.train.validation", "answer", 1),  # in an evaluation
     ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
-    ("coconut_fast.model.checkpoints", "write", 1),  # the best model is half-way to its place
+    ("coconut_fast.model.saved", "write", 1),  # the best model is half-way to its place
     ("matplotlib.figure", "Figure.savefig", 1),  # the picture has its temporary name
 ]
 CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3, "warmup_steps": 4}
@@ -285,7 +287,9 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Pat
         same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 2}, tmp_path)
 
 
-def test_a_run_with_a_users_own_feedback_goes_on(tmp_path: Path) -> None:
+def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
+    """A feedback, and an auxiliary head with a loss of its own, which is saved and is no part of what `load` makes."""
+
     class Scaled(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -294,17 +298,69 @@ def test_a_run_with_a_users_own_feedback_goes_on(tmp_path: Path) -> None:
         def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
             return hidden_BD * self.scale
 
+    class WithHead(Coconut):
+        def __init__(self, model: Coconut) -> None:
+            super().__init__(model.hf, model.tokens, tokenizer=model.tokenizer, feedback=Scaled())
+            self.extra = torch.nn.Linear(16, 1)
+
+        def forward(self, *args: Any, **keywords: Any) -> Any:
+            output = super().forward(*args, **keywords)
+            output.loss = output.loss + self.extra(output.hidden_TD[0]).square().mean()
+            return output
+
     def trained(epochs: int, last: Path | None = None) -> CoconutTrainer:
         settings = tiny(tmp_path, num_epochs=epochs, val_path=None)
         problems = read_examples(settings.train_path)
-        model = build(settings, problems)
-        model.feedback = Scaled()
+        torch.manual_seed(len(str(last)))  # what is read back is not what a fresh model happens to have
+        model = WithHead(build(settings, problems))
         trainer = CoconutTrainer(model, settings, DataSet(problems, model.tokenizer))
         trainer.train(resume_from_checkpoint=last)
         return trainer
 
     whole = trained(3)
-    shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-9")
-    again = trained(3, saving.checkpoints(Path(whole.args.output_dir))[-1])
+    folder = Path(whole.args.output_dir)
+    shutil.rmtree(folder / "checkpoint-9")
+    again = trained(3, saving.checkpoints(folder)[-1])
     assert_same(again.model.state_dict(), whole.model.state_dict())
     assert again.model.feedback.scale.item() != 1
+    with pytest.warns(UserWarning, match=r"checkpoint-9: added\.safetensors is left out, modules that"):
+        read = load(folder / "checkpoint-9", feedback=Scaled())
+    assert_same(read.state_dict(), {k: v for k, v in whole.model.state_dict().items() if not k.startswith("extra.")})
+
+
+def test_adapters_are_refused_before_a_checkpoint_is_lost(tmp_path: Path) -> None:
+    """Laid out as peft's; the wrapper that it puts around a model is taken off."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base_layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_layer, self.lora_A = base_layer, torch.nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_model = model
+
+        def get_base_model(self) -> torch.nn.Module:
+            return self.base_model
+
+    settings = tiny(tmp_path)
+    problems = read_examples(settings.train_path)
+    made = build(settings, problems)
+    model = Coconut(Wrapper(made.hf), made.tokens, tokenizer=made.tokenizer)
+    assert model.hf is made.hf
+    layer = model.hf.transformer.h[0].mlp
+    layer.c_fc = Adapted(layer.c_fc)
+    assert model(torch.tensor([[7, 8, model.tokens.thought, 7]]), labels=torch.tensor([[7, 8, 7, 7]])).loss > 0
+    for call in (
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: CoconutTrainer(model, settings, DataSet(problems, model.tokenizer)),
+    ):
+        with pytest.raises(ValueError, match="hf: the model has adapters, .* merge them first"):
+            call()
+    layer.c_fc = layer.c_fc.base_layer
+    model.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").tokens == model.tokens

@@ -11,8 +11,10 @@ from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
 from coconut_fast.infer.think import think
+from coconut_fast.model.batch import collate
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.parallel import refine
 
 
 class EagerRunner:
@@ -73,3 +75,27 @@ class EagerRunner:
 
     def release(self) -> None:
         """The engine's call is over and its rows are free; a runner may wait for the next one (infer/keep.py)."""
+
+
+class ParallelRunner(EagerRunner):
+    """For a model that was trained to refine its thoughts in parallel rounds (model/parallel.py)."""
+
+    name = "parallel"
+
+    @torch.inference_mode()
+    def read(
+        self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
+    ) -> torch.Tensor:
+        """As EagerRunner.read; thoughts are the states in front of them after the last round."""
+        thought = self.model.tokens.thought
+        batch = collate([p.ids for p in prompts], thought).to(self.model.device)
+        with self.clock("think", passes=self.model.settings.parallel_rounds or 0):
+            hidden, _ = refine(self.model, batch, self.cache, rows)
+        hidden_TD = torch.cat(hidden)
+        padded_BWD = hidden_TD.new_zeros(len(rows) * batch.width, hidden_TD.shape[1])
+        padded_BWD = padded_BWD.index_copy_(0, batch.padded_at, hidden_TD).view(len(rows), batch.width, -1)
+        if thoughts is not None:
+            for sink, prompt, hidden_WD in zip(thoughts, prompts, padded_BWD, strict=True):
+                sink.extend(hidden_WD[t - 1] for t, token in enumerate(prompt.ids) if token == thought)
+        ends_B = torch.tensor([len(p.ids) - 1 for p in prompts], device=self.model.device)
+        return padded_BWD[torch.arange(len(rows), device=self.model.device), ends_B]

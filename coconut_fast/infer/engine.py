@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from coconut_fast.infer import keep, memory
 from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
-from coconut_fast.infer.eager import EagerRunner
+from coconut_fast.infer.eager import EagerRunner, ParallelRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts, whole
 from coconut_fast.infer.stats import GenerateStats
@@ -40,6 +40,8 @@ class GenerateOutput:
     # (k, D) each: the hidden states fed back, one tensor for all samples of a prompt; None unless asked for.
     thoughts: list[torch.Tensor | None] | None = field(repr=False)
     stats: GenerateStats = field(repr=False)
+    # As the model read it, with its thoughts, markers and what else belongs to a question: the answer's tokens follow.
+    prompt_ids: list[list[int]] = field(repr=False)
 
 
 def generate(
@@ -62,12 +64,16 @@ def generate(
     model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
     num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
     without any is asked as the checkpoint was trained, with its thoughts or pauses; of one that does not say how (an
-    official one) it gets none, with a warning. max_new_tokens: the longest answer, for all or one per prompt. temperature 0 is greedy; otherwise every answer has its own random numbers, made from
-    `seed` and its prompt, so it does not depend on the batch or the order of prompts. num_samples: answers per prompt,
-    from one reading of it. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", what the native chain on a
-    CPU reads; None: the model's own type. int8 (a scale per output) takes half the time of bf16 for one row, no less
-    from 32 on, and changes answers: measure it with `coconut-fast eval --weights int8`.
+    official one) it gets none, with a warning. max_new_tokens: the longest answer, for all or one per prompt.
+    temperature 0 is greedy; otherwise every answer has its own random numbers, made from `seed` and its prompt, so it
+    does not depend on the batch or the order of prompts. num_samples: answers per prompt, from one reading of it and
+    one chain of thoughts; a feedback that draws noise needs the prompt several times instead, and `torch.manual_seed`.
+    return_thoughts: the hidden states that were fed back come along. batch_size: rows at a time. weights: "fp32",
+    "bf16" or "int8", what the native chain on a CPU reads; None: the model's own type. int8 (a scale per output) takes
+    half the time of bf16 for one row, no less from 32 on, and changes answers: measure it with
+    `coconut-fast eval --weights int8`.
 
+    Any token may be written, `<|latent|>` too, as by the official code; to a later forward it would be a thought.
     Weights changed between calls are seen, except on the CPU where they were written through `.data`: there
     `model.load_state_dict(model.state_dict())` afterwards makes the change known.
 
@@ -111,6 +117,9 @@ def generate(
 
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
     """Who runs the passes of this model on this device, and why."""
+    rounds = model.settings.parallel_rounds
+    if rounds is not None:
+        return ParallelRunner, f"all thoughts are refined together in {rounds} rounds, as in training"
     if model.device.type == "cuda":
         hook = keep.hooked(model)
         if hook is None:
@@ -241,7 +250,8 @@ class Engine:
         thoughts = None
         if self.keep_thoughts:
             thoughts = [self.thoughts.get(i) for i in range(len(self.prompts)) for _ in range(self.num_samples)]
-        return GenerateOutput(texts, answers, counts, thoughts, self.stats)
+        read = [list(p.ids) for p in self.prompts for _ in range(self.num_samples)]
+        return GenerateOutput(texts, answers, counts, thoughts, self.stats, read)
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:

@@ -112,8 +112,10 @@ def _read(
         raise ValueError(f"prompts: prompt {i} is empty")
     if isinstance(prompt, str):
         ids = _tokenize(model, i, prompt)
-        if count is None and tokens.thought not in ids:
-            ids = as_trained(model, ids)
+        if tokens.thought not in ids:
+            trained = as_trained(model, ids)
+            if count is None or tokens.thought in trained:  # and not to be put behind what follows the thoughts
+                ids = trained
     else:
         kind = getattr(prompt, "dtype", None)
         if kind == torch.bool or (kind is None and isinstance(next(iter(prompt)), bool)):

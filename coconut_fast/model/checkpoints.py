@@ -1,9 +1,4 @@
-"""Loading and saving: Hugging Face directories and hub ids, our own directories, and the reference's checkpoints.
-
-A saved directory is an ordinary Hugging Face model (config.json, model.safetensors, tokenizer files) plus
-`coconut.json` (special tokens, settings, the feedback's name) and, where the feedback has weights,
-`feedback.safetensors`. It appears whole or not at all.
-"""
+"""Loading: Hugging Face directories and hub ids, what model/saved.py wrote, and the official code's checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -21,19 +15,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from coconut_fast.files import UNFINISHED, check_folder, not_written
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
+from coconut_fast.model.saved import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
-COCONUT_JSON = "coconut.json"
-FEEDBACK_WEIGHTS = "feedback.safetensors"
 REFERENCE_PREFIX = "base_causallm."
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # gpt2, Qwen/Qwen2.5-0.5B
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -91,6 +83,8 @@ def load(
         hf = hf.to(dtype)
     settings = Settings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
+    if saved and _find(home, ADDED_WEIGHTS):
+        warnings.warn(f"{path_or_id}: {ADDED_WEIGHTS} is left out, modules that its training added", stacklevel=2)
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
     model = model.to(device).eval()
     check_finite(model, str(path_or_id))
@@ -116,55 +110,6 @@ def check_path(path_or_id: str | Path) -> None:
             raise ValueError(f"{path} has no config.json; expected a model directory or a checkpoint file")
     elif os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is a device, expected a model directory or a checkpoint file")
-
-
-def save(model: Coconut, directory: str | Path) -> None:
-    """See Coconut.save_pretrained. The directory appears whole: written elsewhere, synced, then renamed."""
-    check_folder(directory, "directory")
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Within a run's directory, where its next start sweeps away what a killed process left under this name.
-    place = target if target.is_dir() else target.parent
-    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=place))
-    try:
-        write(model, temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.chmod(temporary, 0o755)
-        if target.is_dir():
-            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step.
-            for file in temporary.iterdir():
-                os.replace(file, target / file.name)
-        else:
-            os.rename(temporary, target)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise not_written(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The files of a saved model, into an existing directory. state: its weights, where they are sharded in itself."""
-    state = model.state_dict() if state is None else state
-    hf_state = {k.removeprefix("hf."): v for k, v in state.items() if k.startswith("hf.")}
-    model.hf.save_pretrained(directory, state_dict=hf_state)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(directory)
-    weights = {
-        k.removeprefix("feedback."): v.detach().cpu().contiguous()
-        for k, v in state.items()
-        if k.startswith("feedback.")
-    }
-    if weights:
-        save_file(weights, directory / FEEDBACK_WEIGHTS)
-    saved = {
-        "format": 1,
-        "tokens": asdict(model.tokens),
-        "settings": asdict(model.settings),
-        "feedback": name_of(model.feedback),
-    }
-    (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n", "utf-8")
 
 
 def add_latent_tokens(
@@ -354,6 +299,12 @@ def _read_feedback(
         if asked is None and name not in FEEDBACKS:
             raise ValueError(f"feedback: {home} was saved with a module of its own, {name!r}; expected feedback=module")
         module = make_feedback(name, hf.get_input_embeddings())
+    if saved and saved["feedback"] != name and _find(home, FEEDBACK_WEIGHTS):
+        warnings.warn(
+            f"feedback: {home} was saved with {saved['feedback']!r}, whose weights are left out; {name!r} starts as it "
+            "is. To wrap a trained feedback, load it first and then set model.feedback",
+            stacklevel=3,
+        )
     if saved and saved["feedback"] == name and module.state_dict():
         weights = _find(home, FEEDBACK_WEIGHTS)
         if weights is None:

@@ -28,6 +28,7 @@ from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.model.last_layer import only_reads
 from coconut_fast.model.parallel import refine
+from coconut_fast.model.saved import save
 from coconut_fast.model.weight import has_own_products
 from coconut_fast.tokens import LatentTokens
 
@@ -43,11 +44,12 @@ class Settings:
     stage: int | None = None
     curriculum: dict[str, Any] | None = None  # the CurriculumConfig of its training, where it differs from the default
     symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, where they were
+    parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one by one
 
     def __post_init__(self) -> None:
         """ValueError for what somebody wrote into coconut.json by hand and nothing could use."""
         for names, kind in (
-            (("num_thoughts", "stage"), int | None),
+            (("num_thoughts", "stage", "parallel_rounds"), int | None),
             (("markers",), bool),
             (("suffix", "method"), str),
             (("curriculum", "symbols"), dict | None),
@@ -79,6 +81,10 @@ class CoconutOutput:
             raise ValueError("logits: this forward had loss_only=True, so most of its last hidden states do not exist")
         return self._padded(self.model.head(torch.cat(self.hidden_TD)))
 
+    def __getitem__(self, place: int) -> torch.Tensor | None:
+        """The loss or the logits, for who counts (0, 1), as transformers.Trainer does."""
+        return (lambda: self.loss, lambda: self.logits)[place]()
+
     @functools.cached_property
     def inputs_embeds(self) -> torch.Tensor:
         """(B, T, D) with every thought filled in; zero on pads."""
@@ -104,6 +110,7 @@ class Coconut(nn.Module):
         settings: Settings | None = None,
     ) -> None:
         super().__init__()
+        hf = getattr(hf, "get_base_model", lambda: hf)()  # of peft's wrapper: its adapters sit in the model itself
         hf.set_attn_implementation(attention.NAME)
         if hf.config.get_text_config()._attn_implementation != attention.NAME:
             raise ValueError(
@@ -121,7 +128,6 @@ class Coconut(nn.Module):
         self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
         self.defer_weight_gradients = True  # one weight gradient for all passes (model/deferred.py)
         self.checkpoint_passes = False  # keep no activations of a pass but its inputs, and run it again in backward
-        self.parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one by one
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -250,7 +256,7 @@ class Coconut(nn.Module):
         if self.training:  # drawn where it is used, so that neither waits for the other and a graph draws anew
             layers_L = torch.arange(1, self.num_layers + 1, device=device)
             seeds_L = (torch.randint(2**31, (), device=device) + 0x9E3779B1 * layers_L) & 0x7FFFFFFF
-        if self.parallel_rounds is not None:
+        if self.settings.parallel_rounds is not None:
             growing = KVCache(
                 self.num_layers,
                 num_slots=batch.num_slots,
@@ -258,7 +264,8 @@ class Coconut(nn.Module):
                 max_length=max(batch.lengths),
                 device=device,
             )
-            refined = refine(self, batch, growing, self.parallel_rounds, seeds_L, loss_only)
+            rows = growing.alloc(len(batch.lengths))
+            refined = refine(self, batch, growing, rows, seeds_L, loss_only)
             growing.seal()
             return refined
         cache = Storage(self.num_layers, num_slots=batch.num_slots, page_table=batch.page_table)
@@ -319,8 +326,6 @@ class Coconut(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a directory that `coconut_fast.load` reads back loss-free and plain transformers reads as a model."""
-        from coconut_fast.model.checkpoints import save
-
         save(self, directory)
 
 

@@ -63,7 +63,7 @@ FEEDBACKS: dict[str, type[nn.Module]] = {
 
 
 def make_feedback(name: str, embedding: nn.Embedding) -> nn.Module:
-    """A new feedback by name, made from the model's token embeddings, as they enter its body (Gemma scales its table)."""
+    """A new feedback by name, made from the model's token embeddings as its body sees them (Gemma scales its table)."""
     if name not in FEEDBACKS:
         raise ValueError(f"feedback: expected one of {', '.join(FEEDBACKS)}, found {name!r}")
     table_VD = embedding.weight.detach()

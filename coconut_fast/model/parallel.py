@@ -8,6 +8,7 @@ one. The last round also runs the tokens behind the thoughts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,20 @@ if TYPE_CHECKING:
 
 
 def refine(
-    model: Coconut, batch: RaggedBatch, cache: KVCache, rounds: int, seeds: torch.Tensor | None, loss_only: bool
+    model: Coconut,
+    batch: RaggedBatch,
+    cache: KVCache,
+    rows: Sequence[int],
+    seeds: torch.Tensor | None = None,
+    loss_only: bool = False,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Hidden states and input embeddings of every pass of `batch`, as sequential thinking returns them.
 
-    rounds: at least 1; thoughts a round has not reached yet are fed the embedding of the thought token itself.
+    rows: of the cache, new ones. The rounds are those of the model's settings, at least 1; thoughts that no round has
+    reached yet are fed the embedding of the thought token itself.
     """
-    device = batch.input_ids.device
-    rows = cache.alloc(len(batch.lengths))
+    device, rounds = batch.input_ids.device, model.settings.parallel_rounds
+    assert rounds is not None
     embeds_TD = model.embed(batch.input_ids)
     first = batch.passes[0]
     ragged = cache.append([rows[b] for b in first.rows], first.counts, seeds, first.reads if loss_only else None)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
-from coconut_fast.model.checkpoints import COCONUT_JSON, load
+from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.saved import COCONUT_JSON
 from coconut_fast.train import saving
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.build import build

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -32,9 +34,10 @@ from transformers import Trainer, TrainerCallback
 from coconut_fast import ops
 from coconut_fast.files import write_json
 from coconut_fast.model.batch import RaggedBatch
-from coconut_fast.model.checkpoints import load, write
+from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
+from coconut_fast.model.saved import ADDED_WEIGHTS, check_merged, write
 from coconut_fast.train import saving, sharding
 from coconut_fast.train.ahead import Ahead
 from coconut_fast.train.arguments import CoconutArguments
@@ -71,6 +74,7 @@ class CoconutTrainer(Trainer):
         validation: DataSet | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        check_merged(model)
         self.settings = settings
         self.curriculum = settings.curriculum()
         self.schedule = settings.schedule()
@@ -83,7 +87,7 @@ class CoconutTrainer(Trainer):
         self.run = RunState()
         self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
         model.detach_after = settings.detach_after
-        model.parallel_rounds = settings.parallel_rounds
+        model.settings.parallel_rounds = settings.parallel_rounds
         self.report = Report(settings.output_dir)
         super().__init__(
             model=model,
@@ -387,4 +391,8 @@ class CoconutTrainer(Trainer):
         if type(ours.feedback) not in FEEDBACKS.values():  # a module of the user's, which its name cannot make
             with sharding.gathered(ours):
                 own = copy.deepcopy(ours.feedback)
-        sharding.load_whole(ours, load(resume_from_checkpoint, feedback=own).state_dict())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{ADDED_WEIGHTS}")  # they are read here
+            state = load(resume_from_checkpoint, feedback=own).state_dict()
+        added = Path(resume_from_checkpoint) / ADDED_WEIGHTS
+        sharding.load_whole(ours, state | (load_file(added) if added.is_file() else {}))

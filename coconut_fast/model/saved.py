@@ -1,0 +1,88 @@
+"""Saving a model, as a directory that appears whole or not at all and that model/checkpoints.py reads.
+
+It is an ordinary Hugging Face model (config.json, model.safetensors, tokenizer files) plus `coconut.json` (special
+tokens, settings, the feedback's name), where the feedback has weights `feedback.safetensors`, and where a training has
+added modules of its own to the model (an auxiliary decoder, say) `added.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from coconut_fast.files import UNFINISHED, check_folder, not_written
+from coconut_fast.model.feedback import name_of
+
+if TYPE_CHECKING:
+    from coconut_fast.model.coconut import Coconut
+
+COCONUT_JSON = "coconut.json"
+FEEDBACK_WEIGHTS = "feedback.safetensors"
+ADDED_WEIGHTS = "added.safetensors"
+
+
+def save(model: Coconut, directory: str | Path) -> None:
+    """See Coconut.save_pretrained. The directory appears whole: written elsewhere, synced, then renamed."""
+    check_folder(directory, "directory")
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Within a run's directory, where its next start sweeps away what a killed process left under this name.
+    place = target if target.is_dir() else target.parent
+    temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=place))
+    try:
+        write(model, temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(temporary, 0o755)
+        if target.is_dir():
+            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step.
+            for file in temporary.iterdir():
+                os.replace(file, target / file.name)
+        else:
+            os.rename(temporary, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise not_written(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The files of a saved model, into an existing directory. state: its weights, where they are sharded in itself."""
+    state = model.state_dict() if state is None else state
+    hf_state = {k.removeprefix("hf."): v for k, v in state.items() if k.startswith("hf.")}
+    check_merged(model)
+    model.hf.save_pretrained(directory, state_dict=hf_state)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+    others = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("hf.")}
+    weights = {k.removeprefix("feedback."): v for k, v in others.items() if k.startswith("feedback.")}
+    added = {k: v for k, v in others.items() if not k.startswith("feedback.")}
+    if weights:
+        save_file(weights, directory / FEEDBACK_WEIGHTS)
+    if added:
+        save_file(added, directory / ADDED_WEIGHTS)
+    saved = {
+        "format": 1,
+        "tokens": asdict(model.tokens),
+        "settings": asdict(model.settings),
+        "feedback": name_of(model.feedback),
+    }
+    (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n", "utf-8")
+
+
+def check_merged(model: Coconut) -> None:
+    """ValueError for a model with adapters (peft's), whose weights lie in two places and no plain model has."""
+    if any(name.endswith(".base_layer") for name, _ in model.hf.named_modules()):
+        raise ValueError(
+            "hf: the model has adapters, which a saved model cannot hold; merge them first (merge_and_unload() of peft)"
+        )
