@@ -13,7 +13,6 @@ import torch.distributed as dist
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.saved import COCONUT_JSON
 from coconut_fast.train import saving
@@ -26,13 +25,13 @@ from coconut_fast.train.state import remember, same_run
 from coconut_fast.train.trainer import CoconutTrainer
 
 
-def run(settings: CoconutArguments) -> Path:
+def run(settings: CoconutArguments, trainer_class: type[CoconutTrainer] = CoconutTrainer) -> Path:
     """Trains as the settings say, from the newest checkpoint in `settings.output_dir` where there is one.
 
     Returns that directory: it then holds the best model of the last stage (for `coconut_fast.load`), checkpoints,
     metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, another run's checkpoint,
     or a directory in which another process trains; OSError where the disk does not take a checkpoint; NonFiniteError
-    where training diverges.
+    where training diverges. trainer_class: with a loss or metrics of one's own (docs/building.md).
     """
     folder = Path(settings.output_dir)
     check_folder(folder, "save_path")
@@ -40,16 +39,21 @@ def run(settings: CoconutArguments) -> Path:
     examples = read_file(settings.train_path, "train_path", train_limit)
     held_out = read_file(settings.val_path, "val_path", val_limit) if settings.val_path else []
     if os.environ.get("RANK", "0") != "0":  # the first process has the directory for all of them, and writes
-        _train(settings, folder, examples, held_out, main=False)
+        _train(settings, folder, examples, held_out, trainer_class, main=False)
     else:
         with reserve(folder, "save_path"):
             remove_unfinished(folder)
-            _train(settings, folder, examples, held_out, main=True)
+            _train(settings, folder, examples, held_out, trainer_class, main=True)
     return folder
 
 
 def _train(
-    settings: CoconutArguments, folder: Path, examples: list[Example], held_out: list[Example], main: bool
+    settings: CoconutArguments,
+    folder: Path,
+    examples: list[Example],
+    held_out: list[Example],
+    trainer_class: type[CoconutTrainer],
+    main: bool,
 ) -> None:
     """What each process does; `main` writes."""
     found = [] if settings.debug else saving.checkpoints(folder)
@@ -60,7 +64,7 @@ def _train(
             "move it away, or use another name for a new run"
         )
     manifest: dict[str, Any] = saving.read_manifest(last) if last else {}
-    model = load(last) if last else build(settings, examples)
+    model = saving.read_model(last) if last else build(settings, examples)
     symbols = None
     if settings.tokenizer == "symbols":
         symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
@@ -69,7 +73,7 @@ def _train(
     problems = DataSet(examples, **how, where=str(settings.train_path))
     validation = DataSet(held_out, **how, where=str(settings.val_path)) if held_out else None
 
-    trainer = CoconutTrainer(model, settings, problems, validation)
+    trainer = trainer_class(model, settings, problems, validation)
     if last:
         same_run(manifest["run"], remember(trainer), last)
     if main:
@@ -99,7 +103,7 @@ def finish(folder: Path, debug: bool) -> None:
     """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
     chosen = None if debug else saving.best_or_last(folder)
     if chosen is not None:  # from the disk: the model in memory may be spread over processes
-        load(chosen).save_pretrained(folder)
+        saving.read_model(chosen).save_pretrained(folder)
     draw_curve(folder)
 
 

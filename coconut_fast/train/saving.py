@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from coconut_fast.files import UNFINISHED, not_written, sync_folder, write_json
+from coconut_fast.model.checkpoints import load
+from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.saved import ADDED_WEIGHTS
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
@@ -72,6 +78,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{path} is {state}, expected {size} bytes; move {folder.name} away to go on with an older checkpoint"
             )
     return manifest
+
+
+def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:
+    """A checkpoint's model; modules that the training added are the trainer's to read, so nothing is said of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{ADDED_WEIGHTS}")
+        return load(folder, feedback=feedback)
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -34,7 +33,6 @@ from transformers import Trainer, TrainerCallback
 from coconut_fast import ops
 from coconut_fast.files import write_json
 from coconut_fast.model.batch import RaggedBatch
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
 from coconut_fast.model.saved import ADDED_WEIGHTS, check_merged, write
@@ -391,8 +389,6 @@ class CoconutTrainer(Trainer):
         if type(ours.feedback) not in FEEDBACKS.values():  # a module of the user's, which its name cannot make
             with sharding.gathered(ours):
                 own = copy.deepcopy(ours.feedback)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".*{ADDED_WEIGHTS}")  # they are read here
-            state = load(resume_from_checkpoint, feedback=own).state_dict()
+        state = saving.read_model(Path(resume_from_checkpoint), own).state_dict()
         added = Path(resume_from_checkpoint) / ADDED_WEIGHTS
         sharding.load_whole(ours, state | (load_file(added) if added.is_file() else {}))
