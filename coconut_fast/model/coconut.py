@@ -64,7 +64,8 @@ class Settings:
 class CoconutOutput:
     """loss: () mean cross-entropy of the labelled tokens, or None without labels. The rest is computed on demand.
 
-    Raises ValueError where logits are asked of a forward with `loss_only`.
+    Raises ValueError where logits are asked of a forward with `loss_only`: its hidden states are those that labels and
+    thoughts need, and no others.
     """
 
     loss: torch.Tensor | None
@@ -97,8 +98,12 @@ class CoconutOutput:
 
 
 class Coconut(nn.Module):
-    """hf: any Hugging Face causal LM; tokens: its special tokens; feedback: hidden (B, D) -> next input (B, D), or one
-    of model/feedback.py by name (None: identity)."""
+    """A Hugging Face causal language model that thinks: `hf`, `tokens`, `feedback`, `tokenizer` and `settings`.
+
+    How it trains, beside them: `detach_after` (gradients through the last n thoughts of a row only; None: through all),
+    `checkpoint_passes` (keep of a pass but its inputs, and run it again in backward), `defer_weight_gradients` (one
+    weight gradient for all passes, model/deferred.py). `settings` are what a saved model remembers.
+    """
 
     def __init__(
         self,
@@ -109,6 +114,11 @@ class Coconut(nn.Module):
         feedback: nn.Module | str | None = None,
         settings: Settings | None = None,
     ) -> None:
+        """hf: a model whose layers are attention. That it runs ragged is checked by `load`, not here (model/checks.py).
+
+        tokens: its special tokens. tokenizer: for prompts in words. feedback: a module hidden (B, D) -> next input
+        (B, D), or one of model/feedback.py by name; None: identity. settings: None: those of a model nobody trained.
+        """
         super().__init__()
         hf = getattr(hf, "get_base_model", lambda: hf)()  # of peft's wrapper: its adapters sit in the model itself
         hf.set_attn_implementation(attention.NAME)
@@ -125,9 +135,9 @@ class Coconut(nn.Module):
         self.tokens = tokens
         self.tokenizer: Any = tokenizer
         self.settings = settings or Settings()
-        self.detach_after: int | None = None  # gradients through the last n thoughts of a row only; None: through all
-        self.defer_weight_gradients = True  # one weight gradient for all passes (model/deferred.py)
-        self.checkpoint_passes = False  # keep no activations of a pass but its inputs, and run it again in backward
+        self.detach_after: int | None = None
+        self.defer_weight_gradients = True
+        self.checkpoint_passes = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -226,9 +236,10 @@ class Coconut(nn.Module):
     ) -> CoconutOutput:
         """Padded (B, T) tensors, pads left or right, or a ragged `batch`; rows may have any number of thoughts.
 
-        The loss is the cross-entropy of the labelled tokens (-100: none), summed and divided by `num_items` (default:
-        their number). A row's result does not depend on the rows beside it. loss_only: the last layer computes what
-        the loss and the thoughts are made of and nothing else, as in training; the output then has no logits.
+        The loss is the cross-entropy of the labelled tokens, summed and divided by `num_items` (default: their number);
+        a label stands at its own token, -100 at tokens without. Positions count from a row's first token. A row's
+        result does not depend on the rows beside it. loss_only: the last layer computes what the loss and the thoughts
+        are made of and nothing else, as in training; the output then has no logits.
         Raises ValueError for tensors of another shape, and for ids, labels or positions that the model has not.
         """
         if batch is None:
