@@ -45,8 +45,14 @@ void KeepingAllocator::free(void* block) {
 
 void bind_memory(py::module_& m) {
   m.def(
-      "keep_freed_memory", [] { c10::SetCPUAllocator(&allocator()); },
-      "From now on PyTorch's CPU tensors of a MiB or more come from a BlockCache (csrc/cpu/block_cache.h).");
+      "keep_freed_memory",
+      [](bool keep) {
+        blocks().keep(keep);
+        c10::SetCPUAllocator(&allocator());
+      },
+      py::arg("keep") = true,
+      "From now on PyTorch's CPU tensors of a MiB or more come from a BlockCache (csrc/cpu/block_cache.h); keep=False: "
+      "what waits there, and what comes back later, goes to the system.");
   m.def(
       "kept_memory",
       [] {

@@ -259,11 +259,10 @@ def row_statistics(x, rows, mask_m, x_row, eps, IN: tl.constexpr, BLOCK_K: tl.co
 
 @triton.jit
 def products(
-    x, rows, mask_m, x_row, weight, n, mask_n, weight_row, mean, scale, norm_weight, norm_bias,
-    IN: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
-    DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
+    x, rows, mask_m, x_row, weight, n, mask_n, weight_row,
+    IN: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """norm(x)[rows] @ weight[n].T in fp32, (BLOCK_M, BLOCK_N): the weights' rows are streamed once, in order.
+    """x[rows] @ weight[n].T in fp32, (BLOCK_M, BLOCK_N): the weights' rows are streamed once, in order.
 
     DOT: tensor cores, rows padded to 16. Else plain multiplies, for up to 4 rows: partial sums stay apart per
     component until the end, so the loop has no shuffles and its loads run STAGES ahead.
@@ -280,11 +279,6 @@ def products(
         w = tl.load(weight + n[:, None] * weight_row + k[None, :], mask=mask_n[:, None] & inside[None, :], other=0.0)
         mask = mask_m[:, None] & inside[None, :]
         t = tl.load(x + rows[:, None] * x_row + k[None, :], mask=mask, other=0.0)
-        if NORM != "none":
-            gain = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
-            t = (t.to(tl.float32) - mean[:, None]) * scale[:, None] * gain[None, :]
-            if HAS_NORM_BIAS:
-                t += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
         if DOT:
             acc = tl.dot(t.to(TYPE), tl.trans(w.to(TYPE)), acc, input_precision="ieee")
         else:

@@ -50,9 +50,7 @@ def _head(
     mask_m = m < batch
     v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     mask_v = v < V
-    zero = tl.zeros([BLOCK_M], tl.float32)
-    logits = products(hidden, m, mask_m, hidden_row, weight, v, mask_v, weight_row, zero, zero, weight, weight,
-                      D, BLOCK_K, "none", False, DOT, TYPE, STAGES)  # fmt: skip
+    logits = products(hidden, m, mask_m, hidden_row, weight, v, mask_v, weight_row, D, BLOCK_K, DOT, TYPE, STAGES)
     if HAS_BIAS:
         logits += tl.load(bias + v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     if MODE == "store":
@@ -104,10 +102,10 @@ def _sampled(
     before = tl.sum(tl.where(t < tile, mass, 0.0), axis=0)
     v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     mask_v = v < V
-    zero = tl.zeros([1], tl.float32)
     row = b + tl.arange(0, 1)
-    logits = products(hidden, row, row >= 0, hidden_row, weight, v, mask_v, weight_row, zero, zero, weight, weight,
-                      D, BLOCK_K, "none", False, False, tl.float32, 2)  # fmt: skip
+    logits = products(
+        hidden, row, row >= 0, hidden_row, weight, v, mask_v, weight_row, D, BLOCK_K, False, tl.float32, 2
+    )
     logits = tl.sum(logits, axis=0)
     if HAS_BIAS:
         logits += tl.load(bias + v, mask=mask_v, other=0.0).to(tl.float32)

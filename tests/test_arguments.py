@@ -161,6 +161,10 @@ def test_overrides_win(official: Path) -> None:
         ("learning_rate=1", "override: unknown key 'learning_rate'; it is called lr here"),
         ("epoch_per_stage=2", "override: unknown key 'epoch_per_stage'; the nearest known one is 'epochs_per_stage'"),
         ("learning_rate", "override: found 'learning_rate', expected key=value"),
+        (
+            "detach_after=1 parallel_rounds=2",
+            "detach_after: found 1 with parallel_rounds, whose gradients",
+        ),
         ("num_epochs=many", "override: num_epochs: found 'many', expected a whole number"),
         ("debug=1", "override: debug: found 1, expected true or false"),
         ("c_thought=true", "override: c_thought: found True, expected a whole number"),
@@ -178,7 +182,7 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str,
     file = tmp_path / "recipe.yaml"
     file.write_text("model: gpt2\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe(file, [override])
+        read_recipe(file, override.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

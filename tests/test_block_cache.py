@@ -63,6 +63,21 @@ def test_contents_and_bounds(steps: list[tuple[bool, int, random.Random]]) -> No
     assert all((block == value).all() for block, value in held)
 
 
+def test_nothing_waits_once_it_is_switched_off() -> None:
+    """As at the end of training: what is freed later goes to the system too."""
+    held, early = tensor(40), tensor(40)
+    del early
+    assert ops.extension().kept_memory()[1] >= 40 * MIB
+    ops.extension().keep_freed_memory(False)
+    assert ops.extension().kept_memory()[1] == 0
+    del held
+    assert ops.extension().kept_memory()[1] == 0
+    ops.extension().keep_freed_memory()
+    later = tensor(40)
+    del later
+    assert ops.extension().kept_memory()[1] >= 40 * MIB
+
+
 def test_threads_never_share_a_block() -> None:
     def work(seed: int) -> bool:
         rng, held = random.Random(seed), []

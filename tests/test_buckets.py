@@ -7,7 +7,7 @@ import torch
 
 from coconut_fast.model.batch import RaggedBatch, collate, tensors
 from coconut_fast.tokens import IGNORE
-from coconut_fast.train.buckets import bucketed, signature
+from coconut_fast.train.buckets import _bound, bucketed, signature
 from tests.families import TOKENS, make_pair, make_row
 
 # (question, thoughts, tail) of every row
@@ -74,3 +74,20 @@ def test_batches_of_like_rows_have_one_signature_and_what_it_stands_for() -> Non
     assert len({signature(b) for b in batches}) == 1
     assert len({tuple((t.shape, t.storage_offset(), t.dtype) for t in tensors(b)) for b in batches}) == 1
     assert signature(both([(60, 3, 5)] * 32)[1]) != signature(batches[0])
+
+
+def test_one_long_answer_has_another_signature_than_many_short_ones() -> None:
+    """Sums are alike and the longest is not; a graph of the one has too small a grid for the other."""
+    found: dict[tuple, set[tuple]] = {}
+    for long in range(60, 131):
+        for short in (3, 4, 5):
+            batch = both([(25, 1, long), *[(25, 1, short)] * 15])[1]
+            sums = tuple((p.stop - p.start, p.loss_index.numel(), p.max_length) for p in batch.passes)
+            found.setdefault(sums, set()).add((signature(batch), tuple(p.max_query for p in batch.passes)))
+    assert any(len({queries for _, queries in of}) > 1 for of in found.values()), "two such batches are among these"
+    for of in found.values():
+        assert len({known for known, _ in of}) == len(of), "a signature for every bound"
+
+
+def test_bounds_are_none_below_what_they_bound() -> None:
+    assert all(_bound(count) >= count for count in range(1, 5000)) and _bound(1) == 1

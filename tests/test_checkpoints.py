@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut_fast import Coconut, LatentTokens, generate, load
+from coconut_fast.files import remove_unfinished
+from coconut_fast.infer import native
 from coconut_fast.model.coconut import Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.conftest import ROOT
@@ -104,6 +107,47 @@ def test_rescale_gives_the_mean_norm_of_the_embeddings(family: str) -> None:
     for dtype in (torch.float32, torch.float64):
         norm = feedback(torch.randn(5, 32, dtype=dtype) * 40).norm(dim=-1)
         torch.testing.assert_close(norm, expected.expand(5).to(dtype), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_frequencies_of_rotations_stay_what_they_are_in_16_bits(official: bool, tmp_path) -> None:
+    """Rounded to bf16, position 1,000 is turned 0.4 radians too far; and packed weights would never be known again."""
+    hf = make_hf("llama")
+    expected = hf.model.rotary_emb.inv_freq.clone()
+    Coconut(hf, TOKENS).save_pretrained(tmp_path)
+    path = tmp_path
+    if official:
+        path = tmp_path / "checkpoint"
+        torch.save({f"base_causallm.{k}": v for k, v in hf.state_dict().items()}, path)
+    model = load(path, dtype=torch.bfloat16, tokens=TOKENS)
+    assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.hf.model.rotary_emb.inv_freq, expected)
+    assert native.packed(model, None) is native.packed(model, None)
+
+
+def test_a_model_that_half_replaced_another_one_is_refused(tmp_path, monkeypatch) -> None:
+    """As when the power goes in between: its weights are the new ones, and its settings the old."""
+    for number in range(2):
+        Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection").save_pretrained(tmp_path)
+    assert load(tmp_path).tokens == TOKENS
+    replaced = []
+
+    def killed(source, target) -> None:
+        if len(replaced) == 2:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nor does it clean up
+    with pytest.raises(KeyboardInterrupt):
+        Coconut(make_hf("gpt2", seed=2), TOKENS, feedback="projection").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a process ended while it saved a model over another one here; save it again"):
+        load(tmp_path)
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)  # as the next start of a run does
+    assert load(tmp_path).tokens == TOKENS
 
 
 def test_a_feedback_by_name_needs_no_load() -> None:

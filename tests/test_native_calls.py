@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import multiprocessing
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from coconut_fast import generate, reference
-from coconut_fast.infer import native
+from coconut_fast.infer import engine, native
+from coconut_fast.infer.eager import EagerRunner
 from tests.families import TOKENS, make_pair, make_row
 
 CALLS = ("prefill", "think", "decode")
@@ -72,6 +75,19 @@ def test_other_python_threads_run_during_a_call(patient) -> None:
 
 
 PROMPTS = [make_row(9, 3, 1, seed=i) for i in range(4)]
+
+
+@pytest.mark.parametrize("runner", ["native", "eager"])
+def test_passes_are_counted_that_ran(runner: str, monkeypatch) -> None:
+    """An answer that ends at once costs no more of them, however many tokens were asked for."""
+    model, _ = make_pair("gpt2")
+    if runner == "eager":
+        monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    ask = functools.partial(generate, model, [[3, 4, 5]], temperature=2.0, seed=0)  # tokens that differ
+    first = ask(max_new_tokens=3)
+    assert first.stats.backend == runner and first.stats.token_passes == 2, "the first token is the prompt's"
+    model.tokens = replace(model.tokens, eos=first.token_ids[0][1])
+    assert ask(max_new_tokens=40).stats.token_passes == 1
 
 
 def test_stats_say_who_ran_and_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tests.families import FAMILIES, make_pair
 
 # What reads a value, what makes a tensor of the host's numbers, and what has a shape that depends on values.
 WORDS = {
-    "_local_scalar_dense", "is_nonzero", "equal", "lift_fresh", "nonzero", "masked_select", "_unique2",
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "lift_fresh", "nonzero", "masked_select", "_unique2",
     "unique_consecutive", "repeat_interleave", "bincount",
 }  # fmt: skip
 
@@ -35,11 +35,16 @@ class Listener(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_listener_hears() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_listener_hears(inference: bool) -> None:
+    """In inference mode too, where reading a value is another operation."""
     x = torch.arange(3)
-    with Listener() as listener:
-        int(x[0]), x[x > 1], torch.tensor([1, 2]), bool((x == 1).all())
-    assert listener.heard == ["_local_scalar_dense", "index", "lift_fresh", "_local_scalar_dense"]
+    with torch.inference_mode(inference), Listener() as listener:
+        int(x[0]), x[x > 1], torch.tensor([1, 2]), bool((x == 1).all()), x[0].item()
+    read = "_local_scalar_dense"
+    reads = ["item", "index", "is_nonzero", "item"] if inference else [read, "index", read, read]
+    assert [name for name in listener.heard if name != "lift_fresh"] == reads
+    assert "lift_fresh" in listener.heard
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -174,10 +174,11 @@ def num_slots(example: TokenizedExample, stage: int, config: CurriculumConfig) -
     """Thoughts (or pause tokens) in `question_row` of `example` at `stage`."""
     if METHODS[config.method].slot is None:
         return 0
-    return min(_full_slots(example, config), _method_stage(stage, config) * config.c_thought)
+    return min(_full_slots(example, config), method_stage(stage, config) * config.c_thought)
 
 
-def _method_stage(stage: int, config: CurriculumConfig) -> int:
+def method_stage(stage: int, config: CurriculumConfig) -> int:
+    """The stage whose rows a method has at a stage of the schedule: some have those of the first or the last one."""
     if stage < 0:
         raise ValueError(f"stage: found {stage}, expected 0 or more")
     stages = METHODS[config.method].stages
@@ -188,7 +189,7 @@ def _method_stage(stage: int, config: CurriculumConfig) -> int:
 
 def _drawn_stage(example: TokenizedExample, stage: int, config: CurriculumConfig, rng: random.Random | None) -> int:
     """The stage a training row uses: the scheduled one, or by chance another. One draw decides, a second chooses."""
-    stage = _method_stage(stage, config)
+    stage = method_stage(stage, config)
     if METHODS[config.method].stages != "all" or rng is None or not (config.uniform_prob or config.replay_prob):
         return stage
     chance = rng.random()

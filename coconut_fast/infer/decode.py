@@ -39,6 +39,11 @@ class Draft:
         return len(self.tokens) >= self.limit or bool(self.tokens and self.tokens[-1] == eos_id)
 
 
+def most_written(drafts: Sequence[Draft], before: Sequence[int]) -> int:
+    """Token passes that took drafts on from so many tokens: one writes at most one token of each."""
+    return max((len(d.tokens) - n for d, n in zip(drafts, before, strict=True)), default=0)
+
+
 @torch.inference_mode()
 def choose(model: Coconut, hidden_BD: torch.Tensor, drafts: Sequence[Draft], sampling: Sampling) -> None:
     """Appends to each draft the token that follows its last hidden state."""

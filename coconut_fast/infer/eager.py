@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, choose, decode
+from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, choose, decode, most_written
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
@@ -69,9 +69,10 @@ class EagerRunner:
 
     def write(self, drafts: Sequence[Draft], steps: int) -> None:
         """Up to `steps` more tokens of each draft."""
-        longest = max((min(steps, d.limit - len(d.tokens)) for d in drafts), default=0)
-        with self.clock("write", passes=longest):
+        before = [len(d.tokens) for d in drafts]
+        with self.clock("write", passes=0):
             decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)
+        self.clock.passes["write"] += most_written(drafts, before)
 
     def release(self) -> None:
         """The engine's call is over and its rows are free; a runner may wait for the next one (infer/keep.py)."""

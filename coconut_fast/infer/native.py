@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
 from coconut_fast.infer import keep, memory
-from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling
+from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, most_written
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
@@ -256,8 +256,10 @@ class NativeRunner:
         writing = [d for d in drafts if not d.done(self.model.tokens.eos)]
         unused_BD = _states(len(writing), self.native.plan.dim)
         limits = [min(steps, d.limit - len(d.tokens)) for d in writing]
-        with self.clock("write", passes=max(limits, default=0)):
+        before = [len(d.tokens) for d in writing]
+        with self.clock("write", passes=0):
             self._decode(writing, unused_BD, limits)
+        self.clock.passes["write"] += most_written(writing, before)
 
     def release(self) -> None:
         """Nothing to keep: packed weights are kept by model, and a cache is cheap to make."""

@@ -19,7 +19,7 @@ from coconut_fast.model.batch import PAGE_SIZE, Reads
 class Ragged:
     """One ragged forward: which rows, how many tokens of each, and where their keys and values go.
 
-    Passed through the Hugging Face model as the keyword `ragged`; model/attention.py is its only reader.
+    Passed through the Hugging Face model as the keyword `ragged`, for model/attention.py.
     """
 
     cache: Storage

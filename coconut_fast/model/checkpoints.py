@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
-from coconut_fast.model.saved import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS
+from coconut_fast.model.saved import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, REPLACING
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 REFERENCE_PREFIX = "base_causallm."
@@ -61,9 +61,9 @@ def load(
     trained_tokens = False
     if os.path.isfile(path):
         home: Path | str = path.parent if base is None else Path(base) if Path(base).is_dir() else str(base)
-        hf, trained_tokens = _read_reference(path, home)
+        hf, trained_tokens = _read_reference(path, home, dtype)
     else:
-        hf = _read_hugging_face(path_or_id)
+        hf = _read_hugging_face(path_or_id, dtype)
         home = path if os.path.isdir(path) else str(path_or_id)
 
     saved = _read_coconut_json(home)
@@ -79,8 +79,6 @@ def load(
         tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
     _check_tokens(tokens, hf)
 
-    if dtype is not None:
-        hf = hf.to(dtype)
     settings = Settings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
     if saved and _find(home, ADDED_WEIGHTS):
@@ -106,6 +104,8 @@ def check_path(path_or_id: str | Path) -> None:
     if os.path.isdir(path):
         if not os.access(path, os.R_OK | os.X_OK):
             raise ValueError(f"{path} may not be read, expected a model directory or a checkpoint file")
+        if any(path.glob(f"{REPLACING}*")):
+            raise ValueError(f"{path}: a process ended while it saved a model over another one here; save it again")
         if not os.path.isfile(path / "config.json"):
             raise ValueError(f"{path} has no config.json; expected a model directory or a checkpoint file")
     elif os.path.exists(path) and not os.path.isfile(path):
@@ -138,11 +138,14 @@ def add_latent_tokens(
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
 
 
-def _read_hugging_face(path_or_id: str | Path) -> PreTrainedModel:
-    """Where weights are missing or do not fit, transformers would draw them at random, with a warning at most."""
+def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Where weights are missing or do not fit, transformers would draw them at random, with a warning at most.
+
+    The type is asked of transformers: `Module.to` would round buffers as well, of which frequencies of rotations are.
+    """
     try:
         hf, found = AutoModelForCausalLM.from_pretrained(
-            path_or_id, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            path_or_id, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (ImportError, MemoryError):
         raise
@@ -185,7 +188,7 @@ def _torn(directory: str | Path) -> str:
     return ""
 
 
-def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool]:
+def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, bool]:
     """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), and a config's home.
 
     The second value says whether its rows for the special tokens are trained: in the former, and where it has more rows
@@ -198,11 +201,12 @@ def _read_reference(path: Path, home: Path | str) -> tuple[PreTrainedModel, bool
     if is_coconut:
         # `embedding.weight` is the same tensor as the model's own table.
         state = {k.removeprefix(REFERENCE_PREFIX): v for k, v in state.items() if k.startswith(REFERENCE_PREFIX)}
-    floating = [v.dtype for v in state.values() if v.is_floating_point()]
+    if dtype is None:
+        dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
     try:
         config = AutoConfig.from_pretrained(home)
         with no_init_weights():  # all are read below: random ones took two thirds of the time
-            hf = AutoModelForCausalLM.from_config(config, dtype=floating[0] if floating else None)
+            hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 ADDED_WEIGHTS = "added.safetensors"
+REPLACING = f"{UNFINISHED}replacing-"  # a directory that is there while files of an older model give way to a newer's
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -45,7 +46,9 @@ def save(model: Coconut, directory: str | Path) -> None:
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
         if target.is_dir():
-            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step.
+            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step. Of a model that
+            # is half the one and half the other `load` is warned by this name.
+            temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
             for file in temporary.iterdir():
                 os.replace(file, target / file.name)
         else:

@@ -169,6 +169,10 @@ class CoconutArguments:
             raise ValueError(
                 f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
             )
+        if self.detach_after is not None and self.parallel_rounds is not None:
+            raise ValueError(
+                f"detach_after: found {self.detach_after} with parallel_rounds, whose gradients reach all thoughts"
+            )
         if self.lr_schedule == "cosine_final" and self.final_epochs is None:
             raise ValueError(
                 "final_epochs: found none, expected how many epochs lr_schedule 'cosine_final' decays over"

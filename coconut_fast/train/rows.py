@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from coconut_fast.data.curriculum import CurriculumConfig, row_rng, training_row
+from coconut_fast.data.curriculum import CurriculumConfig, method_stage, row_rng, training_row
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE, LatentTokens
 from coconut_fast.train.buckets import bucketed
@@ -42,6 +42,7 @@ class StageRows(Dataset):
 
     def lengths(self, stage: int) -> list[int]:
         """Tokens of every row at a stage, up to what is the same for all: enough to sort by."""
+        stage = method_stage(stage, self.config)
         first = stage if stage <= self.config.max_latent_stage else None
         return [
             len(e.question_ids) + len(e.answer_ids) + (sum(map(len, e.steps_ids[first:])) if first is not None else 0)

@@ -330,6 +330,8 @@ class CoconutTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.report.close()  # an error gets a line of its own
+            if self.args.device.type == "cpu":
+                ops.extension().keep_freed_memory(False)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         target = Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}"

@@ -57,6 +57,7 @@ class Scratch {
   // Starts over with room for `bytes` (pieces are rounded up to 64 bytes each: leave some).
   void reset(int64_t bytes) {
     if (bytes > capacity_) {
+      capacity_ = 0;  // where there is no memory
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       if (!memory_) throw std::bad_alloc();
       capacity_ = bytes;

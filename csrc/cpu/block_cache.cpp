@@ -54,7 +54,14 @@ bool BlockCache::give(void* block) {
   sizes_.in_use -= bytes;
   sizes_.waiting += bytes;
   by_size_.emplace(bytes, waiting_.insert(waiting_.end(), {block, bytes}));
+  if (!keeps_) unmap_oldest();
   return true;
+}
+
+void BlockCache::keep(bool on) {
+  const std::lock_guard lock(mutex_);
+  keeps_ = on;
+  while (!on && !waiting_.empty()) unmap_oldest();
 }
 
 BlockCache::Sizes BlockCache::sizes() const {

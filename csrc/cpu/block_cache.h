@@ -29,6 +29,9 @@ class BlockCache {
   // Takes back what take() gave; false, and nothing done, for any other address.
   bool give(void* block);
 
+  // Whether blocks wait when they come back; those that wait go where not.
+  void keep(bool on);
+
   struct Sizes {
     size_t in_use, waiting, peak;  // peak: of in_use
   };
@@ -48,6 +51,7 @@ class BlockCache {
   Waiting waiting_;
   std::multimap<size_t, Waiting::iterator> by_size_;
   Sizes sizes_{};
+  bool keeps_ = true;
 };
 
 }  // namespace coconut_fast

@@ -87,7 +87,7 @@ char* Arena::take(size_t bytes) {
     left_ = size;
   }
   char* start = free_;
-  free_ += bytes, left_ -= bytes, taken_ += bytes;
+  free_ += bytes, left_ -= bytes;
   return start;
 }
 

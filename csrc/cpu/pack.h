@@ -28,11 +28,10 @@ struct Matrix {
 class Arena {
  public:
   char* take(size_t bytes);
-  size_t bytes() const { return taken_; }
 
  private:
   std::vector<Memory<char>> blocks_;
-  size_t left_ = 0, taken_ = 0;
+  size_t left_ = 0;
   char* free_ = nullptr;
 };
 
