@@ -156,7 +156,7 @@ def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
     """Rows that end early are not followed one by one: every group's thoughts hold up all others."""
     model, _ = make_pair("llama")
     prompts = [make_row(5 + n % 7, n % 3, 0, n) for n in range(30)]
-    limits = [1 + 7 * n % 29 for n in range(30)]
+    limits = [8 * (1 + n % 12) for n in range(30)]  # one row ends between two looks
     expected = [generate(model, [p], max_new_tokens=m).token_ids[0] for p, m in zip(prompts, limits, strict=True)]
     groups = []
     read = GraphRunner.read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig, num_slots, question_row, row_rng, training_row
 from coconut_fast.data.examples import Example, TokenizedExample, tokenize_examples
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
+from coconut_fast.train.arguments import CoconutArguments
 
 TOKENS = LatentTokens(start=91, end=92, thought=93, eos=94, pause=95)
 BARE = LatentTokens(thought=93)
@@ -220,3 +222,21 @@ def test_a_negative_stage_is_refused():
     for make in (training_row, question_row):
         with pytest.raises(ValueError, match="stage: found -1"):
             make(ROW, -1, CurriculumConfig(), TOKENS)
+
+
+def test_defaults_never_change() -> None:
+    """A checkpoint keeps what differs from them: another default would read all older ones otherwise than they were."""
+    found = asdict(CurriculumConfig())
+    assert found == {
+        "method": "coconut",
+        "c_thought": 1,
+        "max_latent_stage": 6,
+        "pad_latent_to_max": True,
+        "uniform_prob": 0.0,
+        "replay_prob": 0.0,
+        "target": "chain",
+        "markers": None,
+        "tokens_per_stage": 8,
+        "removal_smoothing": math.inf,
+    }
+    assert asdict(CoconutArguments().curriculum()) == found

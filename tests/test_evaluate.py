@@ -16,8 +16,14 @@ from coconut_fast.evaluate.accuracy import evaluate
 from coconut_fast.evaluate.table import result_table, write_results
 from coconut_fast.infer.answers import Evaluation, Prediction, answer, extract_answer, make_problems
 from coconut_fast.infer.prompts import read_prompts
+from coconut_fast.model.batch import collate
+from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.build import build
+from coconut_fast.train.problems import DataSet
+from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.rows import StageRows
+from coconut_fast.train.run import run
 from coconut_fast.train.state import note_training
 from tests.runs import chains, tiny
 
@@ -158,3 +164,15 @@ def test_generate_asks_a_question_as_evaluation_does(tmp_path: Path, method: str
     problems = make_problems(model, examples, tokenize_examples(examples, model.tokenizer), 3, config)
     read = read_prompts(model, [e.question for e in examples], None, 1)
     assert [list(p.ids) for p in read] == [p.prompt for p in problems]
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_labelled_tokens(tmp_path: Path) -> None:
+    """Of the stage's rows of the held-out problems, whatever their lengths."""
+    settings = tiny(tmp_path, num_epochs=2, batch_size_training=3)
+    folder = run(settings)
+    model = load(folder)
+    held_out = StageRows(DataSet(chains(8, seed=1), model.tokenizer), settings.curriculum(), model.tokens, seed=0)
+    rows = [held_out[idx, 0, 1] for idx in range(8)]
+    expected = model(batch=collate([r[1] for r in rows], model.tokens.thought, [r[2] for r in rows])).loss.item()
+    found = [r["eval_loss"] for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r]
+    assert found[-1] == pytest.approx(expected, rel=1e-5) and len(found) == 2

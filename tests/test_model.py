@@ -348,3 +348,40 @@ def test_second_derivatives_are_refused():
     grads = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.square().sum() for g in grads).backward()
+
+
+def test_dropout_of_attention_differs_from_step_to_step_and_layer_to_layer(monkeypatch) -> None:
+    """One mask for a whole run, or for all layers, would train as well as any and regularise less."""
+    ours, _ = make_pair("gpt2", attn_pdrop=0.5)  # and no other
+    ours.train()
+    rows, labels = _batch()
+    batch = collate(rows, TOKENS.thought, labels)
+    seeds: list[list[int]] = []
+    body = type(ours).body
+
+    def hear(self, embeds_TD, positions_T, ragged):
+        seeds.append(ragged.seeds.tolist())
+        return body(self, embeds_TD, positions_T, ragged)
+
+    monkeypatch.setattr(type(ours), "body", hear)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses += [ours(batch=batch).loss.item() for _ in range(2)]
+    assert losses[:2] == losses[2:4] and len(set(losses)) == 4
+    assert all(len(set(of)) == ours.num_layers for of in seeds), "a seed for every layer"
+    assert len({tuple(of) for of in seeds[: 2 * len(batch.passes)]}) == 2, "one for all passes of a step"
+    states = []
+    for changed in (0, 1):  # of the second layer alone
+
+        def other(self, embeds_TD, positions_T, ragged):
+            ragged.seeds[1] += changed  # noqa: B023
+            return body(self, embeds_TD, positions_T, ragged)
+
+        monkeypatch.setattr(type(ours), "body", other)
+        torch.manual_seed(1)
+        hook = ours.hf.transformer.h[1].register_forward_pre_hook(lambda _, x: states.append(x[0].detach()))
+        states.append(ours(batch=batch).hidden_TD[0])
+        hook.remove()
+    half = len(states) // 2
+    assert torch.equal(states[0], states[half]) and not torch.equal(states[half - 1], states[-1])

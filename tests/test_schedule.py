@@ -1,10 +1,13 @@
-"""The stage schedule: by count, by metric, skipped epochs, the end of a run, and optimizer resets."""
+"""The stage schedule: by count, by metric, skipped epochs, the end of a run, optimizer resets, and learning rates."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 
 from coconut_fast.train.schedule import EpochRecord, StageSchedule
+from coconut_fast.train.state import learning_rate_factor
 
 
 def play(schedule: StageSchedule, metrics: list[float | None] | None = None) -> tuple[list[int], list[bool]]:
@@ -105,3 +108,14 @@ def test_optimizer_resets() -> None:
 def test_refuses(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StageSchedule(**{"last_stage": 3, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("kind", "behind"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
+)
+def test_learning_rates_of_steps(kind: str, behind: list[float]) -> None:
+    """Warm-up ends at the whole rate; behind it: at its end, half-way, and at the run's end."""
+    settings = SimpleNamespace(warmup_steps=3, lr_schedule=kind)
+    factor = learning_rate_factor(SimpleNamespace(settings=settings), 23)
+    assert [factor(step) for step in (0, 1, 2)] == [0.25, 0.5, 0.75]
+    assert [factor(step) for step in (3, 13, 23)] == pytest.approx(behind)
