@@ -39,3 +39,22 @@ def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="Expected a cuda device"):
         torch.cuda.get_device_name(torch.device("cpu"))
     assert doctor._persistent(torch.device("cpu")) == "off: it runs on cuda, not on cpu"
+
+
+def test_a_backend_by_name_is_taken_or_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the environment, by a block, by the call: each overrules the one before; none is passed over in silence."""
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("COCONUT_FAST_BACKEND", "torch")
+    assert ops.choose("gelu", cpu) == ("torch", "asked for")
+    with ops.use("cpu"):
+        assert ops.choose("gelu", cpu) == ("cpu", "asked for")
+        assert ops.choose("gelu", cpu, "torch")[0] == "torch"
+        with pytest.raises(
+            ValueError, match=r"cross_entropy: backend 'cpu' was asked for, but .* \(it has triton, torch"
+        ):
+            ops.choose("cross_entropy", cpu)
+    monkeypatch.setenv("COCONUT_FAST_BACKEND", "warp")
+    with pytest.raises(ValueError, match="ops.gelu: backend 'warp' was asked for, but gelu has no warp implementation"):
+        ops.gelu(torch.zeros(3))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig, training_row
+from coconut_fast.data.examples import TokenizedExample
+from coconut_fast.tokens import LatentTokens
 from coconut_fast.train.order import EpochBatches, epoch_order
+from coconut_fast.train.rows import StageRows
 
 
 def steps(num_examples: int, accumulation: int, processes: int, batch_size: int, epoch: int = 0) -> list[list[int]]:
@@ -64,3 +71,18 @@ def test_keys_name_epoch_and_stage() -> None:
     sampler = EpochBatches(4, batch_size=4, accumulation=1)
     sampler.epoch, sampler.stage = 3, 2
     assert sorted(next(iter(sampler))) == [(i, 3, 2) for i in range(4)]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "icot"])  # which removes tokens, not steps
+def test_rows_are_sorted_by_what_is_not_the_same_for_all(method: str) -> None:
+    rng = random.Random(0)
+    examples = [
+        TokenizedExample([1] * rng.randint(3, 30), [[2] * rng.randint(1, 9) for _ in range(6)], [3] * rng.randint(1, 5))
+        for _ in range(20)
+    ]
+    config = CurriculumConfig(method=method, max_latent_stage=4)
+    tokens = LatentTokens(start=5, thought=6, end=7, eos=0, pause=8)
+    rows = StageRows(SimpleNamespace(fixed=examples), config, tokens, seed=0)
+    for stage in (0, 2, 5):
+        found = [len(training_row(e, stage, config, tokens)[0]) for e in examples]
+        assert len({a - b for a, b in zip(found, rows.lengths(stage), strict=True)}) == 1

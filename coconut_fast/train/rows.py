@@ -41,7 +41,7 @@ class StageRows(Dataset):
         return key, *training_row(self.problems.at(idx, epoch), stage, self.config, self.tokens, rng)
 
     def lengths(self, stage: int) -> list[int]:
-        """Tokens of every row at a stage, up to what is the same for all: enough to sort by."""
+        """Tokens of every row at a stage, up to what is the same for all (icot removes tokens: nearly); to sort by."""
         stage = method_stage(stage, self.config)
         first = stage if stage <= self.config.max_latent_stage else None
         return [
