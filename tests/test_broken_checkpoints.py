@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from coconut_fast import Coconut, load
+from coconut_fast.files import remove_unfinished
 from tests.families import TOKENS, make_hf
 
 
@@ -111,3 +113,28 @@ def test_places_that_hold_no_model_are_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may read anything
     with pytest.raises(ValueError, match="closed may not be read, expected a model directory"):
         load(tmp_path / "closed", tokens=TOKENS)
+
+
+def test_a_model_that_half_replaced_another_one_is_refused(tmp_path, monkeypatch) -> None:
+    """As when the power goes in between: its weights are the new ones, and its settings the old."""
+    for number in range(2):
+        Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection").save_pretrained(tmp_path)
+    assert load(tmp_path).tokens == TOKENS
+    replaced = []
+
+    def killed(source, target) -> None:
+        if len(replaced) == 2:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nor does it clean up
+    with pytest.raises(KeyboardInterrupt):
+        Coconut(make_hf("gpt2", seed=2), TOKENS, feedback="projection").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a process ended while it saved a model over another one here; save it again"):
+        load(tmp_path)
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)  # as the next start of a run does
+    assert load(tmp_path).tokens == TOKENS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut_fast import Coconut, LatentTokens, generate, load
-from coconut_fast.files import remove_unfinished
 from coconut_fast.infer import native
 from coconut_fast.model.coconut import Settings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
@@ -123,31 +121,6 @@ def test_frequencies_of_rotations_stay_what_they_are_in_16_bits(official: bool, 
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.hf.model.rotary_emb.inv_freq, expected)
     assert native.packed(model, None) is native.packed(model, None)
-
-
-def test_a_model_that_half_replaced_another_one_is_refused(tmp_path, monkeypatch) -> None:
-    """As when the power goes in between: its weights are the new ones, and its settings the old."""
-    for number in range(2):
-        Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection").save_pretrained(tmp_path)
-    assert load(tmp_path).tokens == TOKENS
-    replaced = []
-
-    def killed(source, target) -> None:
-        if len(replaced) == 2:
-            raise KeyboardInterrupt
-        replaced.append(target)
-        rename(source, target)
-
-    rename = os.replace
-    monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nor does it clean up
-    with pytest.raises(KeyboardInterrupt):
-        Coconut(make_hf("gpt2", seed=2), TOKENS, feedback="projection").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a process ended while it saved a model over another one here; save it again"):
-        load(tmp_path)
-    monkeypatch.undo()
-    remove_unfinished(tmp_path)  # as the next start of a run does
-    assert load(tmp_path).tokens == TOKENS
 
 
 def test_a_feedback_by_name_needs_no_load() -> None:

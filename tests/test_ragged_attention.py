@@ -41,7 +41,7 @@ def _as_in_a_large_batch(monkeypatch) -> list[int]:
 
     tiles, launched = ragged_attention_few._few_tiles, []
     monkeypatch.setattr(ragged_attention_few, "PROGRAMS", 1)
-    monkeypatch.setattr(ragged_attention_few, "arch", lambda tensor: 90)
+    monkeypatch.setattr(ragged_attention_few, "generation", lambda tensor: 90)
     monkeypatch.setattr(ragged_attention_few, "_few_tiles", lambda pairs: launched.append(pairs) or tiles(pairs))
     return launched
 
