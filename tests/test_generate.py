@@ -228,7 +228,9 @@ def test_no_prompts_give_no_answers() -> None:
         ([[1, VOCAB]], {}, f"prompt 0 holds token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         ([[94, 1]], {}, "prompt 0 starts with a thought"),
         ([[1] * 250], {"max_new_tokens": 8}, "more than the 256 positions"),
-        ([[1, 94, 2, 94]], {"num_thoughts": 3}, "stand in several places"),
+        ([[1], [1, 94, 2, 94]], {"num_thoughts": 3}, "prompts: prompt 1: .* stand in several places"),
+        ({"input_ids": [1, 2]}, {}, "expected a string, strings, or lists of token ids; found {'input_ids"),
+        ([{"question": "1"}], {}, "prompt 0 is {'question': '1'}, expected a string or a list of token ids"),
         ("text", {}, "no tokenizer"),
     ],
 )

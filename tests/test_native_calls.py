@@ -127,8 +127,39 @@ def test_int8_is_what_one_asks_for() -> None:
     assert not torch.equal(torch.cat(changed.thoughts or []), ours), "and packed again with the weights"
 
 
-def test_a_forked_process_generates() -> None:
+@pytest.mark.parametrize("how", ["made in inference mode", "shared"])
+def test_weights_whose_versions_say_nothing_are_known_by_their_bits(how: str) -> None:
+    """Another process may write shared ones, which counts no version here, as a write through `.data` does not."""
+    with torch.inference_mode(how == "made in inference mode"):
+        model, other = make_pair("llama")[0], make_pair("llama")[0]
+        for p in other.parameters():
+            p.mul_(1.5) if how != "shared" else p.data.mul_(1.5)
+        if how == "shared":
+            model.share_memory()
+        assert generate(model, PROMPTS, max_new_tokens=4).token_ids != (
+            expected := generate(other, PROMPTS, max_new_tokens=4).token_ids
+        )
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.data.copy_(q.data)
+        assert generate(model, PROMPTS, max_new_tokens=4).token_ids == expected
+        kept = native.packed(model)
+        assert native.packed(model) is kept
+
+
+def test_embeddings_that_the_chain_reads_stay_where_a_parameter_gets_other_storage() -> None:
+    """In another thread, while this one is inside the chain."""
     model = make_pair("gpt2")[0]
+    chain = native.packed(model)
+    addresses = [p.data_ptr() for p in (model.hf.transformer.wte.weight, model.hf.transformer.wpe.weight)]
+    for p in model.parameters():
+        p.data = p.data.clone()
+    assert [chain.ends[name].data_ptr() for name in ("embed", "positions")] == addresses
+    assert native.packed(model) is not chain, "and the next call knows"
+
+
+def test_a_forked_process_generates() -> None:
+    """Of a size for which PyTorch's own loops use several threads, which a child has not."""
+    model = make_pair("gpt2", n_embd=768, n_head=12)[0]
     expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
     ours, theirs = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import sys
+import time
 from itertools import chain
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +21,7 @@ from coconut_fast.data.curriculum import METHODS, CurriculumConfig, training_row
 from coconut_fast.data.examples import TokenizedExample
 from coconut_fast.tokens import LatentTokens
 from coconut_fast.train.order import EpochBatches, epoch_order
-from coconut_fast.train.rows import StageRows
+from coconut_fast.train.rows import StageRows, end_with_parent
 
 
 def steps(num_examples: int, accumulation: int, processes: int, batch_size: int, epoch: int = 0) -> list[list[int]]:
@@ -71,6 +77,33 @@ def test_keys_name_epoch_and_stage() -> None:
     sampler = EpochBatches(4, batch_size=4, accumulation=1)
     sampler.epoch, sampler.stage = 3, 2
     assert sorted(next(iter(sampler))) == [(i, 3, 2) for i in range(4)]
+
+
+def _parent(pipe: Any) -> None:
+    def worker() -> None:
+        end_with_parent(0)
+        pipe.send(os.getpid())
+        time.sleep(60)
+
+    multiprocessing.get_context("fork").Process(target=worker).start()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_ends_with_a_killed_trainer() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    trainer = multiprocessing.get_context("fork").Process(target=_parent, args=(theirs,), daemon=False)
+    trainer.start()
+    assert ours.poll(20)
+    worker = ours.recv()
+    trainer.kill()
+    trainer.join()
+    for _ in range(100):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    psutil.Process(worker).kill()
+    pytest.fail("the worker lives on")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "icot"])  # which removes tokens, not steps

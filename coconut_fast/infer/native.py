@@ -66,6 +66,7 @@ class NativeModel:
         reason = reason_not(model)
         if reason:
             raise ValueError(f"model: cannot run natively: {reason}")
+        self.fingerprint = fingerprint(model)  # first: what another thread writes while this packs is seen later
         check_finite(model, "model")
         plan = describe(model.hf)
         assert isinstance(plan, ModelPlan)
@@ -80,13 +81,13 @@ class NativeModel:
         ends = {"embed": plan.embed, "head": plan.head, "final_norm": plan.final_norm}
         optional = ("positions", "inv_freq", "final_norm_bias", "head_bias")
         ends |= {name: t for name in optional if (t := getattr(plan, name)) is not None}
-        # The chain reads embeddings in place: self.plan keeps them alive.
-        self.chain.set_ends({name: _for_chain(t) for name, t in ends.items()})
+        # The chain reads embeddings in place: these keep them alive, also where a parameter is given other storage.
+        self.ends = {name: _for_chain(t.float() if name == "inv_freq" else t) for name, t in ends.items()}
+        self.chain.set_ends(self.ends)
         if isinstance(model.feedback, Rescale):
             self.chain.set_feedback(float(model.feedback.mean_norm), None)
         elif isinstance(model.feedback, Pause):
             self.chain.set_feedback(0.0, model.feedback.embedding.detach().float().contiguous())
-        self.fingerprint = fingerprint(model)
 
     def make_cache(self, *, num_slots: int, max_rows: int, max_length: int | None = None) -> KVCache:
         """A cache with storage for every layer."""
@@ -320,6 +321,8 @@ def _count_optimizer_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
+# PyTorch's own loops wait for ever in a forked child for the threads of its parent; the chain has a team of its own.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -49,7 +49,7 @@ def read_prompts(
     expected = "prompts: expected a string, strings, or lists of token ids; found"
     if isinstance(prompts, str):
         prompts = [prompts]
-    elif not isinstance(prompts, Iterable) or getattr(prompts, "shape", None) == ():
+    elif not isinstance(prompts, Iterable) or isinstance(prompts, Mapping) or getattr(prompts, "shape", None) == ():
         raise ValueError(f"{expected} {prompts!r}")
     else:
         prompts = list(prompts)
@@ -106,7 +106,7 @@ def _read(
     max_new_tokens: int,
 ) -> Prompt:
     tokens = model.tokens
-    if not isinstance(prompt, Collection) or isinstance(prompt, bytes | bytearray):
+    if not isinstance(prompt, Collection) or isinstance(prompt, bytes | bytearray | Mapping):
         raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
     if not len(prompt):
         raise ValueError(f"prompts: prompt {i} is empty")
@@ -127,7 +127,10 @@ def _read(
         except TypeError as error:
             raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
     if count is not None and (limit is None or count <= limit):
-        ids = with_thoughts(model, ids, count)
+        try:
+            ids = with_thoughts(model, ids, count)
+        except ValueError as error:
+            raise ValueError(f"prompts: prompt {i}: {error}") from error
     if not ids:
         raise ValueError(f"prompts: prompt {i} is empty")
     if min(ids) < 0 or max(ids) >= vocabulary:

@@ -43,7 +43,7 @@ from coconut_fast.train.graphed import GraphedStep
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import Report, thought_norm
-from coconut_fast.train.rows import Collate, StageRows
+from coconut_fast.train.rows import Collate, StageRows, end_with_parent
 from coconut_fast.train.state import RunState, StageCallback, learning_rate_factor, remember, same_run
 from coconut_fast.train.validation import validate
 
@@ -148,6 +148,7 @@ class CoconutTrainer(Trainer):
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=end_with_parent,
             # Batches alone are pinned, in `_ready`: the loader would go through every token of the rows they are of.
             generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
         )
