@@ -116,7 +116,8 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Address and version of each; of CPU tensors that count none (made in inference mode), or count them in another
     process too (shared memory), a sum of their bits in the version's place: 4 ms for 100 MB."""
     return tuple(
-        (t.data_ptr(), _bits(t) if t.is_cpu and (t.is_inference() or t.is_shared()) else t._version) for t in tensors
+        (t.data_ptr(), _bits(t) if t.is_cpu and (t.is_inference() or t.untyped_storage().is_shared()) else t._version)
+        for t in tensors
     )
 
 
