@@ -129,6 +129,15 @@ def test_a_feedback_by_name_needs_no_load() -> None:
         Coconut(make_hf("gpt2"), TOKENS, feedback="scaled")
 
 
+def test_nothing_of_an_older_model_stays_beside_a_newer_one(tmp_path) -> None:
+    model = Coconut(make_hf("gpt2"), TOKENS, feedback="projection")
+    model.extra = torch.nn.Linear(2, 2)
+    model.save_pretrained(tmp_path)
+    assert {"added.safetensors", "feedback.safetensors"} <= set(os.listdir(tmp_path))
+    Coconut(make_hf("gpt2"), TOKENS).save_pretrained(tmp_path)
+    assert not {"added.safetensors", "feedback.safetensors"} & set(os.listdir(tmp_path))
+
+
 def test_a_feedback_in_place_of_a_trained_one_is_told_of(tmp_path) -> None:
     """Its weights fit no other; a wrapper around it, which adds noise for one, would start at random."""
     hf = make_hf("gpt2")

@@ -112,9 +112,9 @@ def _read(
         raise ValueError(f"prompts: prompt {i} is empty")
     if isinstance(prompt, str):
         ids = _tokenize(model, i, prompt)
-        if tokens.thought not in ids:
+        if tokens.thought not in ids and (count is None or model.settings.symbols is not None):
             trained = as_trained(model, ids)
-            if count is None or tokens.thought in trained:  # and not to be put behind what follows the thoughts
+            if count is None or tokens.thought in trained:  # other thoughts go in their place, ahead of a graph's cue
                 ids = trained
     else:
         kind = getattr(prompt, "dtype", None)

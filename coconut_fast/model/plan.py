@@ -114,7 +114,7 @@ class ModelPlan:
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Address and version of each; of CPU tensors that count none (made in inference mode), or count them in another
-    process too (shared memory), a sum of their bits in the version's place: 4 ms for 100 MB."""
+    process too (shared memory), a sum of their bits in the version's place: 3 ms for 100 MB."""
     return tuple(
         (t.data_ptr(), _bits(t) if t.is_cpu and (t.is_inference() or t.untyped_storage().is_shared()) else t._version)
         for t in tensors

@@ -49,8 +49,11 @@ def save(model: Coconut, directory: str | Path) -> None:
             # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step. Of a model that
             # is half the one and half the other `load` is warned by this name.
             temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
+            gone = {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {file.name for file in temporary.iterdir()}
             for file in temporary.iterdir():
                 os.replace(file, target / file.name)
+            for name in gone:
+                (target / name).unlink(missing_ok=True)
         else:
             os.rename(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as error:
