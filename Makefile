@@ -65,8 +65,8 @@ sanitize: install
 	cp -r tests pyproject.toml $(SANITIZED)/
 	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$lib.so; done | xargs)" && \
-	$(CURDIR)/$(BIN)/python -c 'import torch, coconut_fast._C as m; assert "$(SANITIZED)" in m.__file__, m.__file__' && \
-	$(CURDIR)/$(BIN)/pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
+	"$(CURDIR)/$(BIN)/python" -c 'import torch, coconut_fast._C as m; assert "$(SANITIZED)" in m.__file__, m.__file__' && \
+	"$(CURDIR)/$(BIN)/python" -m pytest -q -rs --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info coconut_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
