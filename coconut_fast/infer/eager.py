@@ -92,9 +92,7 @@ class ParallelRunner(EagerRunner):
         batch = collate([p.ids for p in prompts], thought).to(self.model.device)
         with self.clock("think", passes=self.model.settings.parallel_rounds or 0):
             hidden, _ = refine(self.model, batch, self.cache, rows)
-        hidden_TD = torch.cat(hidden)
-        padded_BWD = hidden_TD.new_zeros(len(rows) * batch.width, hidden_TD.shape[1])
-        padded_BWD = padded_BWD.index_copy_(0, batch.padded_at, hidden_TD).view(len(rows), batch.width, -1)
+        padded_BWD = batch.padded(torch.cat(hidden))
         if thoughts is not None:
             for sink, prompt, hidden_WD in zip(thoughts, prompts, padded_BWD, strict=True):
                 sink.extend(hidden_WD[t - 1] for t, token in enumerate(prompt.ids) if token == thought)

@@ -79,6 +79,11 @@ class RaggedBatch:
         moved = words.to(device, non_blocking=non_blocking)
         return self if moved is self.words else unpacked(moved, self)
 
+    def padded(self, flat_TX: torch.Tensor) -> torch.Tensor:
+        """(T, X) of the flat axis -> (B, width, X) in the padded layout, zero on pads."""
+        padded = flat_TX.new_zeros(len(self.lengths) * self.width, flat_TX.shape[-1])
+        return padded.index_copy(0, self.padded_at, flat_TX).view(len(self.lengths), self.width, -1)
+
     def pin_memory(self) -> RaggedBatch:
         """The same batch in page-locked memory, for the data loader."""
         return unpacked(packed(self).pin_memory(), self)

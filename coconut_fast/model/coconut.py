@@ -80,7 +80,7 @@ class CoconutOutput:
         """(B, T, V) in the padded layout of the input; zero on pads."""
         if self.loss_only:
             raise ValueError("logits: this forward had loss_only=True, so most of its last hidden states do not exist")
-        return self._padded(self.model.head(torch.cat(self.hidden_TD)))
+        return self.batch.padded(self.model.head(torch.cat(self.hidden_TD)))
 
     def __getitem__(self, place: int) -> torch.Tensor | None:
         """The loss or the logits, for who counts (0, 1), as transformers.Trainer does."""
@@ -89,12 +89,7 @@ class CoconutOutput:
     @functools.cached_property
     def inputs_embeds(self) -> torch.Tensor:
         """(B, T, D) with every thought filled in; zero on pads."""
-        return self._padded(torch.cat(self.embeds_TD))
-
-    def _padded(self, flat_TX: torch.Tensor) -> torch.Tensor:
-        rows, width = len(self.batch.lengths), self.batch.width
-        padded = flat_TX.new_zeros(rows * width, flat_TX.shape[-1])
-        return padded.index_copy(0, self.batch.padded_at, flat_TX).view(rows, width, -1)
+        return self.batch.padded(torch.cat(self.embeds_TD))
 
 
 class Coconut(nn.Module):
