@@ -85,6 +85,7 @@ def _ops(device: torch.device) -> Iterator[str]:
 
 def _runners(device: torch.device) -> Iterator[str]:
     """Who generates: known families, and any other model."""
+    from coconut_fast.infer import machine
     from coconut_fast.model.plan import FAMILIES
 
     if device.type == "cuda":
@@ -102,7 +103,7 @@ def _runners(device: torch.device) -> Iterator[str]:
         return
     isa = module.isa()
     tiles = "; AMX tiles, untried so far, with COCONUT_FAST_ISA=amx" if module.has_tiles() and isa != "amx" else ""
-    yield _line(", ".join(FAMILIES), f"native chain, {isa}, {module.default_threads()} threads{tiles}")
+    yield _line(", ".join(FAMILIES), f"native chain, {isa}, {machine.cpus()} threads{tiles}")
     yield _line("any other model", "eager: plain PyTorch over the ragged attention")
     yield _line("persistent kernel", _persistent(device))
 

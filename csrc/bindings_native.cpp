@@ -84,7 +84,6 @@ static std::unique_ptr<Chain> make_chain(const py::dict& shape, const std::strin
                                    shape["rope_scaling"].cast<float>()};
   if (s.heads % s.kv_heads) refuse("kv_heads must divide heads = ", s.heads, ", found ", s.kv_heads);
   if (max_tokens < 1) refuse("max_tokens must be at least 1, found ", max_tokens);
-  if (threads == 0) threads = coconut_fast::default_threads();
   return std::make_unique<Chain>(s, formats.at(format), threads, max_tokens, coconut_fast::best_isa());
 }
 
@@ -233,7 +232,6 @@ void bind_native(py::module_& m) {
   m.def("isa", [] { return coconut_fast::isa_name(coconut_fast::best_isa()); },
         "The instruction set the CPU kernels use: the machine's best, or COCONUT_FAST_ISA.");
   m.def("has_tiles", &coconut_fast::has_tiles, "Whether COCONUT_FAST_ISA=amx can be asked for here.");
-  m.def("default_threads", &coconut_fast::default_threads, "CPUs of this process, or OMP_NUM_THREADS if fewer.");
   m.def("read_bandwidth", &coconut_fast::read_bandwidth, py::arg("threads"), py::arg("bytes"), py::arg("repeats"),
         py::call_guard<py::gil_scoped_release>(), "Bytes per second that `threads` threads read from memory.");
   py::class_<Chain>(m, "NativeChain", R"(

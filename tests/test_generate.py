@@ -13,7 +13,7 @@ import torch
 
 from coconut_fast import generate, load, reference
 from coconut_fast.data.graphs import ANSWER, EDGE, EOS
-from coconut_fast.infer import engine, memory
+from coconut_fast.infer import engine
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.prompts import read_prompts
 from coconut_fast.train.build import build
@@ -125,27 +125,6 @@ def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
     output = generate(model, PROMPTS, max_new_tokens=3, batch_size=1)
     assert output.stats.interrupted
     assert [ids is not None for ids in output.token_ids] == [True, True, False, False, False]
-
-
-def test_a_cache_beyond_the_memory_is_refused(model, monkeypatch) -> None:
-    free = type("", (), {"available": 20_000})
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
-    with pytest.raises(ValueError, match="batch_size: a cache of 5 rows needs .* GB are free"):
-        generate(model, PROMPTS)
-    monkeypatch.undo()
-    assert generate(model, PROMPTS, max_new_tokens=1).token_ids
-
-
-def test_a_containers_limit_counts(model, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
-    machine = memory.free_bytes(torch.device("cpu"))
-    for name, text in (("max", "1000000"), ("current", "990000"), ("stat", "anon 7\ninactive_file 4000\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.free_bytes(torch.device("cpu")) == 14_000 < machine
-    with pytest.raises(ValueError, match=r"a cache of 5 rows needs .* GB, 0.00 GB are free"):
-        generate(model, PROMPTS)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(torch.device("cpu")) > 14_000
 
 
 @pytest.mark.parametrize("fused", [False, True])

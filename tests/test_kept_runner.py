@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import engine, keep, memory
+from coconut_fast.infer import engine, keep, machine
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.engine import choose_runner
 from coconut_fast.model.coconut import Coconut
@@ -70,8 +70,8 @@ def test_room_for_larger_calls_is_taken_where_there_is_memory(free: int, monkeyp
     """A call that just fits must not fail for the rounding."""
     model, _ = make_pair("llama")
     room = {"num_slots": 16 * 33, "max_rows": 3, "max_length": 300, "sampling": engine.Sampling()}
-    needed = memory.cache_bytes(model, keep._roomy(16 * 33))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1 + free)
+    needed = machine.cache_bytes(model, keep._roomy(16 * 33))
+    monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1 + free)
     assert keep.lease(model, **room).capacity["num_slots"] == (16 * 33 if free == 0 else 640)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -375,9 +374,5 @@ def test_a_write_through_data_is_known_once_the_state_is_loaded() -> None:
     assert not torch.equal(after, before) and torch.equal(after, native_chains(native.NativeModel(model)))
 
 
-def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert ops.extension().default_threads() == 1
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert ops.extension().default_threads() == len(os.sched_getaffinity(0))
+def test_bandwidth_is_read_by_any_number_of_threads() -> None:
     assert native.read_bandwidth(1) > 1e8

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from coconut_fast.infer import keep, memory
+from coconut_fast.infer import keep, machine
 from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
 from coconut_fast.infer.eager import EagerRunner, ParallelRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
@@ -160,7 +160,7 @@ class Engine:
         self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * answers
         room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
         if not keep.holds(model, **room):
-            memory.check(model, num_slots, batch_size, held=keep.held_bytes(model))
+            machine.check(model, num_slots, batch_size, held=keep.held_bytes(model))
         runner, reason = choose_runner(model)
         if runner is not keep.lease:
             keep.forget(model)  # it has left the GPU, or may not use what the last call left there

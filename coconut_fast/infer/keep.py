@@ -11,7 +11,7 @@ import weakref
 from itertools import chain
 
 from coconut_fast import ops
-from coconut_fast.infer import fused, memory
+from coconut_fast.infer import fused, machine
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.stats import Clock
@@ -58,7 +58,7 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
         return runner
     del runner  # its memory first
     room = {name: _roomy(n) for name, n in wanted.items()}
-    if memory.cache_bytes(model, room["num_slots"]) > memory.free_bytes(model.device):
+    if machine.cache_bytes(model, room["num_slots"]) > machine.free_bytes(model.device):
         room["num_slots"] = num_slots
     return KeptRunner(model, sampling=sampling, **room)
 

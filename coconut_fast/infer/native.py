@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
-from coconut_fast.infer import keep, memory
+from coconut_fast.infer import keep, machine
 from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, most_written
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.stats import Clock
@@ -58,7 +58,7 @@ class NativeModel:
     """A Coconut model's weights, packed for the CPU.
 
     weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen by itself). threads: default
-    OMP_NUM_THREADS or all CPUs. Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights,
+    `machine.cpus()`. Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights,
     naming the tensor.
     """
 
@@ -74,7 +74,7 @@ class NativeModel:
         self.dtype = model.dtype  # of the cache
         self.weights = weights or FORMATS[model.dtype]
         shape = {name: getattr(plan, name) for name in (*_SHAPE, *_KIND)}
-        self.chain = ops.extension().NativeChain(shape, self.weights, threads or 0, MAX_ROWS)
+        self.chain = ops.extension().NativeChain(shape, self.weights, threads or machine.cpus(), MAX_ROWS)
         for index in range(plan.layers):
             tensors = {name: _for_chain(t) for name, t in plan.layer(index).named().items()}
             self.chain.set_layer(index, tensors, plan.scaling[index], plan.window[index])
@@ -303,12 +303,12 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
 
 
 def fingerprint(model: Coconut) -> tuple[object, ...]:
-    """Differs where packed weights would, but for writes through `.data` (see `packed`), and in a forked process, which
-    has not the threads of its parent's chain."""
+    """Differs where packed weights would, but for writes through `.data` (see `packed`), where the chain would have
+    another number of threads, and in a forked process, which has not the threads of its parent's chain."""
     plan = describe(model.hf)  # anew: a weight that was replaced is another tensor
     weights = plan if isinstance(plan, str) else plan.fingerprint()
     buffers = versions([*model.feedback.parameters(), *model.feedback.buffers()])
-    return weights, type(model.feedback), buffers, _optimizer_steps, os.getpid()
+    return weights, type(model.feedback), buffers, _optimizer_steps, machine.cpus(), os.getpid()
 
 
 _optimizer_steps = 0
@@ -321,7 +321,7 @@ def _count_optimizer_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
-# PyTorch's own loops wait for ever in a forked child for the threads of its parent; the chain has a team of its own.
+# With more than one thread a forked child waits for ever, in PyTorch's own loops, for the threads of its parent.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
@@ -332,9 +332,8 @@ def read_bandwidth(threads: int | None = None) -> float:
     Reads a GiB (a quarter of what is free, if that is less) over and over: the part of a smaller buffer that stays in
     the last-level cache from one reading to the next, an eighth of 256 MiB in one of 32, would pass for memory.
     """
-    module = ops.extension()
-    size = min(1 << 30, memory.free_bytes(torch.device("cpu")) // 4)
-    return module.read_bandwidth(threads or module.default_threads(), size, 8)
+    size = min(1 << 30, machine.free_bytes(torch.device("cpu")) // 4)
+    return ops.extension().read_bandwidth(threads or machine.cpus(), size, 8)
 
 
 @contextmanager

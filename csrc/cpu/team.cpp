@@ -2,11 +2,7 @@
 
 #include <unistd.h>
 
-#include <cstdlib>
 #include <stdexcept>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 namespace coconut_fast {
 
@@ -100,18 +96,6 @@ void Team::barrier(const char*& at, const char* end) {
     for (int line = 0; line < 256; line += 64) __builtin_prefetch(at + line, 0, 3);
   while (!spin(passed, 1 << 20)) {
   }
-}
-
-int default_threads() {
-  int cpus = static_cast<int>(std::thread::hardware_concurrency());
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
-#endif
-  const char* asked = std::getenv("OMP_NUM_THREADS");
-  const int wanted = asked ? std::atoi(asked) : 0;
-  if (wanted > 0 && wanted < cpus) return wanted;
-  return cpus > 0 ? cpus : 1;
 }
 
 }  // namespace coconut_fast

@@ -44,7 +44,4 @@ class Team {
   bool stop_ = false;
 };
 
-// min(threads asked for by OMP_NUM_THREADS, CPUs this process may run on).
-int default_threads();
-
 }  // namespace coconut_fast

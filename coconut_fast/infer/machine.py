@@ -1,0 +1,70 @@
+"""What the machine, or the container, leaves to this process: memory for a call's cache, CPUs for the native chain."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from coconut_fast.model.coconut import Coconut
+
+CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there, as cgroups of version 1 or 2 write them
+_MEMORY = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+_CPU_TIME = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # quota and period, in microseconds
+
+
+def check(model: Coconut, num_slots: int, batch_size: int, *, held: int) -> None:
+    """ValueError where the cache of this call would not fit into the memory that is free now.
+
+    held: bytes of a cache that the call has, or gives back first.
+    """
+    needed, free = cache_bytes(model, num_slots), free_bytes(model.device) + held
+    if needed > free:
+        raise ValueError(
+            f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "use a smaller batch_size, fewer max_new_tokens or shorter prompts"
+        )
+
+
+def cache_bytes(model: Coconut, num_slots: int) -> int:
+    """Keys and values of all layers in so many slots."""
+    config = model.hf.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU, with what torch has reserved and does not use; else of this machine, or the container if less."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    for limit, used, stat, unneeded in _MEMORY:
+        try:
+            kinds = dict(line.split() for line in (CONTAINER / stat).read_text().splitlines())
+            left = int((CONTAINER / limit).read_text()) - int((CONTAINER / used).read_text())
+            free = min(free, left + int(kinds[unneeded]))  # files that were read count as used
+        except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+            continue
+    return free
+
+
+def cpus() -> int:
+    """As many as torch uses (`torch.set_num_threads`, OMP_NUM_THREADS), this process may run on, and the container's
+    quota of CPU time keeps busy: with more threads all of them are stopped for most of every period."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(torch.get_num_threads(), allowed)
+    for names in _CPU_TIME:
+        try:
+            quota, period = (int(word) for name in names for word in (CONTAINER / name).read_text().split())
+        except (OSError, ValueError):  # no container, or one without a quota ("max")
+            continue
+        if quota > 0:  # -1: none
+            count = min(count, quota // period)
+    return max(count, 1)

@@ -1,0 +1,69 @@
+"""Memory and CPUs: what the machine has, within what the container leaves of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from coconut_fast import generate
+from coconut_fast.infer import machine, native
+from tests.families import make_pair
+from tests.test_native import native_chains, random_model, wrap
+
+
+def test_a_cache_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make_pair("llama")
+    free = type("", (), {"available": 20_000})
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ValueError, match="batch_size: a cache of 5 rows needs .* GB are free"):
+        generate(model, [[5, 6]] * 5)
+    monkeypatch.undo()
+    assert generate(model, [[5, 6]] * 5, max_new_tokens=1).token_ids
+
+
+def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, _ = make_pair("llama")
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)
+    whole = machine.free_bytes(torch.device("cpu"))
+    for name, text in (("max", "1000000"), ("current", "990000"), ("stat", "anon 7\ninactive_file 4000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert machine.free_bytes(torch.device("cpu")) == 14_000 < whole
+    with pytest.raises(ValueError, match=r"a cache of 5 rows needs .* GB, 0.00 GB are free"):
+        generate(model, [[5, 6]] * 5)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_bytes(torch.device("cpu")) > 14_000
+
+
+def test_threads_are_torchs_within_the_process_and_its_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, before = wrap(random_model("gpt2")), torch.get_num_threads()
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)  # none
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    try:
+        torch.set_num_threads(3)
+        three = native.packed(model)
+        assert three.chain.threads == machine.cpus() == 3
+        torch.set_num_threads(2)
+        two = native.packed(model)
+        assert two.chain.threads == 2 and torch.equal(native_chains(two), native_chains(three))
+        torch.set_num_threads(8)
+        assert machine.cpus() == 4  # it may run on
+        for file, text, count in (
+            ("cpu.max", "250000 100000\n", 2),
+            ("cpu.max", "max 100000\n", 4),
+            ("cpu.max", "50000 100000\n", 1),
+        ):
+            (tmp_path / file).write_text(text)
+            assert machine.cpus() == count, text
+        (tmp_path / "cpu.max").unlink()
+        (tmp_path / "cpu").mkdir()  # version 1
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        for quota, count in (("300000\n", 3), ("-1\n", 4)):
+            (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+            assert machine.cpus() == count, quota
+    finally:
+        torch.set_num_threads(before)
