@@ -27,10 +27,11 @@ from benchmarks.shapes import DEVICE, make_hf, make_prompts, make_tokens, save_f
 from benchmarks.timing import gpu_limits, seconds_of, waited
 from coconut_fast import Coconut, generate
 from coconut_fast.infer.cuda_graphs import GraphRunner
-from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
+from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.fused import FusedPasses, reason_not
 from coconut_fast.infer.passes import HuggingFacePasses
 from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.plan import ModelPlan, describe
 
 PROMPT, THOUGHTS, TOKENS = 64, 6, 10
@@ -97,11 +98,11 @@ class Timed:
         batch.tails.fill_(1)
         batch.tokens.fill_(self.model.tokens.end)
         runner.replay(batch, "feed")
-        drafts = [Draft(row, 0, TOKENS, []) for row in self.rows]
-        runner.first(batch.hidden[: self.size].clone(), drafts)
-        while not all(d.done(self.model.tokens.eos) for d in drafts):
-            runner.write(drafts, WRITE_STEPS)
-        return [d.tokens for d in drafts]
+        answers = [ActiveAnswer(row, 0, TOKENS, []) for row in self.rows]
+        runner.first_tokens(batch.hidden[: self.size].clone(), answers)
+        while not all(a.done(self.model.tokens.eos) for a in answers):
+            runner.decode(answers, DECODE_STEPS)
+        return [a.tokens for a in answers]
 
     def _start(self, passes: int) -> None:
         cache = self.runner.cache
@@ -126,15 +127,15 @@ def measure(model: Coconut, batch: int, rounds: int = 5) -> dict[str, float]:
     assert_near(*(timed.states() for timed in bodies.values()))
     found: dict[str, float] = {}
     for body, timed in bodies.items():
-        for kind in ("think", "write"):
+        for kind in ("think", "decode"):
             for graphed in (True, False):
                 name = f"{kind}, {body}, {'graph' if graphed else 'launches'}"
                 found[name] = timed.pass_seconds(kind, graphed, rounds)
         timed.answer()
         found[f"answer, {body}"] = min(waited(timed.answer, model.device) for _ in range(rounds))
-        assert body != "fused" or not timed.runner.trouble, timed.runner.trouble
-    if trouble := bodies["hugging face"].runner.trouble:
-        warnings.warn(f"Hugging Face's body is left out: {trouble}", stacklevel=2)
+        assert body != "fused" or not timed.runner.fallback_reason, timed.runner.fallback_reason
+    if fallback_reason := bodies["hugging face"].runner.fallback_reason:
+        warnings.warn(f"Hugging Face's body is left out: {fallback_reason}", stacklevel=2)
         return {name: seconds for name, seconds in found.items() if "hugging face" not in name}
     return found
 
@@ -180,7 +181,7 @@ def test_passes(benchmark, figures, model: Coconut, batch: int) -> None:
         f"({body / bandwidth * 1e6:.0f} us at the limit), a token {(body + head) / 1e6:.0f} MB"
     )
     found = benchmark.pedantic(measure, args=(model, batch), rounds=1)
-    for kind, what, size in (("think", "latent", body), ("write", "token", body + head)):
+    for kind, what, size in (("think", "latent", body), ("decode", "token", body + head)):
         ours, limit = found[f"{kind}, fused, graph"], size / bandwidth
         figures.add(
             f"{name}: {what} pass",

@@ -18,8 +18,8 @@ from benchmarks.bench_graph import THOUGHTS, Timed, assert_near, made, weight_by
 from benchmarks.shapes import make_tokens
 from benchmarks.timing import gpu_limits
 from coconut_fast import Coconut
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.persistent import PersistentChain, reason_not
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.plan import ModelPlan, describe
 
 ROUNDS = 20
@@ -39,7 +39,7 @@ def measure(model: Coconut, batch: int) -> dict[str, float]:
     for how, timed in ways.items():
         states = [timed.states(THOUGHTS) for _ in range(2)]
         assert torch.equal(*states), f"{how}: two runs of a chain differ"
-        assert not timed.runner.trouble, timed.runner.trouble
+        assert not timed.runner.fallback_reason, timed.runner.fallback_reason
     assert_near(ways["persistent"].states(), ways["graph"].states())
     return {how: timed.pass_seconds("think", True, ROUNDS) for how, timed in ways.items()}
 

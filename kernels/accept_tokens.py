@@ -4,7 +4,7 @@
     written[b, step] = -1                                                          elsewhere
     step += 1
 
-Nothing returns to the host: a row that has ended stands still in the passes that follow, until the host looks.
+Nothing returns to the host: a row that has ended stands still in the passes that pdl_wait, until the host looks.
 
 Shapes: ids, tokens int64 (B,); written int64 (B, N); remaining, attended int32 (B,); step int64 (1,), below N.
 Bytes: 40 B. Bound: launch latency (PyTorch needs a dozen launches for it). One program. Registers at most 64.
@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_shape, follow, on_device, overlaps, register, release
+from .common import check_shape, on_device, overlaps, pdl_release, pdl_wait, register
 
 
 @triton.jit
 def _accept(ids, tokens, written, remaining, attended, step, eos, batch, written_row, BLOCK_B: tl.constexpr,
             OVERLAP: tl.constexpr):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     b = tl.arange(0, BLOCK_B)
     mask = b < batch
     now = tl.load(step)

@@ -71,7 +71,7 @@ def shared_memory(tensor: torch.Tensor) -> int:
 def overlaps(tensor: torch.Tensor) -> bool:
     """Whether a kernel may begin while the one before it in the stream still runs: sm_90 and later.
 
-    It waits (`follow`) before it reads what that kernel writes, and before it writes anything, so that whatever ran
+    It waits (`pdl_wait`) before it reads what that kernel writes, and before it writes anything, so that whatever ran
     before has then ended. Ahead of the wait it reads what nobody has written for long enough: constants, and behind a
     kernel that lets it begin only after its own wait, all that this one does not write itself.
     """
@@ -102,7 +102,7 @@ def check_shape(
         raise ValueError(f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension, expected 1")
 
 
-def check_turn(
+def check_rotary(
     op: str, rows: int, head_dim: int, cos: torch.Tensor | None, sin: torch.Tensor | None,
     positions: torch.Tensor | None, query_norm: torch.Tensor | None, key_norm: torch.Tensor | None,
 ) -> int:  # fmt: skip
@@ -136,7 +136,7 @@ def compute_type(*dtypes: torch.dtype) -> Any:
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr, ready=None):
+def pdl_wait(OVERLAP: tl.constexpr, ready=None):
     """Wait until the kernels before have ended and their writes are here (`overlaps`); first work out `ready`, fp32."""
     if OVERLAP:
         if ready is None:
@@ -150,8 +150,8 @@ def follow(OVERLAP: tl.constexpr, ready=None):
 
 
 @triton.jit
-def release(OVERLAP: tl.constexpr):
-    """Behind `follow`: let the next kernel begin, as soon as every program of this one has come here."""
+def pdl_release(OVERLAP: tl.constexpr):
+    """Behind `pdl_wait`: let the next kernel begin, as soon as every program of this one has come here."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -225,13 +225,13 @@ def load_head(base, d, mask, K: tl.constexpr, weight, eps, cos, sin, NORM: tl.co
     if ROTARY > 0:
         HALF: tl.constexpr = ROTARY // 2
         other = tl.where(d < HALF, d + HALF, d - HALF)
-        turns = d < ROTARY
-        y = tl.load(base + other, mask=mask & turns, other=0.0).to(tl.float32)
+        rotated = d < ROTARY
+        y = tl.load(base + other, mask=mask & rotated, other=0.0).to(tl.float32)
         if NORM:
-            y = y * scale * tl.load(weight + other, mask=turns, other=0.0).to(tl.float32)
-        c = tl.load(cos + d % HALF, mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + d % HALF, mask=turns, other=0.0).to(tl.float32)
-        x = tl.where(turns, tl.where(d < HALF, x * c - y * s, x * c + y * s), x)
+            y = y * scale * tl.load(weight + other, mask=rotated, other=0.0).to(tl.float32)
+        c = tl.load(cos + d % HALF, mask=rotated, other=1.0).to(tl.float32)
+        s = tl.load(sin + d % HALF, mask=rotated, other=0.0).to(tl.float32)
+        x = tl.where(rotated, tl.where(d < HALF, x * c - y * s, x * c + y * s), x)
     return x
 
 
@@ -293,20 +293,20 @@ def row_split(
     lengths, rows, positions, page_table, table_row, b, split,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """length of row b, its pages, its turn in cos and sin, and of what it sees the first position, the first and last
+    """length of row b, its pages, its offset in cos and sin, and of what it sees the first position, the first and last
     split, and where its stored positions in `split` end."""
     length = tl.load(lengths + b)
     table = page_table + tl.load(rows + b).to(tl.int64) * table_row
-    turn = tl.zeros([], tl.int64)
+    angle = tl.zeros([], tl.int64)
     if ROTARY > 0:
-        turn = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
+        angle = tl.load(positions + b).to(tl.int64) * (ROTARY // 2)
     low = length * 0
     if WINDOW > 0:
         low = tl.maximum(length - WINDOW, 0)
     end = tl.minimum((split + 1) * SPLIT, length)
     if APPEND:
         end = tl.minimum(end, length - 1)
-    return length, table, turn, low, low // SPLIT, (length - 1) // SPLIT, end
+    return length, table, angle, low, low // SPLIT, (length - 1) // SPLIT, end
 
 
 @triton.jit

@@ -30,23 +30,23 @@ from .common import (
     LN2,
     LOG2E,
     check_dtypes,
+    check_rotary,
     check_shape,
-    check_turn,
     combine_splits,
     compute_type,
-    follow,
     load_head,
     on_device,
     overlaps,
+    pdl_release,
+    pdl_wait,
     register,
-    release,
     row_split,
     slots_of,
     tanh,
 )
 from .decode_attention_group import _decode_group
 
-FEW_ROWS = 16  # up to which heads that share keys still run one by one: more programs, and no tensor cores to fill
+HEAD_BY_HEAD_ROWS = 16  # up to which grouped heads run one by one: more programs, no tensor cores to fill
 
 
 @triton.jit
@@ -63,14 +63,14 @@ def _decode(
     """One query head. A lane is so many threads as hold a vector in 128-bit loads; it has positions, a running maximum
     and sums of its own until the end, so that nothing but a dot product's last adds crosses threads on the way."""
     if EARLY:
-        release(OVERLAP)
+        pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     kv_head = head // GROUP
     split = tl.program_id(2)
 
     # -- what no kernel just before writes: places, and the first stored tokens of this split
-    length, table, turn, low, first, last, end = row_split(
+    length, table, angle, low, first, last, end = row_split(
         lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
     )
     p = tl.arange(0, LANES)
@@ -85,7 +85,7 @@ def _decode(
     inside = stored[:, :, None]
     k = tl.load(keys + slots * K + d[None, None, :], mask=inside & (d < K)[None, None, :], other=0.0)
     v = tl.load(values + slots * KV + e[None, None, :], mask=inside & mask_e[None, None, :], other=0.0)
-    follow(OVERLAP)
+    pdl_wait(OVERLAP)
     at = b * (KV_HEADS * GROUP) + head
     out += at * KV
     lse += at
@@ -101,18 +101,18 @@ def _decode(
     same = (p * 0)[:, None]
     mask = (p >= 0)[:, None] & (d < K)[None, :]
     base = query + b * query_row + head * query_head + same
-    q = load_head(base, d[None, :], mask, K, query_norm, eps, cos + turn, sin + turn, NORM_QUERY, ROTARY)
+    q = load_head(base, d[None, :], mask, K, query_norm, eps, cos + angle, sin + angle, NORM_QUERY, ROTARY)
     top = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
     acc = tl.zeros([LANES, BLOCK_KV], tl.float32)
     if APPEND:
         base = key + b * key_row + kv_head * key_head + same
-        new_key = load_head(base, d[None, :], mask, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
+        new_key = load_head(base, d[None, :], mask, K, key_norm, eps, cos + angle, sin + angle, NORM_KEY,
                             ROTARY).to(keys.dtype.element_ty)  # fmt: skip
         mask_v = (p >= 0)[:, None] & mask_e[None, :]
         new_value = tl.load(value + b * value_row + kv_head * value_head + same + e[None, :], mask=mask_v, other=0.0)
         new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
-        release(OVERLAP)
+        pdl_release(OVERLAP)
         here = (p == 0) & (split == last)
         own = tl.sum(q * new_key.to(tl.float32), axis=1) * scaling
         if SOFTCAP > 0:
@@ -222,7 +222,7 @@ def _launch(
         check_shape("decode_attention", "value", value, (batch, kv_heads, value_dim))
     elif key is not None or value is not None:
         raise ValueError("decode_attention: one of key and value is None, expected both or none")
-    rotary = check_turn("decode_attention", batch, head_dim, cos, sin, positions, query_norm, key_norm)
+    rotary = check_rotary("decode_attention", batch, head_dim, cos, sin, positions, query_norm, key_norm)
     group = heads // kv_heads
     block_k, block_kv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     width, split = max(block_k, block_kv), _split(max_length)
@@ -292,7 +292,7 @@ def _launch(
         "CHUNK": 8,
     }
     with on_device(query):
-        if group == 1 or batch <= FEW_ROWS:
+        if group == 1 or batch <= HEAD_BY_HEAD_ROWS:
             lanes, depth, warps = _lanes(width, keys.element_size())
             _decode[(batch, heads, splits)](
                 **arguments,

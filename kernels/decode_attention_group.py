@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LN2, LOG2E, combine_splits, follow, load_head, release, row_split, slots_of, tanh
+from .common import LN2, LOG2E, combine_splits, load_head, pdl_release, pdl_wait, row_split, slots_of, tanh
 
 
 @triton.jit
@@ -27,11 +27,11 @@ def _decode_group(
 ):  # fmt: skip
     """The query heads of one kv head on tensor cores: for many rows, where reading keys once counts."""
     if EARLY:
-        release(OVERLAP)
+        pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    length, table, turn, low, first, last, end = row_split(
+    length, table, angle, low, first, last, end = row_split(
         lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
     )
     d = tl.arange(0, BLOCK_K)
@@ -49,7 +49,7 @@ def _decode_group(
     v = tl.load(values + slots * KV + e[None, :], mask=stored[:, None] & mask_v, other=0.0)
     j += BLOCK_N
     slots = slots_of(table, j, (j >= low) & (j < end), PAGE)[:, None] * KV_HEADS
-    follow(OVERLAP)
+    pdl_wait(OVERLAP)
     at = b * (KV_HEADS * GROUP) + kv_head * GROUP
     out += at * KV
     lse += at
@@ -63,7 +63,7 @@ def _decode_group(
         return
 
     base = query + b * query_row + (kv_head * GROUP + g)[:, None] * query_head
-    q = load_head(base, d[None, :], (g < GROUP)[:, None] & mask_k, K, query_norm, eps, cos + turn, sin + turn,
+    q = load_head(base, d[None, :], (g < GROUP)[:, None] & mask_k, K, query_norm, eps, cos + angle, sin + angle,
                   NORM_QUERY, ROTARY)  # fmt: skip
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -71,7 +71,7 @@ def _decode_group(
     if APPEND:  # noqa: SIM102 (the first is a constant, the second is not)
         if split == last:
             own_key = key + b * key_row + kv_head * key_head
-            new_key = load_head(own_key, d[None, :], mask_k, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY,
+            new_key = load_head(own_key, d[None, :], mask_k, K, key_norm, eps, cos + angle, sin + angle, NORM_KEY,
                                 ROTARY).to(keys.dtype.element_ty)  # fmt: skip
             new_value = tl.load(value + b * value_row + kv_head * value_head + e[None, :], mask=mask_v, other=0.0)
             new_value = new_value.to(tl.float32).to(values.dtype.element_ty)
@@ -85,7 +85,7 @@ def _decode_group(
             slot = (page * PAGE + (length - 1) % PAGE) * KV_HEADS
             tl.store(keys + slot * K + d[None, :], new_key, mask=mask_k)
             tl.store(values + slot * KV + e[None, :], new_value, mask=mask_v)
-    release(OVERLAP)
+    pdl_release(OVERLAP)
 
     for start in range(split * SPLIT, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)

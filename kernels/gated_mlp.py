@@ -13,7 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, follow, gelu, gelu_tanh, on_device, overlaps, register, release, silu
+from .common import (
+    check_dtypes,
+    check_shape,
+    gelu,
+    gelu_tanh,
+    on_device,
+    overlaps,
+    pdl_release,
+    pdl_wait,
+    register,
+    silu,
+)
 
 
 @triton.jit
@@ -21,8 +32,8 @@ def _activate(
     x, bias, out, x_row, F: tl.constexpr, BLOCK_F: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < F

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, check_turn, load_head, on_device, register
+from .common import check_dtypes, check_rotary, check_shape, load_head, on_device, register
 
 
 @triton.jit
@@ -31,9 +31,9 @@ def _append(
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.load(slots + token)
-    turn = 0
+    angle = 0
     if ROTARY > 0:
-        turn = tl.load(positions + token).to(tl.int64) * (ROTARY // 2)
+        angle = tl.load(positions + token).to(tl.int64) * (ROTARY // 2)
     d = tl.arange(0, BLOCK_K)[None, :]
     KEY_TILES: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     if tile < KEY_TILES:
@@ -41,7 +41,7 @@ def _append(
             h = tile * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
             mask = (h < KV_HEADS) & (d < K)
             base = key + token * key_token + h * key_head
-            x = load_head(base, d, mask, K, key_norm, eps, cos + turn, sin + turn, NORM_KEY, ROTARY)
+            x = load_head(base, d, mask, K, key_norm, eps, cos + angle, sin + angle, NORM_KEY, ROTARY)
             tl.store(keys + slot * (KV_HEADS * K) + h * K + d, x.to(keys.dtype.element_ty), mask=mask)
             e = tl.arange(0, BLOCK_KV)[None, :]
             mask = (h < KV_HEADS) & (e < KV)
@@ -52,7 +52,7 @@ def _append(
         h = (tile - KEY_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         mask = (h < HEADS) & (d < K)
         base = query + token * query_token + h * query_head
-        x = load_head(base, d, mask, K, query_norm, eps, cos + turn, sin + turn, NORM_QUERY, ROTARY)
+        x = load_head(base, d, mask, K, query_norm, eps, cos + angle, sin + angle, NORM_QUERY, ROTARY)
         tl.debug_barrier()  # in place: every partner of a rotation is read before any is overwritten
         tl.store(base + d, x.to(query.dtype.element_ty), mask=mask)
 
@@ -71,7 +71,7 @@ def _launch(
     check_shape("kv_append", "slots", slots, (tokens,))
     check_shape("kv_append", "keys", keys, (keys.shape[0], kv_heads, head_dim), contiguous=True)
     check_shape("kv_append", "values", values, (keys.shape[0], kv_heads, value_dim), contiguous=True)
-    rotary = check_turn("kv_append", tokens, head_dim, cos, sin, positions, query_norm, key_norm)
+    rotary = check_rotary("kv_append", tokens, head_dim, cos, sin, positions, query_norm, key_norm)
     heads = 0 if query is None else query.shape[1]
     if query is not None:
         check_shape("kv_append", "query", query, (tokens, heads, head_dim))

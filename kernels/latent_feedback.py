@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, follow, on_device, overlaps, register, release
+from .common import check_dtypes, check_shape, on_device, overlaps, pdl_release, pdl_wait, register
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def _feed(
     HAS_THOUGHT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_REMAINING: tl.constexpr, HAS_ATTENDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     active = b >= 0
     if HAS_REMAINING:

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from .matmul import matmul
 from .reference_dense import cross_entropy_backward_ref, cross_entropy_ref
 
-FEW = 256  # rows up to which an fp32 product is cheaper than widening one in bf16: for GPT-2 23 + 31 ms at 112 rows
+FP32_ROWS = 256  # up to so many an fp32 product is cheaper than widening one in bf16: GPT-2, 112 rows: 23 + 31 ms
 CHUNK_BYTES = 128 << 20  # of fp32 logits at a time: 668 rows of GPT-2's vocabulary
 DEVICE_CHUNK_BYTES = 640 << 20  # of logits on a GPU: 6,670 rows in 16 bits
 TILE = 64  # rows that a weight is padded to on a GPU
@@ -130,7 +130,7 @@ class _Gradients:
         if self.wanted[1] and self.of_weight and weight.dtype == torch.float32 and h.dtype in OWN_DTYPES:
             self.weight = self.of_weight(g, h, self.weight)
         elif self.wanted[1]:
-            if len(h) <= FEW and weight.dtype == torch.float32:
+            if len(h) <= FP32_ROWS and weight.dtype == torch.float32:
                 g, h = g.float(), h.float()
             part = matmul(g.T, h)
             self.weight = part.to(weight.dtype) if self.weight is None else self.weight.add_(part)

@@ -25,12 +25,12 @@ from .common import (
     TRITON_TYPE,
     check_dtypes,
     check_shape,
-    follow,
     on_device,
     overlaps,
+    pdl_release,
+    pdl_wait,
     products,
     register,
-    release,
     shared_memory,
 )
 
@@ -43,8 +43,8 @@ def _head(
     DOT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     tile = tl.program_id(0)
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = m < batch
@@ -71,8 +71,8 @@ def _head(
 
 @triton.jit
 def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr):
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     mask = t < TILES
@@ -88,8 +88,8 @@ def _sampled(
     D: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     mask = t < TILES
@@ -134,8 +134,8 @@ def _ranked(
     scratch, numbers, ids, top_k, top_p, V: tl.constexpr, PITCH: tl.constexpr, BLOCK_V: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     scores = scratch + b * PITCH
     highest = tl.full([BLOCK_V], float("-inf"), tl.float32)

@@ -18,7 +18,7 @@ import triton.language as tl
 from .common import LOG2E, generation, on_device, slots_of
 from .ragged_attention import bend, kept, load, words
 
-FEW = 64  # queries x heads of a group that one program takes at once, for all positions of its row and kv head
+MAX_PAIRS = 64  # queries x heads of a group that one program takes at once, for all positions of its row and kv head
 PROGRAMS = 256  # from which on there are enough of those to fill a GPU
 
 
@@ -183,7 +183,7 @@ def launch(shared: dict[str, Any], one: bool, pairs: int, width: int, batch: int
             _backward_one[(kv_heads, batch)](**shared, HEADS=kv_heads, BLOCK_N=block_n, STAGES=stages, num_warps=warps)
         return True
     narrow = shared["TYPE"].primitive_bitwidth == 16 and width <= 64
-    if pairs > FEW or not narrow or kv_heads * batch < PROGRAMS or generation(query) < 90:
+    if pairs > MAX_PAIRS or not narrow or kv_heads * batch < PROGRAMS or generation(query) < 90:
         return False
     block_m, block_n, warps, stages = _few_tiles(pairs)
     with on_device(query):

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtypes, check_shape, follow, on_device, overlaps, register, release
+from .common import check_dtypes, check_shape, on_device, overlaps, pdl_release, pdl_wait, register
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def _norm(
     D: tl.constexpr, BLOCK_D: tl.constexpr, LAYER: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = d < D

@@ -30,13 +30,13 @@ from .common import (
     TRITON_TYPE,
     check_dtypes,
     check_shape,
-    follow,
     gelu,
     gelu_tanh,
     on_device,
     overlaps,
+    pdl_release,
+    pdl_wait,
     register,
-    release,
     shared_memory,
     silu,
 )
@@ -109,7 +109,7 @@ def _linear(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        release(OVERLAP)
+        pdl_release(OVERLAP)
     C: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
@@ -132,9 +132,9 @@ def _linear(
         b += _sums(shift, w, BLOCK_N, C)
         if ACTIVATION == "swiglu":
             b_up += _sums(shift, w_up, BLOCK_N, C)
-        follow(OVERLAP, tl.sum(b, axis=0))
+        pdl_wait(OVERLAP, tl.sum(b, axis=0))
     else:
-        follow(OVERLAP)
+        pdl_wait(OVERLAP)
 
     # -- the rows: all loads, then row by row
     xs = ()
@@ -145,7 +145,7 @@ def _linear(
     if HAS_RESIDUAL:
         for m in tl.static_range(BLOCK_M):
             added = added + (tl.load(residual + m * residual_row + n, mask=mask_n & (m < rows), other=0.0),)
-    release(OVERLAP)
+    pdl_release(OVERLAP)
     for m in tl.static_range(BLOCK_M):
         t = ()
         scale = 1.0

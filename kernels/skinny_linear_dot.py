@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import fetch, follow, gelu, gelu_tanh, release, row_statistics, silu
+from .common import fetch, gelu, gelu_tanh, pdl_release, pdl_wait, row_statistics, silu
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _linear_dot(
     """As _linear on tensor cores. Outputs are the tile's long axis; each warp has columns of its own, BLOCK_K at a
     time, and the SLICES of sums are added up at the end. Weights are AHEAD tiles ahead."""
     if EARLY:
-        release(OVERLAP)
+        pdl_release(OVERLAP)
     SPAN: tl.constexpr = SLICES * BLOCK_K
     C: tl.constexpr = (IN + SPAN - 1) // SPAN
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -74,7 +74,7 @@ def _linear_dot(
             gain = gain + (_vector(norm_weight, c * SPAN + k, IN),)
             if HAS_NORM_BIAS:
                 shift = shift + (_vector(norm_bias, c * SPAN + k, IN),)
-    follow(OVERLAP)
+    pdl_wait(OVERLAP)
 
     xs = ()
     for c in tl.static_range(C if KEEP else AHEAD):
@@ -82,7 +82,7 @@ def _linear_dot(
     mask = mask_n[:, None] & mask_m[None, :]
     if HAS_RESIDUAL:
         added = tl.load(residual + m[None, :] * residual_row + n[:, None], mask=mask, other=0.0).to(tl.float32)
-    release(OVERLAP)
+    pdl_release(OVERLAP)
     mean, scale = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if NORM != "none":
         if KEEP:
@@ -138,7 +138,7 @@ def _linear_wide(
 ):  # fmt: skip
     """For more than 8 rows: tiles of rows and weights through shared memory, the weights in L2 ahead of the wait."""
     if EARLY:
-        release(OVERLAP)
+        pdl_release(OVERLAP)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = n < OUT
     m = tl.arange(0, BLOCK_M)
@@ -148,8 +148,8 @@ def _linear_wide(
         fetch(weight, tl.minimum(n, OUT - 1), weight_row, IN)
         if ACTIVATION == "swiglu":
             fetch(weight_up, tl.minimum(n, OUT - 1), weight_row, IN)
-    follow(OVERLAP)
-    release(OVERLAP)
+    pdl_wait(OVERLAP)
+    pdl_release(OVERLAP)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, IN, BLOCK_K, num_stages=STAGES):

@@ -126,7 +126,7 @@ def capabilities(label: str) -> tuple[int, ...]:
     memory a block."""
     if "bfloat16" not in label:
         return (90,)
-    tight = label.startswith("fused_pass") and "/1/" not in label and not label.endswith("read")
+    tight = label.startswith("fused_pass") and "/1/" not in label and not label.endswith("prefill")
     return (80, 90, 89, 120) if tight else (80, 90)
 
 

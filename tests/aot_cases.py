@@ -263,13 +263,13 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def pass_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Whole fused passes over two layers, as infer/fused.py launches them: "fused_pass/shape/dtype/rows/kind"; prompts
-    as infer/fused_prefill.py reads them: "fused_pass/shape/dtype/tokens/read"."""
+    as infer/fused_prefill.py reads them: "fused_pass/shape/dtype/tokens/prefill"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from coconut_fast import Coconut, LatentTokens
-    from coconut_fast.infer.decode import Sampling
     from coconut_fast.infer.fused import FusedPasses
     from coconut_fast.infer.passes import StaticBatch, StaticPrompts
+    from coconut_fast.infer.sampling import Sampling
     from coconut_fast.model.cache import KVCache
 
     for name, (family, settings) in PASS_SHAPES.items():
@@ -283,7 +283,7 @@ def pass_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             batch = StaticBatch(rows, hf.config.hidden_size, 8, torch.float32, torch.device("meta"))
             label = f"fused_pass/{name}/bfloat16/{rows}"
             yield f"{label}/think", lambda p=passes, b=batch: p.think(b, 2)
-            yield f"{label}/write", lambda p=passes, b=batch: p.write(b)
+            yield f"{label}/decode", lambda p=passes, b=batch: p.decode(b)
         for size in ((64, 1, 64), (16384, 64, 512)):
             prompts = StaticPrompts(size, hf.config.hidden_size, torch.float32, torch.device("meta"))
-            yield f"fused_pass/{name}/bfloat16/{size[0]}/read", lambda p=passes, s=prompts: p.read(s)
+            yield f"fused_pass/{name}/bfloat16/{size[0]}/prefill", lambda p=passes, s=prompts: p.prefill(s)

@@ -62,6 +62,6 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call leases the model's graph runner, as on a GPU."""
-    from coconut_fast.infer import engine, keep
+    from coconut_fast.infer import engine, runner_cache
 
-    monkeypatch.setattr(engine, "choose_runner", lambda model: (keep.lease, "asked for"))
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (runner_cache.acquire, "asked for"))

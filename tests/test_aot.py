@@ -69,7 +69,7 @@ def test_resources(compiled, op) -> None:
 @pytest.mark.parametrize("shape", ["gpt2", "llama1b"])
 def test_fused_passes(compiled, shape, rows) -> None:
     """The launches of a chain of two thoughts and of a token pass, over two layers of the real model."""
-    cases = [f"fused_pass/{shape}/bfloat16/{rows}/{kind}" for kind in ("think", "write")]
+    cases = [f"fused_pass/{shape}/bfloat16/{rows}/{kind}" for kind in ("think", "decode")]
     mine = [found for found in compiled if found["case"] in cases]
     names = {found["case"].split("/")[-1]: found["launches"] for found in mine if "launches" in found}
     layer = [LINEAR[rows], "_decode", LINEAR[rows], LINEAR[rows], LINEAR[rows]]
@@ -79,7 +79,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
         layer = ["_norm", "_linear_wide", "_decode_group", "_linear_wide", "_norm", "_activate"]
     last = [] if rows <= 16 else ["_norm"]
     assert names["think"] == [*["_feed", *layer, *layer, *last] * 2, "_feed"]
-    assert names["write"] == ["_feed", *layer, *layer, *last, "_norm", "_head", "_largest", "_accept"]
+    assert names["decode"] == ["_feed", *layer, *layer, *last, "_norm", "_head", "_largest", "_accept"]
     built = [found for found in mine if "kernel" in found]
     assert {found["capability"] for found in built} == ({80, 90} if rows == 1 else {80, 89, 90, 120})
     for found in built:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from coconut_fast.train.arguments import FOLLOWED, OURS, CoconutArguments
+from coconut_fast.train.arguments import PASSED_THROUGH, RENAMED_FIELDS, CoconutArguments
 from coconut_fast.train.build import build, make_tokenizer
 from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
 
@@ -268,9 +268,9 @@ def test_a_tokenizer_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 def test_training_arguments_that_are_followed_have_no_other_name() -> None:
     known = TrainingArguments.__dataclass_fields__
-    defaults = {name: known[name].default for name in FOLLOWED if name in known}
+    defaults = {name: known[name].default for name in PASSED_THROUGH if name in known}
     CoconutArguments(training_arguments=defaults, device="cpu").to_training_arguments()
-    assert not {*FOLLOWED} & {*OURS, *CoconutArguments.__dataclass_fields__}
+    assert not {*PASSED_THROUGH} & {*RENAMED_FIELDS, *CoconutArguments.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

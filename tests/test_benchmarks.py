@@ -154,7 +154,7 @@ def test_trouble_of_hugging_faces_body_leaves_our_figures(device, monkeypatch) -
 
     def troubled(self, batch, kind, *count):
         replay(self, batch, kind, *count)
-        self.trouble = "" if isinstance(self.passes, FusedPasses) else "capture failed"
+        self.fallback_reason = "" if isinstance(self.passes, FusedPasses) else "capture failed"
 
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
     monkeypatch.setattr(bench_graph, "ROOM", 32)

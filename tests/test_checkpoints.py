@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coconut_fast import Coconut, LatentTokens, generate, load
 from coconut_fast.infer import native
-from coconut_fast.model.coconut import Settings
+from coconut_fast.model.coconut import SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.conftest import ROOT
 from tests.families import FAMILIES, TOKENS, VOCAB, make_hf, make_row
@@ -32,7 +32,7 @@ def _tokenizer(*words: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_loss_free(family: str, tmp_path) -> None:
-    model = Coconut(make_hf(family), TOKENS, settings=Settings(num_thoughts=3, suffix=" ", method="coconut"))
+    model = Coconut(make_hf(family), TOKENS, settings=SavedSettings(num_thoughts=3, suffix=" ", method="coconut"))
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.tokens == model.tokens
@@ -188,7 +188,7 @@ def test_strings_get_the_trained_number_of_thoughts(tmp_path) -> None:
     hf.save_pretrained(tmp_path)
     _tokenizer("a", "<<", "b", "c").save_pretrained(tmp_path)
     model = load(tmp_path)
-    model.settings = Settings(num_thoughts=4, suffix=" c")
+    model.settings = SavedSettings(num_thoughts=4, suffix=" c")
     output = generate(model, ["a b a", "a <|latent|> b"], max_new_tokens=3)
     assert output.num_thoughts == [4, 1]
     assert output.token_ids[0] == generate(model, [[2, 4, 2, 5, 6, 8, 8, 8, 8, 7]], max_new_tokens=3).token_ids[0]
@@ -328,10 +328,10 @@ def test_a_curriculum_of_another_version_is_refused(tmp_path) -> None:
     hf.save_pretrained(tmp_path)
     _tokenizer("a", "<<", "b", "c").save_pretrained(tmp_path)
     model = load(tmp_path)
-    model.settings = Settings(stage=1, curriculum={"c_thought": 1, "warmth": 2})
+    model.settings = SavedSettings(stage=1, curriculum={"c_thought": 1, "warmth": 2})
     with pytest.raises(ValueError, match=r"coconut.json: curriculum: 'warmth' is unknown to this version"):
         generate(model, "a b")
-    model.settings = Settings(stage=1, curriculum={"method": "magic"})
+    model.settings = SavedSettings(stage=1, curriculum={"method": "magic"})
     with pytest.raises(ValueError, match=r"coconut.json: curriculum: method: found 'magic'"):
         generate(model, "a b")
 

@@ -1,4 +1,4 @@
-"""The graph runner: the same answers as the eager runner's, captured once; test_kept_runner.py has what stays of it.
+"""The graph runner: the same answers as the eager runner's, captured once; test_runner_cache.py has what stays of it.
 
 On a CPU its passes run launch by launch; `-m gpu` captures and replays them.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import capture, cuda_graphs, engine, fused, keep
+from coconut_fast.infer import capture, cuda_graphs, engine, fused, runner_cache
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.fused import FusedPasses
@@ -168,7 +168,7 @@ def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
 def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    keep._kept.clear()
+    runner_cache._kept.clear()
 
     def fails(self, batch: StaticBatch) -> None:
         raise ValueError("no such instruction\nand more")
@@ -178,14 +178,14 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
         output = generate(model, PROMPTS, max_new_tokens=11)
         assert output.token_ids == expected
         assert output.stats.reason.endswith("body: fused kernels failed: ValueError: no such instruction")
-        assert model not in keep._kept, "the next call tries again"
+        assert model not in runner_cache._kept, "the next call tries again"
 
 
 def test_prompts_that_fused_kernels_have_begun_to_read_are_read_from_their_start(kept, monkeypatch) -> None:
     """The first of these kernels moves positions on by one, and Hugging Face's body would do so again."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    keep._kept.clear()
+    runner_cache._kept.clear()
     begin = FusedPasses.read
 
     def fails(self, prompts: StaticPrompts) -> None:
@@ -202,7 +202,7 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
     """While weights are packed Hugging Face's body needs none; later there is no other way."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    keep._kept.clear()
+    runner_cache._kept.clear()
 
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -210,7 +210,7 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
     with monkeypatch.context() as patch:
         patch.setattr(fused, "_packed", fails)
         output = generate(model, PROMPTS, max_new_tokens=11)
-    assert output.token_ids == expected and model not in keep._kept
+    assert output.token_ids == expected and model not in runner_cache._kept
     why = "body: no memory to pack the weights: OutOfMemoryError: CUDA out of memory"
     assert output.stats.reason.endswith(why)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
@@ -282,9 +282,9 @@ def streams(monkeypatch) -> SimpleNamespace:
 def test_captures_run_on_a_stream_of_the_models_device(streams) -> None:
     first = streams.now
     for _ in range(2):
-        with capture.aside(streams.device) as stream:
+        with capture.capture_stream(streams.device) as stream:
             assert streams.now is stream is streams.made[0] and stream.device == streams.device
-            assert capture.captured(lambda: None, stream, "the pool") == "replay"
+            assert capture.capture_graph(lambda: None, stream, "the pool") == "replay"
         assert streams.now is first
     assert len(streams.made) == 1, "cuBLAS keeps a workspace for every stream it sees"
     assert stream.waited == [first, first] and first.waited == [stream, stream]
@@ -295,8 +295,8 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(streams) -> None:
         raise RuntimeError("operation failed due to a previous error during capture")
 
     first, streams.capture = streams.now, refuses
-    with pytest.raises(RuntimeError, match="previous error"), capture.aside(streams.device) as stream:
-        capture.captured(lambda: None, stream, "the pool")
+    with pytest.raises(RuntimeError, match="previous error"), capture.capture_stream(streams.device) as stream:
+        capture.capture_graph(lambda: None, stream, "the pool")
     assert streams.now is first and first.waited == [stream]
 
 
@@ -316,7 +316,7 @@ def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, stream
         made.pool = "the pool"
         return made
 
-    monkeypatch.setattr(cuda_graphs, "aside", lambda device: capture.aside(streams.device))
+    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda device: capture.capture_stream(streams.device))
     monkeypatch.setattr(engine, "choose_runner", lambda model: (runner, "asked for"))
     output = generate(model, PROMPTS, max_new_tokens=11)
     assert output.token_ids == expected and set(begun) == {"the pool"}
@@ -326,9 +326,9 @@ def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, stream
     assert output.stats.reason == reason
 
 
-def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torch.Tensor, drafts: list) -> None:
+def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torch.Tensor, answers: list) -> None:
     seen.append(hidden_BD)
-    first(runner, hidden_BD, drafts)
+    first(runner, hidden_BD, answers)
 
 
 @pytest.mark.gpu

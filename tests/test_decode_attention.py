@@ -19,7 +19,7 @@ def programs(request, monkeypatch) -> None:
     """Both kernels for heads that share keys, whatever the number of rows."""
     from coconut_fast.kernels import decode_attention
 
-    monkeypatch.setattr(decode_attention, "FEW_ROWS", 0 if request.param == "heads together" else 1000)
+    monkeypatch.setattr(decode_attention, "HEAD_BY_HEAD_ROWS", 0 if request.param == "heads together" else 1000)
 
 
 CASES = [  # lengths, H, Hkv, K, Kv, page size, window, softcap

@@ -24,7 +24,7 @@ from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
-from coconut_fast.train.state import note_training
+from coconut_fast.train.state import record_curriculum
 from tests.runs import chains, tiny
 
 
@@ -76,10 +76,10 @@ def test_number_of_thoughts_is_said_or_remembered(model: Coconut) -> None:
     assert evaluate(model, examples, method="cot", max_new_tokens=2).mean_thoughts == 0
     with pytest.raises(ValueError, match="method: found 'magic'"):
         evaluate(model, examples, method="magic")
-    note_training(model, CurriculumConfig(c_thought=2, max_latent_stage=3), stage=2)
+    record_curriculum(model, CurriculumConfig(c_thought=2, max_latent_stage=3), stage=2)
     assert evaluate(model, examples, max_new_tokens=2).mean_thoughts == 4
     assert evaluate(model, examples, num_thoughts=1, max_new_tokens=2).mean_thoughts == 1
-    note_training(model, CurriculumConfig(pad_latent_to_max=False), stage=9)
+    record_curriculum(model, CurriculumConfig(pad_latent_to_max=False), stage=9)
     counts = [p.num_thoughts for p in evaluate(model, examples, max_new_tokens=2).predictions]
     assert counts == [len(e.steps) for e in examples], "unpadded, every question gets its own number"
 
@@ -160,7 +160,7 @@ def test_methods_without_thoughts_are_given_none(model: Coconut) -> None:
 def test_generate_asks_a_question_as_evaluation_does(tmp_path: Path, method: str) -> None:
     examples, config = chains(6), CurriculumConfig(method, c_thought=2, max_latent_stage=2)
     model = build(tiny(tmp_path, method=method), examples).eval()
-    note_training(model, config, stage=3)
+    record_curriculum(model, config, stage=3)
     problems = make_problems(model, examples, tokenize_examples(examples, model.tokenizer), 3, config)
     read = read_prompts(model, [e.question for e in examples], None, 1)
     assert [list(p.ids) for p in read] == [p.prompt for p in problems]

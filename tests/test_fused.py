@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from coconut_fast import Coconut, LatentTokens, generate, load, ops
-from coconut_fast.infer import engine, keep
+from coconut_fast.infer import engine, runner_cache
 from coconut_fast.infer.cuda_graphs import GraphRunner
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import SKINNY_ROWS, FusedPasses, reason_not
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch
 from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.compare import assert_as_good_as_torch
@@ -69,7 +69,7 @@ class Bench:
         self.batch.remaining[: len(self.rows)] = torch.tensor([min(STEPS, c) for c in self.counts], dtype=torch.int32)
         self.batch.tokens.copy_(torch.arange(1, self.batch.size + 1))
         for _ in range(STEPS):
-            self.passes.write(self.batch)
+            self.passes.decode(self.batch)
         return self.batch.written[: len(self.rows)].clone()
 
     @torch.inference_mode()
@@ -201,7 +201,7 @@ def test_launches(family: str, rows: int, device) -> None:
     for start, stop in pairwise(between):
         assert stop - start - 1 == model.num_layers * per_layer + (not few)
     with ops.use("triton"), torch.inference_mode(), launches() as names:
-        bench.passes.write(bench.batch)
+        bench.passes.decode(bench.batch)
     assert names[0] == "_feed" and names[-4:] == ["_norm", "_head", "_largest", "_accept"]
     assert len(names) == 1 + model.num_layers * per_layer + (not few) + 4
 
@@ -236,7 +236,7 @@ def test_a_row_that_stands_still_writes_nothing_to_the_cache(device) -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 def test_golden_tokens(golden: Path, architecture: str, monkeypatch) -> None:
     """The official code's greedy answers, by replayed passes; in groups that hold prompts of one form."""
-    monkeypatch.setattr(engine, "choose_runner", lambda model: (keep.lease, "asked for"))
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (runner_cache.acquire, "asked for"))
     _assert_golden_tokens(golden / architecture, "cpu")
 
 

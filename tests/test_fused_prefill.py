@@ -7,10 +7,10 @@ import torch
 
 from coconut_fast import Coconut, ops
 from coconut_fast.infer.cuda_graphs import prompt_sizes
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.passes import StaticPrompts
 from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.cache import KVCache
 from tests.compare import assert_as_good_as_torch
 from tests.families import make_pair
@@ -50,9 +50,9 @@ class Reader:
         with ops.use("triton"):
             if not self.warm:
                 with prompts.at_rest():
-                    self.passes.read(prompts)
+                    self.passes.prefill(prompts)
                 self.warm = True
-            self.passes.read(prompts)
+            self.passes.prefill(prompts)
         return prompts.hidden[: len(rows)].clone()
 
     def written(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coconut_fast import ops
-from coconut_fast.model.weight import FEW, Weight
+from coconut_fast.model.weight import UNPACKED_ROWS, Weight
 from tests.compare import assert_as_good_as_torch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -111,7 +111,7 @@ def test_every_product_of_a_weight(dtype: torch.dtype, transposed: bool, shape: 
     w, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (draw(k, n), draw(n, seed=1)))
     weight = Weight(w.T.contiguous() if transposed else w, bias, dtype, transposed)
     w, bias, pairs = w.to(dtype), bias.to(dtype), []
-    for rows in (3, FEW + 5):
+    for rows in (3, UNPACKED_ROWS + 5):
         x, grad = draw(rows, k, seed=2).to(dtype), draw(rows, n, seed=3).to(dtype)
         pairs.append((x, grad))
         truth = x.double() @ w.double() + bias.double()

@@ -61,7 +61,7 @@ def test_every_use_of_a_shape_gives_the_plain_step(device: str) -> None:
             for p in model.parameters():
                 p.add_(p.grad, alpha=-1e-2)
     assert step.captures == 2
-    assert step.trouble is None
+    assert step.fallback_reason is None
 
 
 @where
@@ -121,7 +121,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(device: str, monkeypatch) 
         else:
             step(both(EQUAL)[1], 7)
         found.append([p.grad.clone() for p in model.parameters()])
-    assert step.trouble is not None
+    assert step.fallback_reason is not None
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from coconut_fast import ops
 from coconut_fast.infer import native
-from coconut_fast.infer.decode import Draft, Sampling
+from coconut_fast.infer.decode import ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.prompts import Piece, Prompt
-from coconut_fast.infer.sampling import sample
+from coconut_fast.infer.sampling import Sampling, sample
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.tokens import LatentTokens
@@ -305,12 +305,12 @@ def test_runner_does_what_the_eager_runner_does() -> None:
     for runner in (EagerRunner(model, **options), native.NativeRunner(model, **options)):
         rows = runner.cache.alloc(3)
         thoughts: list[list[torch.Tensor]] = [[], [], []]
-        hidden = runner.read(rows, prompts, thoughts)
-        drafts = [Draft(row, 17 * row + 5, 9, []) for row in rows]
-        runner.first(hidden, drafts)
-        runner.write(drafts, 4)
-        runner.write(drafts, 8)
-        results.append(([d.tokens for d in drafts], torch.stack([t for kept in thoughts for t in kept])))
+        hidden = runner.prefill_and_think(rows, prompts, thoughts)
+        answers = [ActiveAnswer(row, 17 * row + 5, 9, []) for row in rows]
+        runner.first_tokens(hidden, answers)
+        runner.decode(answers, 4)
+        runner.decode(answers, 8)
+        results.append(([d.tokens for d in answers], torch.stack([t for kept in thoughts for t in kept])))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
 

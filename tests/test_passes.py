@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.passes import HuggingFacePasses, StaticBatch, StaticPrompts
 from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.families import FAMILIES, make_pair
@@ -74,10 +74,10 @@ def silent(family: str, feedback: str, sampling: Sampling, dtype: torch.dtype = 
     prompts.fill(tails, [[3, 4], [6]], [2, 1], cache.reserve(tails, [2, 1]), [0, 1])
     cache.reserve(rows, [4, 4])
     with Listener() as listener:
-        passes.read(prompts)
+        passes.prefill(prompts)
         passes.think(batch, 2)
         passes.feed(batch)
-        passes.write(batch)
+        passes.decode(batch)
         passes.begin(batch)
     assert listener.heard == []
     assert batch.lengths.tolist() == [7, 3]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from coconut_fast.infer import persistent
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.passes import StaticBatch
 from coconut_fast.infer.persistent import Launch, PersistentChain, schedule
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import make_feedback
 from tests.compare import assert_as_good_as_torch

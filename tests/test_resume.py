@@ -27,7 +27,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import make_arguments
 from coconut_fast.train.reports import read_metrics
-from coconut_fast.train.state import same_run
+from coconut_fast.train.state import check_same_run
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
 
@@ -37,7 +37,7 @@ SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 2),  # before the first checkpoint
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 6),  # in the middle of an epoch
     ("coconut_fast.train.trainer", "CoconutTrainer._save_optimizer_and_scheduler", 2),  # the weights are written
-    ("coconut_fast.train.saving", "finish", 1),  # all but the manifest is written
+    ("coconut_fast.train.saving", "write_manifest", 1),  # all but the manifest is written
     ("coconut_fast.train.saving", "sync", 1),  # everything is written, nothing is renamed
     ("coconut_fast.train.validation", "answer", 1),  # in an evaluation
     ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
@@ -170,7 +170,7 @@ def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path)
 
 
 def test_a_manifest_reads_the_same_in_any_locale(tmp_path: Path) -> None:
-    saving.finish(tmp_path, {"model": "modèle"})
+    saving.write_manifest(tmp_path, {"model": "modèle"})
     code = f"print(ascii(read_manifest(Path({str(tmp_path)!r}))['model']))"
     command = [sys.executable, "-c", f"from coconut_fast.train.saving import Path, read_manifest; {code}"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -276,15 +276,15 @@ def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> N
         folder.mkdir(parents=True)
     (disk / "model.safetensors").write_bytes(b"weights")
     (run / "checkpoint-1").symlink_to(disk)
-    saving.thin_out(run, 1, None)
+    saving.prune(run, 1, None)
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert (disk / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Path) -> None:
-    same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 1}, tmp_path)
+    check_same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 1}, tmp_path)
     with pytest.raises(saving.CheckpointError, match="c_thought was 1 there and is 2 now"):
-        same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 2}, tmp_path)
+        check_same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 2}, tmp_path)
 
 
 def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ _capturing = threading.Lock()
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+def capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     """Within the block work goes to a stream of the device that can be captured; elsewhere than on a GPU, None.
 
     The device's own: torch's default stream for captures belongs to the device that captured first, and launches of
@@ -44,7 +44,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def captured(launches: Callable[[], None], stream: torch.cuda.Stream, pool: object) -> Callable[[], None]:
+def capture_graph(launches: Callable[[], None], stream: torch.cuda.Stream, pool: object) -> Callable[[], None]:
     """What replays the launches. RuntimeError where they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

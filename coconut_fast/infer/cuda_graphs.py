@@ -4,7 +4,7 @@ The host fills `StaticPrompts` or a `StaticBatch` (infer/passes.py), reserves pa
 replays, and goes on without waiting: what one graph leaves on the device the next one takes. It looks at the results
 once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until then.
 `choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate` calls
-too (infer/keep.py).
+too (infer/runner_cache.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from functools import partial
 import torch
 
 from coconut_fast.infer import fused, persistent
-from coconut_fast.infer.capture import aside, captured
-from coconut_fast.infer.decode import PREFILL_TOKENS, WRITE_STEPS, Draft, Sampling
+from coconut_fast.infer.capture import capture_graph, capture_stream
+from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch, StaticPrompts
+from coconut_fast.infer.prefill import PREFILL_TOKENS
 from coconut_fast.infer.prompts import Prompt
-from coconut_fast.infer.sampling import uniform
+from coconut_fast.infer.sampling import Sampling, uniform
 from coconut_fast.infer.stats import copy_bandwidth
 from coconut_fast.model.cache import PAGE_SIZE, KVCache
 from coconut_fast.model.coconut import Coconut
@@ -65,7 +66,7 @@ class GraphRunner(EagerRunner):
     """
 
     name = "graph"
-    group_tokens = None
+    max_prefill_tokens = None
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(
@@ -78,15 +79,15 @@ class GraphRunner(EagerRunner):
         self.passes = choose_passes(model, self.cache, sampling)
         self.reason = self.passes.reason
         if isinstance(self.passes, HuggingFacePasses) and fused.reason_not(model) is None:
-            self.trouble = self.reason  # there was no memory for better ones
+            self.fallback_reason = self.reason  # there was no memory for better ones
         if isinstance(self.passes, fused.FusedPasses):
             self.bytes_per_pass = self.passes.bytes_per_pass
             self.measure_bandwidth = partial(copy_bandwidth, model.device)
         self.batches: dict[int, StaticBatch] = {}
         self.prompts: dict[tuple[int, int, int], StaticPrompts] = {}
         self.graphs: dict[tuple[object, str, tuple[int, ...]], Callable[[], None]] = {}
-        self.fresh: tuple[torch.Tensor, Sequence[Draft]] | None = None  # states that first tokens are to follow
-        self.standing: list[Draft] = []  # what the static batch that wrote last holds, if nothing came between
+        self.fresh: tuple[torch.Tensor, Sequence[ActiveAnswer]] | None = None  # states that first tokens are to follow
+        self.standing: list[ActiveAnswer] = []  # what the static batch that wrote last holds, if nothing came between
         self.captures = 0
         # Elsewhere there is nothing to capture, and prompts lie as they are.
         self.bucketed = model.device.type == "cuda"
@@ -108,20 +109,22 @@ class GraphRunner(EagerRunner):
         if not isinstance(self.passes, fused.FusedPasses):
             return
         if key not in self.graphs:
-            with aside(self.cache.device) as stream:
+            with capture_stream(self.cache.device) as stream:
                 self.passes.refresh()
                 self.graphs[key] = self._capture(self.passes.refresh, stream)
             self.captures += 1
         self.graphs[key]()
 
     @torch.inference_mode()
-    def read(
+    def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
-        """As EagerRunner.read, in at least fp32; a single token behind thoughts, as prompts usually end, replays."""
+        """As EagerRunner's, in at least fp32; a single token after the thoughts, as prompts usually end, replays."""
         if len(rows) > BUCKETS[-1]:
             parts = [slice(start, start + BUCKETS[-1]) for start in range(0, len(rows), BUCKETS[-1])]
-            return torch.cat([self.read(rows[p], prompts[p], None if thoughts is None else thoughts[p]) for p in parts])
+            return torch.cat(
+                [self.prefill_and_think(rows[p], prompts[p], None if thoughts is None else thoughts[p]) for p in parts]
+            )
         batch, self.standing = self.batch_for(len(rows)), []
         with self.clock("prefill"):
             self._prefill(batch, range(len(rows)), rows, [p.pieces[0].tokens for p in prompts])
@@ -155,9 +158,9 @@ class GraphRunner(EagerRunner):
             prompts = self._prompts_for(*size) if graphed else self._static_prompts(size)
             prompts.fill(rows[part], tokens[part], self._lengths(rows[part]), slots, into[part])
             if graphed:
-                self.replay(prompts, "read")
+                self.replay(prompts, "prefill")
             else:
-                self._run(prompts, "read")
+                self._run(prompts, "prefill")
             batch.hidden.index_copy_(0, prompts.into[: len(counts)], prompts.hidden[: len(counts)])
             start = stop
 
@@ -187,24 +190,24 @@ class GraphRunner(EagerRunner):
             with self.clock("prefill"):
                 self.replay(batch, "feed")
 
-    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
-        """The drafts' first tokens are chosen by the `write` that follows, in which they come last."""
-        self.fresh = hidden_BD, drafts
+    def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
+        """The answers' first tokens are chosen by the `decode` that follows, in which they come last."""
+        self.fresh = hidden_BD, answers
 
     @torch.inference_mode()
-    def write(self, drafts: Sequence[Draft], steps: int) -> None:
-        """As EagerRunner.write, with one look at the device behind `steps` replays; first tokens are written too."""
-        assert steps <= WRITE_STEPS, f"{steps} tokens between two looks, the static batch holds {WRITE_STEPS}"
+    def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
+        """As EagerRunner.decode, with one look at the device behind `steps` replays; first tokens are written too."""
+        assert steps <= DECODE_STEPS, f"{steps} tokens between two looks, the static batch holds {DECODE_STEPS}"
         eos = self.model.tokens.eos
         hidden_BD, fresh = self.fresh or (None, ())
         self.fresh = None
-        writing = [d for d in drafts if not d.done(eos)]
+        writing = [a for a in answers if not a.done(eos)]
         old = len(writing) - len(fresh)
-        assert all(a is b for a, b in zip(writing[old:], fresh, strict=True)), "first tokens of other drafts are due"
+        assert all(a is b for a, b in zip(writing[old:], fresh, strict=True)), "first tokens of other answers are due"
         for start in range(0, len(writing), BUCKETS[-1]):
             part = slice(start, start + BUCKETS[-1])
             states_BD = None if hidden_BD is None else hidden_BD[max(start - old, 0) : max(part.stop - old, 0)]
-            self._write(writing[part], steps, states_BD if states_BD is not None and len(states_BD) else None)
+            self._decode(writing[part], steps, states_BD if states_BD is not None and len(states_BD) else None)
 
     def batch_for(self, rows: int) -> StaticBatch:
         """The static batch of the smallest bucket that holds so many rows."""
@@ -212,7 +215,7 @@ class GraphRunner(EagerRunner):
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
             dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self.batches[size] = StaticBatch(size, dim, WRITE_STEPS + 1, dtype, self.cache.device)
+            self.batches[size] = StaticBatch(size, dim, DECODE_STEPS + 1, dtype, self.cache.device)
         return self.batches[size]
 
     def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
@@ -231,41 +234,41 @@ class GraphRunner(EagerRunner):
         """`count` passes of a kind, by their graph, which first use captures."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
-            with batch.at_rest(), aside(self.cache.device) as stream:
+            with batch.at_rest(), capture_stream(self.cache.device) as stream:
                 self._run(batch, kind, *count)  # without an active row: compiles kernels and changes nothing else
                 self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
             self.captures += 1
         self.graphs[key]()
 
-    def _write(self, drafts: list[Draft], steps: int, states_BD: torch.Tensor | None) -> None:
-        """states_BD: of the last drafts, which have no token yet."""
+    def _decode(self, answers: list[ActiveAnswer], steps: int, states_BD: torch.Tensor | None) -> None:
+        """states_BD: of the last answers, which have no token yet."""
         fresh = 0 if states_BD is None else len(states_BD)
-        old = len(drafts) - fresh
+        old = len(answers) - fresh
         begun = int(fresh > 0)
-        rows, batch = [d.row for d in drafts], self.batch_for(len(drafts))
-        left = [d.limit - len(d.tokens) - (i >= old) for i, d in enumerate(drafts)]  # behind the first token
+        rows, batch = [a.row for a in answers], self.batch_for(len(answers))
+        left = [a.limit - len(a.tokens) - (i >= old) for i, a in enumerate(answers)]  # behind the first token
         counts = [min(steps, n) for n in left]
-        if fresh or list(map(id, drafts)) != list(map(id, self.standing)):
-            last = [d.tokens[-1] if d.tokens else 0 for d in drafts]
+        if fresh or list(map(id, answers)) != list(map(id, self.standing)):
+            last = [a.tokens[-1] if a.tokens else 0 for a in answers]
             batch.fill(rows, self._lengths(rows), left, last, fresh)
             if states_BD is not None:
-                batch.hidden[old : len(drafts)] = states_BD
+                batch.hidden[old : len(answers)] = states_BD
         else:
             batch.step.zero_()  # all else is on the device as the last look found it
         if self.sampling.temperature:
-            written = [len(d.tokens) - (begun and d.tokens != []) for d in drafts]
-            numbers = torch.from_numpy(uniform([d.seed for d in drafts], written, steps + begun))
+            written = [len(a.tokens) - (begun and a.tokens != []) for a in answers]
+            numbers = torch.from_numpy(uniform([a.seed for a in answers], written, steps + begun))
             batch.numbers[: len(rows), : steps + begun] = numbers.to(self.cache.device)
         self.cache.reserve(rows, counts)
-        with self.clock("write", passes=max(counts)):
+        with self.clock("decode", passes=max(counts)):
             if begun:
                 self.replay(batch, "begin")
             for _ in range(max(counts)):
-                self.replay(batch, "write")
+                self.replay(batch, "decode")
         written = batch.written.cpu()[: len(rows), : max(counts) + begun].tolist()
-        for draft, tokens in zip(drafts, written, strict=True):
-            draft.tokens.extend(t for t in tokens if t >= 0)
-        self.standing = drafts
+        for answer, tokens in zip(answers, written, strict=True):
+            answer.tokens.extend(t for t in tokens if t >= 0)
+        self.standing = answers
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         lengths = self.cache.layout.lengths
@@ -287,7 +290,7 @@ class GraphRunner(EagerRunner):
                 raise
             why = f"fused kernels failed: {_first_line(error)}"
         self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
-        self.trouble = self.passes.reason
+        self.fallback_reason = self.passes.reason
         self.graphs.clear()
         batch.staged.block.copy_(before)
         self._run(batch, kind, *count)
@@ -297,9 +300,9 @@ class GraphRunner(EagerRunner):
         if stream is None:
             return passes
         try:
-            return captured(passes, stream, self.pool)
+            return capture_graph(passes, stream, self.pool)
         except RuntimeError as error:
-            self.trouble = f"capture failed, passes run launch by launch: {_first_line(error)}"
+            self.fallback_reason = f"capture failed, passes run launch by launch: {_first_line(error)}"
             return passes
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, choose, decode, most_written
-from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.decode import ActiveAnswer, choose, decode, token_passes
+from coconut_fast.infer.prefill import PREFILL_TOKENS, prefill
 from coconut_fast.infer.prompts import Prompt
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.infer.stats import Clock
 from coconut_fast.infer.think import think
 from coconut_fast.model.batch import collate
@@ -23,9 +24,9 @@ class EagerRunner:
     name = "eager"
     bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
     measure_bandwidth: Callable[[], float] | None = None  # bytes a second that a pass could read at most
-    group_tokens: int | None = PREFILL_TOKENS  # of the prompts that `read` takes at a time; None: it cuts them itself
+    max_prefill_tokens: int | None = PREFILL_TOKENS  # prompt tokens of a call; None: the runner splits them itself
     reason = ""  # what there is to say of the passes beyond who runs them
-    trouble = ""  # why the passes did not run as they were meant to, if so
+    fallback_reason = ""  # why the passes did not run as they were meant to, if so
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         self.model = model
@@ -35,7 +36,7 @@ class EagerRunner:
             model.num_layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length, device=model.device
         )
 
-    def read(
+    def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
         """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D).
@@ -62,20 +63,20 @@ class EagerRunner:
         assert last_BD is not None
         return last_BD
 
-    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
-        """The first token of each draft, from its prompt's last hidden state."""
-        with self.clock("write", passes=0):
-            choose(self.model, hidden_BD, drafts, self.sampling)
+    def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
+        """The first token of each answer, from its prompt's last hidden state."""
+        with self.clock("decode", passes=0):
+            choose(self.model, hidden_BD, answers, self.sampling)
 
-    def write(self, drafts: Sequence[Draft], steps: int) -> None:
-        """Up to `steps` more tokens of each draft."""
-        before = [len(d.tokens) for d in drafts]
-        with self.clock("write", passes=0):
-            decode(self.model, self.cache, drafts, steps, self.sampling, self.model.tokens.eos)
-        self.clock.passes["write"] += most_written(drafts, before)
+    def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
+        """Up to `steps` more tokens of each answer."""
+        before = [len(a.tokens) for a in answers]
+        with self.clock("decode", passes=0):
+            decode(self.model, self.cache, answers, steps, self.sampling, self.model.tokens.eos)
+        self.clock.passes["decode"] += token_passes(answers, before)
 
     def release(self) -> None:
-        """The engine's call is over and its rows are free; a runner may wait for the next one (infer/keep.py)."""
+        """The engine's call is over and its rows are free; runner_cache.py keeps some runners for the next call."""
 
 
 class ParallelRunner(EagerRunner):
@@ -84,10 +85,10 @@ class ParallelRunner(EagerRunner):
     name = "parallel"
 
     @torch.inference_mode()
-    def read(
+    def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
-        """As EagerRunner.read; thoughts are the states in front of them after the last round."""
+        """As EagerRunner.prefill_and_think; thoughts are the states in front of them after the last round."""
         thought = self.model.tokens.thought
         batch = collate([p.ids for p in prompts], thought).to(self.model.device)
         with self.clock("think", passes=self.model.settings.parallel_rounds or 0):

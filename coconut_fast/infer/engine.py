@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from coconut_fast.infer import keep, machine
-from coconut_fast.infer.decode import WRITE_STEPS, Draft, Sampling
+from coconut_fast.infer import machine, runner_cache
+from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner, ParallelRunner
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts, whole
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.infer.stats import GenerateStats
 from coconut_fast.model.cache import PAGE_SIZE
 from coconut_fast.model.coconut import Coconut
@@ -121,9 +122,9 @@ def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRun
     if rounds is not None:
         return ParallelRunner, f"all thoughts are refined together in {rounds} rounds, as in training"
     if model.device.type == "cuda":
-        hook = keep.hooked(model)
+        hook = runner_cache.hooked(model)
         if hook is None:
-            return keep.lease, "chains of thoughts and tokens replay as CUDA graphs"
+            return runner_cache.acquire, "chains of thoughts and tokens replay as CUDA graphs"
         return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
     reason = reason_not(model)
     if reason is None:
@@ -151,19 +152,19 @@ class Engine:
         self.keep_thoughts = keep_thoughts
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
-        answers = max(1, len(prompts) * num_samples)
-        batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), answers))
+        num_answers = max(1, len(prompts) * num_samples)
+        batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), num_answers))
         longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
         num_slots = batch_size * (-(-longest // PAGE_SIZE) + 1) * PAGE_SIZE
         # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
-        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * answers
+        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * num_answers
         room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
-        if not keep.holds(model, **room):
-            machine.check(model, num_slots, batch_size, held=keep.held_bytes(model))
+        if not runner_cache.holds(model, **room):
+            machine.check(model, num_slots, batch_size, held=runner_cache.held_bytes(model))
         runner, reason = choose_runner(model)
-        if runner is not keep.lease:
-            keep.forget(model)  # it has left the GPU, or may not use what the last call left there
+        if runner is not runner_cache.acquire:
+            runner_cache.drop(model)  # it has left the GPU, or may not use what the last call left there
         if weights is not None:
             if runner is not NativeRunner:
                 raise ValueError(f"weights: found {weights!r}, but only the native chain packs weights; {reason}")
@@ -178,17 +179,17 @@ class Engine:
     def run(self) -> None:
         """Reads prompts while there is room, writes answers, until all are finished."""
         waiting = deque(range(len(self.prompts)))
-        active: dict[int, Draft] = {}  # answer number -> draft
+        active: dict[int, ActiveAnswer] = {}  # answer number -> answer
         with tqdm(total=len(self.prompts) * self.num_samples, desc="generate", unit="answer", delay=2) as bar:
             while waiting or active:
                 group = self._next(waiting, self.batch_size - len(active))
                 if group:
                     active.update(self._read(group))
-                self.runner.write(list(active.values()), WRITE_STEPS)
-                for number in [n for n, d in active.items() if d.done(self.model.tokens.eos)]:
-                    draft = active.pop(number)
-                    self.runner.cache.free([draft.row])
-                    self._finish(number, draft)
+                self.runner.decode(list(active.values()), DECODE_STEPS)
+                for number in [n for n, a in active.items() if a.done(self.model.tokens.eos)]:
+                    answer = active.pop(number)
+                    self.runner.cache.free([answer.row])
+                    self._finish(number, answer)
                     bar.update()
         self.runner.release()
 
@@ -199,7 +200,7 @@ class Engine:
         thoughts hold up everybody.
         """
         group: list[int] = []
-        tokens, most = 0, self.runner.group_tokens
+        tokens, most = 0, self.runner.max_prefill_tokens
         if most is None and room < min(self.batch_size // 4, len(waiting) * self.num_samples):
             return group
         while waiting and room >= self.num_samples and (most is None or tokens <= most):
@@ -208,38 +209,38 @@ class Engine:
             room -= self.num_samples
         return group
 
-    def _read(self, group: list[int]) -> dict[int, Draft]:
+    def _read(self, group: list[int]) -> dict[int, ActiveAnswer]:
         """Prompts -> the first token of each of their answers."""
         prompts = [self.prompts[i] for i in group]
         kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
         rows = self.runner.cache.alloc(len(group))
-        hidden_BD = self.runner.read(rows, prompts, kept)
-        drafts = {}
+        hidden_BD = self.runner.prefill_and_think(rows, prompts, kept)
+        answers = {}
         for n, (i, row) in enumerate(zip(group, rows, strict=True)):
             shared = [row] + [self.runner.cache.fork([row])[0] for _ in range(self.num_samples - 1)]
             for sample, answer_row in enumerate(shared):
                 number = i * self.num_samples + sample
-                drafts[number] = Draft(answer_row, self.seeds[number], self.prompts[i].max_new_tokens, [])
+                answers[number] = ActiveAnswer(answer_row, self.seeds[number], self.prompts[i].max_new_tokens, [])
             if kept is not None:
                 none = torch.zeros(0, hidden_BD.shape[1], dtype=self.model.dtype, device=hidden_BD.device)
                 self.thoughts[i] = torch.stack(kept[n]) if kept[n] else none
-        self.runner.first(hidden_BD.repeat_interleave(self.num_samples, 0), list(drafts.values()))
+        self.runner.first_tokens(hidden_BD.repeat_interleave(self.num_samples, 0), list(answers.values()))
         self.stats.prompt_tokens += sum(len(p.ids) - p.num_thoughts for p in prompts)
         self.stats.thoughts += sum(p.num_thoughts for p in prompts)
-        return drafts
+        return answers
 
-    def _finish(self, number: int, draft: Draft) -> None:
-        tokens = draft.tokens
+    def _finish(self, number: int, answer: ActiveAnswer) -> None:
+        tokens = answer.tokens
         if tokens and tokens[-1] == self.model.tokens.eos:
             tokens = tokens[:-1]
-        self.stats.new_tokens += len(draft.tokens)
+        self.stats.new_tokens += len(answer.tokens)
         self.finished[number] = tokens
 
     def output(self) -> GenerateOutput:
         """What is finished, in the order of the prompts."""
         self.stats.take(self.runner.clock)
-        if self.runner.trouble:
-            self.stats.reason = self.runner.trouble
+        if self.runner.fallback_reason:
+            self.stats.reason = self.runner.fallback_reason
         answers = [self.finished.get(n) for n in range(len(self.prompts) * self.num_samples)]
         tokenizer = self.model.tokenizer
         texts = [

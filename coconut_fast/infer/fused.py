@@ -35,9 +35,10 @@ import torch
 from torch.nn import functional as F
 
 from coconut_fast import ops
-from coconut_fast.infer.decode import PREFILL_TOKENS, Sampling
-from coconut_fast.infer.fused_prefill import read
+from coconut_fast.infer.fused_prefill import prefill
 from coconut_fast.infer.passes import BUCKETS, StaticBatch, StaticPrompts
+from coconut_fast.infer.prefill import PREFILL_TOKENS
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Projection, Rescale
@@ -81,7 +82,7 @@ class FusedPasses:
         self.activation = ACTIVATIONS[plan.activation, plan.gated]
         self.eos = -1 if model.tokens.eos is None else model.tokens.eos
         self.target = float(model.feedback.mean_norm) if isinstance(model.feedback, Rescale) else 0.0
-        self.direct = type(model.feedback) in (Identity, Rescale)  # part of the launch between two passes
+        self.fused_feedback = type(model.feedback) in (Identity, Rescale)  # part of the launch between two passes
         self.limit = cache.page_table.shape[1] * cache.page_size
         self.cos, self.sin = rotations(plan, self.limit)
         like = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=self.dtype, device=cache.device)
@@ -97,31 +98,31 @@ class FusedPasses:
     @torch.inference_mode()
     def refresh(self) -> None:
         """Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters."""
-        turned: dict[torch.Size, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        transposed: dict[torch.Size, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for index, packed in enumerate(self.layers):
             for name, tensor in self.plan.layer(index, into=packed).named().items():
                 kept = getattr(packed, name)
                 if kept.data_ptr() == tensor.data_ptr():
                     continue
                 if kept.dtype == tensor.dtype and tensor.t().is_contiguous():
-                    for group, matrix in zip(turned.setdefault(kept.shape, ([], [])), (tensor.t(), kept), strict=True):
+                    for group, matrix in zip(transposed.setdefault(kept.shape, ([], [])), (tensor.t(), kept), strict=True):
                         group.append(matrix)
                 else:
                     kept.copy_(tensor)
-        for sources, copies in turned.values():
+        for sources, copies in transposed.values():
             ops.transpose(sources, copies)
         if self.head.data_ptr() != self.plan.head.data_ptr():
             self.head.copy_(self.plan.head)
 
-    def read(self, prompts: StaticPrompts) -> None:
-        read(self, prompts)
+    def prefill(self, prompts: StaticPrompts) -> None:
+        prefill(self, prompts)
 
     def think(self, batch: StaticBatch, count: int) -> None:
-        if self.direct:
-            self._enter(batch, batch.hidden, batch.index, target=self.target)
+        if self.fused_feedback:
+            self._begin_pass(batch, batch.hidden, batch.index, target=self.target)
             for _ in range(count - 1):
-                self._enter(batch, self._layers(batch), batch.index, target=self.target, thought=batch.hidden)
-            self._leave(batch, self._layers(batch))
+                self._begin_pass(batch, self._layers(batch), batch.index, target=self.target, thought=batch.hidden)
+            self._end_pass(batch, self._layers(batch))
             return
         model = self._model()
         assert model is not None, "the model is gone, and its passes run"
@@ -131,21 +132,21 @@ class FusedPasses:
                 inner_BF = ops.skinny_linear(batch.hidden, into.weight, bias=into.bias, activation="gelu")
                 fed_BD = ops.skinny_linear(inner_BF, out.weight, bias=out.bias)
                 last = {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
-                self._enter(batch, fed_BD, batch.index, **last)
+                self._begin_pass(batch, fed_BD, batch.index, **last)
             else:
-                self._enter(batch, model.feedback(batch.hidden.to(self.dtype)), batch.index)
-            self._leave(batch, self._layers(batch))
+                self._begin_pass(batch, model.feedback(batch.hidden.to(self.dtype)), batch.index)
+            self._end_pass(batch, self._layers(batch))
 
     def feed(self, batch: StaticBatch) -> None:
-        self._enter(batch, self.plan.embed, batch.tokens, remaining=batch.tails)
-        self._leave(batch, self._layers(batch))
+        self._begin_pass(batch, self.plan.embed, batch.tokens, remaining=batch.tails)
+        self._end_pass(batch, self._layers(batch))
 
     def begin(self, batch: StaticBatch) -> None:
         self._choose(batch, batch.hidden)
 
-    def write(self, batch: StaticBatch) -> None:
+    def decode(self, batch: StaticBatch) -> None:
         plan = self.plan
-        self._enter(batch, plan.embed, batch.tokens)
+        self._begin_pass(batch, plan.embed, batch.tokens)
         hidden_BD, _ = ops.residual_norm(
             self._layers(batch), plan.final_norm, kind=plan.norm, norm_bias=plan.final_norm_bias, eps=plan.eps
         )
@@ -166,7 +167,7 @@ class FusedPasses:
         )
         ops.accept_tokens(ids_B, batch.tokens, batch.written, batch.remaining, batch.attended, batch.step, eos=self.eos)
 
-    def _enter(
+    def _begin_pass(
         self,
         batch: StaticBatch,
         source: torch.Tensor,
@@ -197,9 +198,9 @@ class FusedPasses:
             **norm,
         )
 
-    def _leave(self, batch: StaticBatch, stream_BD: torch.Tensor) -> None:
+    def _end_pass(self, batch: StaticBatch, stream_BD: torch.Tensor) -> None:
         """The final norm of the rows that were in this pass, and no next pass."""
-        self._enter(batch, stream_BD, batch.index, thought=batch.hidden, remaining=batch.none)
+        self._begin_pass(batch, stream_BD, batch.index, thought=batch.hidden, remaining=batch.none)
 
     def _layers(self, batch: StaticBatch) -> torch.Tensor:
         """The residual stream behind all layers, (B, D) fp32; rows with attended 0 hold what nobody reads."""

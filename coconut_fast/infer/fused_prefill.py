@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from coconut_fast.infer.fused import FusedPasses
 
 
-def read(passes: FusedPasses, prompts: StaticPrompts) -> None:
+def prefill(passes: FusedPasses, prompts: StaticPrompts) -> None:
     """Appends the keys and values of all tokens; `prompts.hidden` gets each row's last state, behind the final norm."""
     plan = passes.plan
     x_TD = torch.empty(prompts.size[0], plan.dim, dtype=torch.float32, device=prompts.ids.device)

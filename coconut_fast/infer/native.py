@@ -16,9 +16,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from coconut_fast import ops
-from coconut_fast.infer import keep, machine
-from coconut_fast.infer.decode import PREFILL_TOKENS, Draft, Sampling, most_written
+from coconut_fast.infer import machine, runner_cache
+from coconut_fast.infer.decode import ActiveAnswer, token_passes
+from coconut_fast.infer.prefill import PREFILL_TOKENS
 from coconut_fast.infer.prompts import Prompt
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.checks import check_finite
@@ -44,7 +46,7 @@ def reason_not(model: Coconut) -> str | None:
     plan = describe(model.hf)
     if isinstance(plan, str):
         return plan
-    own_code = keep.hooked(model)
+    own_code = runner_cache.hooked(model)
     if own_code:
         return own_code
     try:
@@ -106,7 +108,7 @@ class NativeModel:
         """
         counts = [len(row) for row in ids]
         flat = _int32([i for row in ids for i in row])
-        with _appended(cache, rows, counts) as starts:
+        with _reserved(cache, rows, counts) as starts:
             self.chain.prefill(
                 cache.layout, cache.keys, cache.values, _int32(rows), starts, flat, _int32(counts), hidden_BD
             )
@@ -127,7 +129,7 @@ class NativeModel:
         done = 0
         for part in _parts(len(rows)):
             total = sum(counts[part])
-            with _appended(cache, rows[part], counts[part]) as starts:
+            with _reserved(cache, rows[part], counts[part]) as starts:
                 self.chain.think(
                     cache.layout,
                     cache.keys,
@@ -167,7 +169,7 @@ class NativeModel:
             first = [-1 if token is None else token for token in pending[part]]
             limit = [max(0, n) for n in limits[part]]
             writes = [max(0, n - (token < 0)) for n, token in zip(limit, first, strict=True)]
-            with _appended(cache, rows[part], writes) as starts:
+            with _reserved(cache, rows[part], writes) as starts:
                 made_BN, counts_B = self.chain.decode(
                     cache.layout,
                     cache.keys,
@@ -197,8 +199,8 @@ class NativeRunner:
     """Reads prompts and writes answers over one cache, natively. The interface is EagerRunner's (infer/eager.py)."""
 
     name = "native"
-    reason = trouble = ""
-    group_tokens: int | None = PREFILL_TOKENS
+    reason = fallback_reason = ""
+    max_prefill_tokens: int | None = PREFILL_TOKENS
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class NativeRunner:
         self.measure_bandwidth = read_bandwidth
         self.cache = self.native.make_cache(num_slots=num_slots, max_rows=max_rows, max_length=max_length)
 
-    def read(
+    def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
         """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D) fp32.
@@ -247,39 +249,39 @@ class NativeRunner:
             hidden_BD[members] = member_BD
         return hidden_BD
 
-    def first(self, hidden_BD: torch.Tensor, drafts: Sequence[Draft]) -> None:
-        """The first token of each draft, from its prompt's last hidden state."""
-        with self.clock("write", passes=0):
-            self._decode(drafts, hidden_BD.float().contiguous(), [1] * len(drafts))
+    def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
+        """The first token of each answer, from its prompt's last hidden state."""
+        with self.clock("decode", passes=0):
+            self._decode(answers, hidden_BD.float().contiguous(), [1] * len(answers))
 
-    def write(self, drafts: Sequence[Draft], steps: int) -> None:
-        """Up to `steps` more tokens of each draft."""
-        writing = [d for d in drafts if not d.done(self.model.tokens.eos)]
+    def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
+        """Up to `steps` more tokens of each answer."""
+        writing = [a for a in answers if not a.done(self.model.tokens.eos)]
         unused_BD = _states(len(writing), self.native.plan.dim)
-        limits = [min(steps, d.limit - len(d.tokens)) for d in writing]
-        before = [len(d.tokens) for d in writing]
-        with self.clock("write", passes=0):
+        limits = [min(steps, a.limit - len(a.tokens)) for a in writing]
+        before = [len(a.tokens) for a in writing]
+        with self.clock("decode", passes=0):
             self._decode(writing, unused_BD, limits)
-        self.clock.passes["write"] += most_written(writing, before)
+        self.clock.passes["decode"] += token_passes(writing, before)
 
     def release(self) -> None:
         """Nothing to keep: packed weights are kept by model, and a cache is cheap to make."""
 
-    def _decode(self, drafts: Sequence[Draft], hidden_BD: torch.Tensor, limits: list[int]) -> None:
+    def _decode(self, answers: Sequence[ActiveAnswer], hidden_BD: torch.Tensor, limits: list[int]) -> None:
         eos = self.model.tokens.eos
         tokens = self.native.decode(
             self.cache,
-            [d.row for d in drafts],
+            [a.row for a in answers],
             hidden_BD,
-            pending=[d.tokens[-1] if d.tokens else None for d in drafts],
+            pending=[a.tokens[-1] if a.tokens else None for a in answers],
             limits=limits,
             stops=[] if eos is None else [eos],
             sampling=self.sampling,
-            seeds=[d.seed for d in drafts],
-            first_steps=[len(d.tokens) for d in drafts],
+            seeds=[a.seed for a in answers],
+            first_steps=[len(a.tokens) for a in answers],
         )
-        for draft, more in zip(drafts, tokens, strict=True):
-            draft.tokens.extend(more)
+        for answer, more in zip(answers, tokens, strict=True):
+            answer.tokens.extend(more)
 
 
 _packed: weakref.WeakKeyDictionary[Coconut, dict[str, NativeModel]] = weakref.WeakKeyDictionary()
@@ -337,7 +339,7 @@ def read_bandwidth(threads: int | None = None) -> float:
 
 
 @contextmanager
-def _appended(cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> Iterator[torch.Tensor]:
+def _reserved(cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> Iterator[torch.Tensor]:
     """Places for `counts[i]` more tokens of `rows[i]`, taken back if the call in the block is refused.
 
     Gives how long the rows were before, int32 (B,).

@@ -20,8 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from coconut_fast.infer.decode import Sampling
-from coconut_fast.infer.sampling import sample_at
+from coconut_fast.infer.sampling import Sampling, sample_at
 from coconut_fast.model.cache import KVCache, Ragged
 from coconut_fast.model.coconut import Coconut
 
@@ -100,7 +99,7 @@ class StaticBatch:
     ) -> None:
         """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes.
 
-        tokens: what `feed` or `write` begins with; None for a row without a tail. The last `fresh` rows have their
+        tokens: what `feed` or `decode` begins with; None for a row without a tail. The last `fresh` rows have their
         first token chosen by `begin`.
         """
         count = len(rows)
@@ -201,7 +200,7 @@ class Passes(Protocol):
     def refresh(self) -> None:
         """Takes up weights that were written in place since the last call; addresses stay."""
 
-    def read(self, prompts: StaticPrompts) -> None:
+    def prefill(self, prompts: StaticPrompts) -> None:
         """One pass over given tokens, up to the hidden states of each row's last one."""
 
     def think(self, batch: StaticBatch, count: int) -> None:
@@ -211,9 +210,9 @@ class Passes(Protocol):
         """One pass over `tokens` of the rows with `tails`, up to the hidden state."""
 
     def begin(self, batch: StaticBatch) -> None:
-        """The first tokens, of `hidden`, in the rows with `attended`: the end of `write` without its pass."""
+        """The first tokens, of `hidden`, in the rows with `attended`: the end of `decode` without its pass."""
 
-    def write(self, batch: StaticBatch) -> None:
+    def decode(self, batch: StaticBatch) -> None:
         """One pass over `tokens`, and the tokens that follow; a row that meets end-of-text becomes inactive."""
 
 
@@ -238,7 +237,7 @@ class HuggingFacePasses:
     def refresh(self) -> None:
         """Nothing: a pass reads the model's own weights."""
 
-    def read(self, prompts: StaticPrompts) -> None:
+    def prefill(self, prompts: StaticPrompts) -> None:
         prompts.positions.add_(1)
         limit = self.cache.page_table.shape[1] * self.cache.page_size
         ragged = Ragged(
@@ -268,7 +267,7 @@ class HuggingFacePasses:
     def begin(self, batch: StaticBatch) -> None:
         self._choose(batch, batch.attended > 0)
 
-    def write(self, batch: StaticBatch) -> None:
+    def decode(self, batch: StaticBatch) -> None:
         active = batch.remaining > 0
         self._pass(batch, self.model.embed(batch.tokens), active)
         batch.remaining.sub_(active.int())

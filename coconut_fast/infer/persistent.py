@@ -29,9 +29,9 @@ import torch
 
 from coconut_fast import ops
 from coconut_fast.infer import fused
-from coconut_fast.infer.decode import Sampling
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.passes import StaticBatch
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Rescale

@@ -9,6 +9,8 @@ import torch
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
+PREFILL_TOKENS = 16384  # of one forward; longer prompts are split
+
 
 @torch.inference_mode()
 def prefill(

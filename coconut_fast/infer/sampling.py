@@ -7,9 +7,19 @@ depend on the batch, its order, or the backend's own generator. The C++ sampler 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the top_k (0: all) and top_p likeliest."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def uniform(seeds: Sequence[int], steps: Sequence[int], count: int) -> np.ndarray:

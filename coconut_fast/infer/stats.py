@@ -13,7 +13,7 @@ import torch
 
 
 class Clock:
-    """Seconds and passes of each phase: "prefill", "think" (latent passes), "write" (answer tokens).
+    """Seconds and passes of each phase: "prefill", "think" (latent passes), "decode" (answer tokens).
 
     On a GPU they are the device's, from event to event, and nobody waits for it: phases are queued.
     """
@@ -62,7 +62,7 @@ class GenerateStats:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     think_seconds: float = 0.0
-    write_seconds: float = 0.0
+    decode_seconds: float = 0.0
     latent_passes: int = 0
     token_passes: int = 0
     bytes_per_latent_pass: int | None = None
@@ -75,13 +75,13 @@ class GenerateStats:
         clock.read()
         self.prefill_seconds = clock.seconds["prefill"]
         self.think_seconds = clock.seconds["think"]
-        self.write_seconds = clock.seconds["write"]
-        self.latent_passes, self.token_passes = clock.passes["think"], clock.passes["write"]
+        self.decode_seconds = clock.seconds["decode"]
+        self.latent_passes, self.token_passes = clock.passes["think"], clock.passes["decode"]
 
     @property
     def seconds(self) -> float:
         """All three phases."""
-        return self.prefill_seconds + self.think_seconds + self.write_seconds
+        return self.prefill_seconds + self.think_seconds + self.decode_seconds
 
     @property
     def seconds_per_latent_pass(self) -> float | None:
@@ -89,7 +89,7 @@ class GenerateStats:
 
     @property
     def seconds_per_token_pass(self) -> float | None:
-        return self.write_seconds / self.token_passes if self.token_passes else None
+        return self.decode_seconds / self.token_passes if self.token_passes else None
 
     @property
     def tokens_per_second(self) -> float:

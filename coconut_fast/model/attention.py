@@ -29,7 +29,7 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import Ragged, Storage
 
 NAME = "coconut_fast"
-FEW = 512  # queries, whose keys and values cost less memory than copying them costs time
+VIEWED_QUERIES = 512  # queries, whose keys and values cost less memory than copying them costs time
 # Passes from which on joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 of them by themselves,
 # on a GPU, by its bytes, as much as 2.
 WORTH_JOINING = {"cpu": 8, "triton": 3}
@@ -65,8 +65,8 @@ def attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     if ragged.calls is not None:
         ragged.calls.append((layer, sliding_window))
-    reads = ragged.reads if layer == len(ragged.cache.keys) - 1 else None
-    asked = reads or ragged
+    used = ragged.used if layer == len(ragged.cache.keys) - 1 else None
+    asked = used or ragged
     keywords = {
         "page_size": ragged.cache.page_size,
         "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
@@ -77,10 +77,10 @@ def attend(
         "max_query": asked.max_query,
         "max_length": ragged.max_length,
     }
-    if reads:
-        query = query.index_select(2, reads.at)
+    if used:
+        query = query.index_select(2, used.at)
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    if not query_THK.is_cuda or len(query_THK) > FEW or query_THK.stride(-1) != 1:
+    if not query_THK.is_cuda or len(query_THK) > VIEWED_QUERIES or query_THK.stride(-1) != 1:
         query_THK = query_THK.contiguous()  # a view would keep the keys and values beside it, which the cache has too
     # Keys and values are copied to the cache as they lie, if a head's values lie side by side.
     key_THK, value_THK = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_THK, value_THK))
@@ -95,8 +95,8 @@ def attend(
             orders[layer] = after
     else:
         output_THK, _ = _forward(query_THK, key_THK, value_THK, ragged, asked.row_offsets, layer, keywords)
-    if reads:
-        output_THK = output_THK.new_zeros(len(key_THK), *output_THK.shape[1:]).index_copy(0, reads.at, output_THK)
+    if used:
+        output_THK = output_THK.new_zeros(len(key_THK), *output_THK.shape[1:]).index_copy(0, used.at, output_THK)
     return output_THK[None], None
 
 
@@ -190,7 +190,7 @@ def _backward(
 def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
     """How many passes behind the first leave dK and dV of its slots to it: of one token a row, and all are read."""
     worth = WORTH_JOINING.get(ops.choose("ragged_attention_backward", batch.input_ids.device)[0])
-    single = (max(p.counts) == 1 and not (loss_only and p.reads) for p in batch.passes[1:])
+    single = (max(p.counts) == 1 and not (loss_only and p.used) for p in batch.passes[1:])
     count = sum(itertools.takewhile(bool, single))
     return count if worth is not None and count >= worth else 0
 

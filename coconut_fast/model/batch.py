@@ -28,7 +28,7 @@ ALIGNMENT = 4  # words of 32 bits at which a batch's tensors start
 
 
 @dataclass(frozen=True)
-class Reads:
+class UsedPositions:
     """The tokens of a pass whose last hidden states are read: of every row those from the first such token on."""
 
     at: torch.Tensor  # (R,) int64: where they stand in the pass
@@ -55,7 +55,7 @@ class Pass:
     thoughts_after: torch.Tensor  # (len(rows),) int64: of the row; below 0 for those added by train/buckets.py
     loss_index: torch.Tensor  # (N,) int64: positions in this pass that predict a labelled token
     targets: torch.Tensor  # (N,) int64: those tokens
-    reads: Reads | None  # by the loss and the next thoughts; None where that is more than half of the pass
+    used: UsedPositions | None  # by the loss and the next thoughts; None where that is more than half of the pass
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
-        words = packed(self)
+        words = to_buffer(self)
         moved = words.to(device, non_blocking=non_blocking)
-        return self if moved is self.words else unpacked(moved, self)
+        return self if moved is self.words else from_buffer(moved, self)
 
     def padded(self, flat_TX: torch.Tensor) -> torch.Tensor:
         """(T, X) of the flat axis -> (B, width, X) in the padded layout, zero on pads."""
@@ -86,10 +86,10 @@ class RaggedBatch:
 
     def pin_memory(self) -> RaggedBatch:
         """The same batch in page-locked memory, for the data loader."""
-        return unpacked(packed(self).pin_memory(), self)
+        return from_buffer(to_buffer(self).pin_memory(), self)
 
 
-def tensors(part: RaggedBatch | Pass | Reads) -> Iterator[torch.Tensor]:
+def tensors(part: RaggedBatch | Pass | UsedPositions) -> Iterator[torch.Tensor]:
     """The tensors of a batch, or of a part of one, in the order of its fields."""
     for field in FIELDS[type(part)]:
         value = getattr(part, field)
@@ -100,7 +100,7 @@ def tensors(part: RaggedBatch | Pass | Reads) -> Iterator[torch.Tensor]:
                 yield from tensors(inner)
 
 
-def packed(batch: RaggedBatch) -> torch.Tensor:
+def to_buffer(batch: RaggedBatch) -> torch.Tensor:
     """(W,) int32: all tensors of a batch one behind the other."""
     if batch.words is not None:
         return batch.words
@@ -112,7 +112,7 @@ def packed(batch: RaggedBatch) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def unpacked(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
+def from_buffer(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
     """A batch of the same shapes whose tensors are views of `words`."""
     sizes = [part.numel() * part.element_size() // 4 for part in tensors(like)]
     pieces = iter(words.split([n for size in sizes for n in (size, -size % ALIGNMENT)])[::2])
@@ -132,8 +132,8 @@ def unpacked(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
 
 # In these a batch's tensors are, in this order.
 FIELDS = {
-    kind: [f.name for f in fields(kind) if f.name != "words" and ("Tensor" in f.type or f.name in ("passes", "reads"))]
-    for kind in (RaggedBatch, Pass, Reads)
+    kind: [f.name for f in fields(kind) if f.name != "words" and ("Tensor" in f.type or f.name in ("passes", "used"))]
+    for kind in (RaggedBatch, Pass, UsedPositions)
 }
 
 
@@ -160,7 +160,7 @@ def collate(
     for b, row in enumerate(labels or ()):
         if len(row) != lengths[b]:
             raise ValueError(f"labels: row {b} has {len(row)} labels for {lengths[b]} tokens")
-    batch = cut(
+    batch = split_into_passes(
         np.asarray(lengths),
         flattened(input_ids),
         thought_id,
@@ -169,7 +169,7 @@ def collate(
         columns_T=None if columns is None else flattened(columns),
         width=width,
     )
-    return unpacked(packed(batch), batch)
+    return from_buffer(to_buffer(batch), batch)
 
 
 def flattened(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -179,7 +179,7 @@ def flattened(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
 
 
-def cut(
+def split_into_passes(
     lengths_B: np.ndarray,
     ids_T: np.ndarray,
     thought_id: int,
@@ -244,7 +244,7 @@ def cut(
                 thoughts_after=_int64(left_S[low:high] if j else []),
                 loss_index=_int64(index),
                 targets=_int64(targets_T[start:stop][index]),
-                reads=make_reads(counts, unread_S[low:high]),
+                used=used_positions(counts, unread_S[low:high]),
             )
         )
     return RaggedBatch(
@@ -337,14 +337,14 @@ def check_range(batch: RaggedBatch, vocabulary: int, max_positions: int | None) 
             raise ValueError(f"{name}: found {int(wrong[0])}, expected 0 to {limit - 1}")
 
 
-def make_reads(counts: np.ndarray, unread: np.ndarray) -> Reads | None:
+def used_positions(counts: np.ndarray, unread: np.ndarray) -> UsedPositions | None:
     """Of rows with so many tokens each, of which the first so many are unread."""
     read = counts - unread
     offsets = np.append(0, np.cumsum(read))
     if not 0 < 2 * offsets[-1] <= counts.sum():
         return None
     at = np.repeat(np.cumsum(counts) - offsets[1:], read) + np.arange(offsets[-1])
-    return Reads(_int64(at), _int32(offsets), int(read.max()))
+    return UsedPositions(_int64(at), _int32(offsets), int(read.max()))
 
 
 def _page_table(first_pages: np.ndarray) -> torch.Tensor:

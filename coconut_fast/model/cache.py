@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from coconut_fast import ops
-from coconut_fast.model.batch import PAGE_SIZE, Reads
+from coconut_fast.model.batch import PAGE_SIZE, UsedPositions
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Ragged:
     max_length: int
     seeds: torch.Tensor | None = None  # (layers,) int64: of each layer's dropout; None: it has none
     rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
-    reads: Reads | None = None  # what the last layer has to compute besides keys and values; None: everything
+    used: UsedPositions | None = None  # what the last layer has to compute besides keys and values; None: everything
     # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the slots of the
     # first; None: this pass's own backward does.
     joined: torch.Tensor | None = None
@@ -138,7 +138,7 @@ class KVCache(Storage):
         rows: Sequence[int],
         counts: Sequence[int],
         seeds: torch.Tensor | None = None,
-        reads: Reads | None = None,
+        used: UsedPositions | None = None,
     ) -> Ragged:
         """Places `counts[i]` new tokens at the end of `rows[i]`; the forward they belong to writes them."""
         if not len(rows):
@@ -157,7 +157,7 @@ class KVCache(Storage):
             max_query=max(counts),
             max_length=int(lengths.max()),
             seeds=seeds,
-            reads=reads,
+            used=used,
         )
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
-from coconut_fast.model.coconut import Coconut, Settings
+from coconut_fast.model.coconut import Coconut, SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
 from coconut_fast.model.saved import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, REPLACING
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
@@ -79,7 +79,7 @@ def load(
         tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
     _check_tokens(tokens, hf)
 
-    settings = Settings(**saved["settings"]) if saved else None
+    settings = SavedSettings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
     if saved and _find(home, ADDED_WEIGHTS):
         warnings.warn(f"{path_or_id}: {ADDED_WEIGHTS} is left out, modules that its training added", stacklevel=2)
@@ -283,8 +283,8 @@ def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
         return None
     try:
         saved = json.loads(file.read_text("utf-8"))
-        known = {f.name for f in fields(Settings)}
-        saved["settings"] = asdict(Settings(**{k: v for k, v in saved["settings"].items() if k in known}))
+        known = {f.name for f in fields(SavedSettings)}
+        saved["settings"] = asdict(SavedSettings(**{k: v for k, v in saved["settings"].items() if k in known}))
         LatentTokens(**saved["tokens"])
         if not isinstance(saved["feedback"], str):
             raise TypeError(f"feedback: found {saved['feedback']!r}, expected its name")

@@ -26,7 +26,7 @@ from coconut_fast.model.batch import RaggedBatch, check_range, from_padded
 from coconut_fast.model.cache import KVCache, Ragged, Storage
 from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import make_feedback
-from coconut_fast.model.last_layer import only_reads
+from coconut_fast.model.last_layer import only_used
 from coconut_fast.model.parallel import refine
 from coconut_fast.model.saved import save
 from coconut_fast.model.weight import has_own_products
@@ -34,7 +34,7 @@ from coconut_fast.tokens import LatentTokens
 
 
 @dataclass
-class Settings:
+class SavedSettings:
     """What a checkpoint remembers of how it was trained, so that nobody has to guess it at inference."""
 
     num_thoughts: int | None = None  # thoughts a prompt without `<|latent|>` tokens gets; None: it is run as it stands
@@ -107,7 +107,7 @@ class Coconut(nn.Module):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         feedback: nn.Module | str | None = None,
-        settings: Settings | None = None,
+        settings: SavedSettings | None = None,
     ) -> None:
         """hf: a model whose layers are attention. That it runs ragged is checked by `load`, not here (model/checks.py).
 
@@ -129,7 +129,7 @@ class Coconut(nn.Module):
         self.feedback: nn.Module = feedback
         self.tokens = tokens
         self.tokenizer: Any = tokenizer
-        self.settings = settings or Settings()
+        self.settings = settings or SavedSettings()
         self.detach_after: int | None = None
         self.defer_weight_gradients = True
         self.checkpoint_passes = False
@@ -184,7 +184,7 @@ class Coconut(nn.Module):
                 f"hf: its attention is {found!r}, expected {attention.NAME!r}; "
                 f"model.hf.set_attn_implementation({attention.NAME!r}) sets it back"
             )
-        with only_reads(self.hf, ragged.reads):
+        with only_used(self.hf, ragged.used):
             output = self.hf.base_model(
                 inputs_embeds=embeds_TD[None],
                 position_ids=position_ids_T[None],
@@ -294,7 +294,7 @@ class Coconut(nn.Module):
                 max_query=p.max_query,
                 max_length=p.max_length,
                 seeds=seeds_L,
-                reads=p.reads if loss_only else None,
+                used=p.used if loss_only else None,
                 joined=first_B[p.rows_R] if 1 <= i <= num_joined else None,
             )
             embeds.append(x_TD)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coconut_fast.model.batch import Reads
+from coconut_fast.model.batch import UsedPositions
 
 
 def decoder_layers(hf: PreTrainedModel) -> nn.ModuleList | None:
@@ -45,17 +45,17 @@ def joint_projections(layer: nn.Module) -> list[Conv1D]:
 
 
 @contextmanager
-def only_reads(hf: PreTrainedModel, reads: Reads | None) -> Iterator[None]:
-    """Within the block that part of the last layer runs for the tokens of `reads` and gives zeros for all others."""
-    layers = decoder_layers(hf) if reads is not None else None
-    if reads is None or layers is None:
+def only_used(hf: PreTrainedModel, used: UsedPositions | None) -> Iterator[None]:
+    """Within the block that part of the last layer runs for the tokens of `used` and gives zeros for all others."""
+    layers = decoder_layers(hf) if used is not None else None
+    if used is None or layers is None:
         yield
         return
     ours: dict[nn.Module, Callable[..., torch.Tensor]] = {}
     for module in token_wise(layers[-1]):
-        ours[module] = functools.partial(_read, module.forward, reads.at)
+        ours[module] = functools.partial(_read, module.forward, used.at)
     for module in joint_projections(layers[-1]):
-        ours[module] = functools.partial(_read_queries, module, reads.at)
+        ours[module] = functools.partial(_read_queries, module, used.at)
     own = {module: vars(module).get("forward") for module in ours}  # a user's or a library's
     for module, forward in ours.items():
         module.forward = forward

@@ -38,7 +38,7 @@ def refine(
     assert rounds is not None
     embeds_TD = model.embed(batch.input_ids)
     first = batch.passes[0]
-    ragged = cache.append([rows[b] for b in first.rows], first.counts, seeds, first.reads if loss_only else None)
+    ragged = cache.append([rows[b] for b in first.rows], first.counts, seeds, first.used if loss_only else None)
     start_hidden = model.body(embeds_TD[: first.stop], batch.position_ids[: first.stop], ragged)
     if len(batch.passes) == 1:
         return (start_hidden,), (embeds_TD,)

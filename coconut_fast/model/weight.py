@@ -21,7 +21,7 @@ from coconut_fast.model.layer_norm import on_gpu
 
 # Rows below which an fp32 weight is read as it lies. With more it is packed, for every product anew, to save memory;
 # a bf16 weight is packed once for all.
-FEW = 384
+UNPACKED_ROWS = 384
 SHARES = 64  # partial sums of a bias gradient on a GPU: with tiles of 128 columns 384 programs for 768
 
 
@@ -69,7 +69,7 @@ class Weight:
     def _product(self, x: Tensor, matrix: Tensor, vector: Tensor | None, back: bool) -> Tensor:
         if not self.own:
             return ops.matmul(x, matrix, vector)
-        if len(x) < FEW and self.dtype == matrix.dtype == torch.float32:
+        if len(x) < UNPACKED_ROWS and self.dtype == matrix.dtype == torch.float32:
             return ops.few_rows_matmul(x, matrix, vector)
         packed = self.packed.get(back)
         if packed is None:

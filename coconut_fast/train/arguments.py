@@ -19,14 +19,14 @@ PRECISIONS = ("fp32", "bf16", "fp16", "bf16_weights")
 DEBUG_PROBLEMS = (5000, 32)  # for training and for validation, as the official code
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
 # Of transformers.TrainingArguments, what the trainer follows beside our own settings ...
-FOLLOWED = (
+PASSED_THROUGH = (
     "activation_checkpointing", "gradient_checkpointing", "adam_epsilon", "tf32", "full_determinism",
     "torch_empty_cache_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "ddp_backend", "ddp_timeout",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
 )  # fmt: skip
 # ... and what has another name among them.
-OURS = {
+RENAMED_FIELDS = {
     "output_dir": "save_path and name",
     "run_name": "name",
     "data_seed": "seed",
@@ -128,7 +128,9 @@ class CoconutArguments:
     logging_steps: int = 10
     report_to: str | list[str] = "none"  # trackers of transformers: wandb, tensorboard, trackio, ...
     num_workers: int = 0  # processes that prepare batches
-    training_arguments: dict[str, Any] = field(default_factory=dict)  # of transformers.TrainingArguments: see FOLLOWED
+    training_arguments: dict[str, Any] = field(
+        default_factory=dict
+    )  # of transformers.TrainingArguments: see PASSED_THROUGH
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -203,13 +205,13 @@ class CoconutArguments:
                     f"training_arguments: found {name}, but passes differ in shape from batch to batch and run "
                     "kernels that are compiled already; leave it out"
                 )
-            ours = name if name in self.__dataclass_fields__ else OURS.get(name)
+            ours = name if name in self.__dataclass_fields__ else RENAMED_FIELDS.get(name)
             if ours is not None:
                 raise ValueError(f"training_arguments: found {name!r}, expected our own setting instead: {ours}")
-            if name not in FOLLOWED:
+            if name not in PASSED_THROUGH:
                 raise ValueError(
                     f"training_arguments: found {name!r}, which this trainer does not follow; expected some of "
-                    f"{', '.join(FOLLOWED)}"
+                    f"{', '.join(PASSED_THROUGH)}"
                 )
 
     @property

@@ -22,13 +22,13 @@ from coconut_fast.model.batch import (
     PAGE_SIZE,
     Pass,
     RaggedBatch,
-    cut,
     flattened,
-    make_reads,
-    packed,
+    from_buffer,
     row_major,
     shifted,
-    unpacked,
+    split_into_passes,
+    to_buffer,
+    used_positions,
 )
 from coconut_fast.tokens import IGNORE
 
@@ -53,7 +53,7 @@ def bucketed(
         result[own], result[~own] = values_T, behind
         return np.append(result, last)
 
-    batch = cut(
+    batch = split_into_passes(
         np.append(lengths_B + tails_B, plan.sizes),
         around(ids_T, tails, idle),
         thought_id,
@@ -69,15 +69,15 @@ def bucketed(
         page_table=torch.nn.functional.pad(batch.page_table, (0, max_length // PAGE_SIZE - batch.page_table.shape[1])),
         num_slots=(len(batch.input_ids) // PAGE_SIZE + len(batch.lengths)) * PAGE_SIZE,  # for rows of any lengths
     )
-    return unpacked(packed(batch), batch)
+    return from_buffer(to_buffer(batch), batch)
 
 
 def signature(batch: RaggedBatch) -> tuple:
     """What a step depends on beside the numbers in the batch's tensors."""
     passes = []
     for p in batch.passes:
-        reads = (p.reads.at.numel(), p.reads.max_query) if p.reads else ()
-        passes.append((p.stop - p.start, len(p.rows), p.loss_index.numel(), p.max_query, p.max_length, *reads))
+        used = (p.used.at.numel(), p.used.max_query) if p.used else ()
+        passes.append((p.stop - p.start, len(p.rows), p.loss_index.numel(), p.max_query, p.max_length, *used))
     return batch.num_slots, tuple(batch.page_table.shape), *passes
 
 
@@ -107,8 +107,8 @@ class _Plan:
         self.unread = np.minimum(ends_B - (self.most > 0), firsts_B)
         fillers = -(-self.rows // ROWS_A_FILLER)
         read, first = int(tokens[0] - self.unread.sum()), int(labelled[0])
-        self.reads = _shares(self.labelled[0] + self.bucket(read - first + fillers) - read, fillers)
-        room = self.labelled[0] + self.bucket(int(tokens[0]) - first + int(self.reads.sum()))
+        self.used = _shares(self.labelled[0] + self.bucket(read - first + fillers) - read, fillers)
+        room = self.labelled[0] + self.bucket(int(tokens[0]) - first + int(self.used.sum()))
         self.sizes = _shares(room - int(tokens[0]), fillers)
 
     def bucket(self, count: int, least: int = 0) -> int:
@@ -131,11 +131,11 @@ class _Plan:
         tokens, missing = p.stop - p.start, self.labelled[number] - p.loss_index.numel()
         # At tokens that differ as far as they can: the gradients of one token are added one after the other.
         idle = torch.arange(tokens - missing, tokens).remainder(tokens)
-        reads, left = None, p.thoughts_after
+        used, left = None, p.thoughts_after
         if number:
             left = torch.from_numpy(self.thoughts - number)  # below 0: a thought of nobody
         else:
-            reads = make_reads(np.array(p.counts), np.append(self.unread, self.sizes - self.reads))
+            used = used_positions(np.array(p.counts), np.append(self.unread, self.sizes - self.used))
         return replace(
             p,
             max_query=_bound(p.max_query) if number else max_length,
@@ -143,7 +143,7 @@ class _Plan:
             thoughts_after=left,
             loss_index=torch.cat([p.loss_index, idle]),
             targets=torch.cat([p.targets, p.targets.new_full((missing,), IGNORE)]),
-            reads=reads and replace(reads, max_query=_bound(reads.max_query)),
+            used=used and replace(used, max_query=_bound(used.max_query)),
         )
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coconut_fast.infer.capture import aside, captured
-from coconut_fast.model.batch import RaggedBatch, packed, unpacked
+from coconut_fast.infer.capture import capture_graph, capture_stream
+from coconut_fast.model.batch import RaggedBatch, from_buffer, to_buffer
 from coconut_fast.train.buckets import signature
 
 MAX_SHAPES = 128  # of a curriculum's stage there are 20 to 60; all share one pool of memory
@@ -33,7 +33,7 @@ class GraphedStep:
     step: gets a batch on the device and a () int64 tensor, and returns tensors without a graph; those of a replay are
     overwritten by the next one of the same shape. It must not look at the device. A step that cannot be captured runs
     as it is, after one warning.
-    captures: how many shapes were captured; trouble: why no more are.
+    captures: how many shapes were captured; fallback_reason: why no more are.
     """
 
     def __init__(self, step: Step, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
@@ -44,7 +44,7 @@ class GraphedStep:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.captures = 0
-        self.trouble: str | None = None
+        self.fallback_reason: str | None = None
 
     def __call__(self, batch: RaggedBatch, num_items: int | Tensor) -> tuple[Tensor | None, ...]:
         """The step for a batch on the CPU."""
@@ -57,9 +57,9 @@ class GraphedStep:
                 self.shapes.popitem(last=False)
             shape = self.shapes[key] = _Shape.like(batch, self.device)
         self.shapes.move_to_end(key)
-        shape.words.copy_(packed(batch), non_blocking=True)
+        shape.words.copy_(to_buffer(batch), non_blocking=True)
         shape.num_items.copy_(num_items) if isinstance(num_items, Tensor) else shape.num_items.fill_(num_items)
-        if shape.replay is None and shape.reached is not None and self.trouble is None:
+        if shape.replay is None and shape.reached is not None and self.fallback_reason is None:
             self._capture(shape)
         if shape.replay is not None:
             self._attach(shape.reached or ())
@@ -68,7 +68,7 @@ class GraphedStep:
         try:
             return self._launch(shape)
         except torch.OutOfMemoryError as error:
-            if self.trouble is not None or not self.captures:
+            if self.fallback_reason is not None or not self.captures:
                 raise
             self._give_up(error)  # what graphs hold may be what is missing
         return self._launch(shape)
@@ -79,7 +79,7 @@ class GraphedStep:
         try:
             for p in self.parameters:
                 p.grad = None
-            with aside(self.device):
+            with capture_stream(self.device):
                 outputs = self.step(shape.batch, shape.num_items)
             shape.reached = [p for p in self.parameters if p.grad is not None]
             new = [p.grad for p in self.parameters]
@@ -107,8 +107,8 @@ class GraphedStep:
         def launches() -> None:
             shape.outputs = self.step(shape.batch, shape.num_items)
 
-        with aside(self.device) as stream:
-            return launches if stream is None else captured(launches, stream, self.pool)
+        with capture_stream(self.device) as stream:
+            return launches if stream is None else capture_graph(launches, stream, self.pool)
 
     def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes the buffers that graphs add to these parameters' gradients, with the values they have."""
@@ -127,8 +127,8 @@ class GraphedStep:
 
     def _give_up(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        self.trouble = f"training steps are not captured as graphs, but run launch by launch: {reason}"
-        warnings.warn(self.trouble, stacklevel=4)
+        self.fallback_reason = f"training steps are not captured as graphs, but run launch by launch: {reason}"
+        warnings.warn(self.fallback_reason, stacklevel=4)
         for shape in self.shapes.values():
             shape.replay, shape.outputs = None, ()
         if self.device.type == "cuda":  # whose generator may wait for the end of a capture that broke off
@@ -151,6 +151,6 @@ class _Shape:
 
     @classmethod
     def like(cls, batch: RaggedBatch, device: torch.device) -> _Shape:
-        words = torch.empty_like(packed(batch), device=device)
+        words = torch.empty_like(to_buffer(batch), device=device)
         num_items = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(words, unpacked(words, batch), num_items)
+        return cls(words, from_buffer(words, batch), num_items)

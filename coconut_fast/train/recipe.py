@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from coconut_fast.train.arguments import OURS, CoconutArguments
+from coconut_fast.train.arguments import RENAMED_FIELDS, CoconutArguments
 
 FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets the earlier ones win
 RENAMED = {"model_id": "model"}
@@ -116,8 +116,8 @@ def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
     for key in found:
         if key not in known:
             named = (
-                f"it is called {OURS[key]} here"
-                if key in OURS
+                f"it is called {RENAMED_FIELDS[key]} here"
+                if key in RENAMED_FIELDS
                 else f"the nearest known one is {_nearest(str(key), known)!r}"
             )
             raise ValueError(f"{where}: unknown key {key!r}; {named}")

@@ -21,7 +21,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet, read_file
 from coconut_fast.train.reports import draw_curve
 from coconut_fast.train.schedule import EpochRecord
-from coconut_fast.train.state import remember, same_run
+from coconut_fast.train.state import check_same_run, run_fingerprint
 from coconut_fast.train.trainer import CoconutTrainer
 
 
@@ -75,7 +75,7 @@ def _train(
 
     trainer = trainer_class(model, settings, problems, validation)
     if last:
-        same_run(manifest["run"], remember(trainer), last)
+        check_same_run(manifest["run"], run_fingerprint(trainer), last)
     if main:
         write_json(folder / "run.json", {**settings.to_dict(), "removal_smoothing": str(settings.removal_smoothing)})
         print(summary(trainer, last), file=sys.stderr)

@@ -31,7 +31,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def appearing(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that becomes `target` when the block ends, synced to disk; gone where the block raises.
 
     OSError, naming the directory and the older checkpoints that are intact, where the disk does not take it.
@@ -53,7 +53,7 @@ def appearing(target: Path) -> Iterator[Path]:
         raise OSError(f"{failure}; {left}") from error
 
 
-def finish(folder: Path, facts: dict[str, Any]) -> None:
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Writes the manifest: `facts`, and the size of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
@@ -114,7 +114,7 @@ def best_or_last(run: Path) -> Path | None:
     return found[-1]
 
 
-def thin_out(run: Path, keep_last: int, best_step: int | None) -> None:
+def prune(run: Path, keep_last: int, best_step: int | None) -> None:
     """Keeps the last `keep_last` checkpoints (0: all) and the best one."""
     found = checkpoints(run)
     for folder in found[:-keep_last] if keep_last else []:

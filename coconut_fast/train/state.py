@@ -65,10 +65,10 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        trainer.run.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
-        if trainer.schedule.next_stage(trainer.run.history) is None:
+        trainer.run_state.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
+        if trainer.schedule.next_stage(trainer.run_state.history) is None:
             raise ValueError(
-                f"num_epochs: the run in {args.output_dir} has finished its {len(trainer.run.history)} epochs; "
+                f"num_epochs: the run in {args.output_dir} has finished its {len(trainer.run_state.history)} epochs; "
                 "raise num_epochs to go on"
             )
 
@@ -76,15 +76,19 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        stage = trainer.schedule.next_stage(trainer.run.history)
+        stage = trainer.schedule.next_stage(trainer.run_state.history)
         assert stage is not None, "on_evaluate or on_epoch_end has stopped a run that is over"
         trainer.stage = stage
         starts_here = state.global_step % trainer.sampler.updates == 0
-        if starts_here and trainer.schedule.resets(trainer.run.history, stage):
+        if starts_here and trainer.schedule.resets(trainer.run_state.history, stage):
             trainer.optimizer.state.clear()  # what a new optimizer would start with
         sampler = trainer.sampler
-        sampler.epoch, sampler.stage, sampler.lengths = len(trainer.run.history), stage, trainer.rows.lengths(stage)
-        note_training(trainer.accelerator.unwrap_model(trainer.model), trainer.curriculum, stage)
+        sampler.epoch, sampler.stage, sampler.lengths = (
+            len(trainer.run_state.history),
+            stage,
+            trainer.rows.lengths(stage),
+        )
+        record_curriculum(trainer.accelerator.unwrap_model(trainer.model), trainer.curriculum, stage)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,7 +106,7 @@ class StageCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        run = self.trainer.run
+        run = self.trainer.run_state
         run.history.append(EpochRecord(self.trainer.stage))
         if self.trainer.settings.save_only_improve:
             control.should_save = False
@@ -117,7 +121,7 @@ class StageCallback(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        trainer, run = self.trainer, self.trainer.run
+        trainer, run = self.trainer, self.trainer.run_state
         epoch_ended = state.global_step and len(run.history) * trainer.sampler.updates == state.global_step
         if not epoch_ended or metrics is None:
             return
@@ -131,7 +135,7 @@ class StageCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-def note_training(model: Coconut, config: CurriculumConfig, stage: int) -> None:
+def record_curriculum(model: Coconut, config: CurriculumConfig, stage: int) -> None:
     """Writes into the model's settings how it is being trained, for coconut.json."""
     saved = model.settings
     padded = replace(config, pad_latent_to_max=True)
@@ -155,7 +159,7 @@ def learning_rate_factor(trainer: CoconutTrainer, num_steps: int) -> Callable[[i
         if kind == "constant":
             return 1.0
         if kind == "cosine_final":
-            epoch = trainer.schedule.final_start(trainer.run.history)
+            epoch = trainer.schedule.final_start(trainer.run_state.history)
             assert settings.final_epochs is not None
             done = step - epoch * trainer.sampler.updates if epoch is not None else 0
             return _cosine(done / (settings.final_epochs * trainer.sampler.updates))
@@ -169,7 +173,7 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
-def remember(trainer: CoconutTrainer) -> dict[str, Any]:
+def run_fingerprint(trainer: CoconutTrainer) -> dict[str, Any]:
     """What makes a run the same run: every setting that its steps depend on, and its data."""
     settings = {k: v for k, v in trainer.settings.to_dict().items() if k not in MAY_CHANGE}
     settings["removal_smoothing"] = str(settings["removal_smoothing"])  # JSON has no infinity
@@ -178,7 +182,7 @@ def remember(trainer: CoconutTrainer) -> dict[str, Any]:
     return {**settings, "rows_per_update": trainer.sampler.rows_per_update, **data}
 
 
-def same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
+def check_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """CheckpointError, naming the first setting that differs, for a checkpoint of another run.
 
     A setting that is newer than the checkpoint had its default there.

@@ -4,7 +4,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
 
     the stage of an epoch, and the optimizer's reset (train/schedule.py)
     ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py), on a GPU
-        by a thread beside the step (train/ahead.py)
+        by a thread beside the step (train/prefetch.py)
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
     evaluation by batched generation (train/validation.py)
     checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
@@ -37,14 +37,14 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
 from coconut_fast.model.saved import ADDED_WEIGHTS, check_merged, write
 from coconut_fast.train import saving, sharding
-from coconut_fast.train.ahead import Ahead
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.graphed import GraphedStep
 from coconut_fast.train.order import EpochBatches
+from coconut_fast.train.prefetch import Prefetcher
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import Report, thought_norm
 from coconut_fast.train.rows import Collate, StageRows, end_with_parent
-from coconut_fast.train.state import RunState, StageCallback, learning_rate_factor, remember, same_run
+from coconut_fast.train.state import RunState, StageCallback, check_same_run, learning_rate_factor, run_fingerprint
 from coconut_fast.train.validation import validate
 
 
@@ -82,7 +82,7 @@ class CoconutTrainer(Trainer):
         if validation is not None:
             held_out = StageRows(validation, self.curriculum, model.tokens, settings.seed)
             held_out.check(range(self.schedule.last_stage + 1), model.max_positions, "val_path")
-        self.run = RunState()
+        self.run_state = RunState()
         self.stage = self.schedule.planned_stage(self.schedule.first_epoch)
         model.detach_after = settings.detach_after
         model.settings.parallel_rounds = settings.parallel_rounds
@@ -110,13 +110,13 @@ class CoconutTrainer(Trainer):
             seed=settings.seed,
             epoch_size=settings.epoch_size,
         )
-        self.running: torch.nn.Module = model  # as the step in progress was given it
+        self.step_model: torch.nn.Module = model  # as the step in progress was given it
         self.graphed = None
         if self._fits_graphs():
             self.graphed = GraphedStep(self._forward_backward, model.parameters(), self.args.device)
         self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
-        self.makes_ahead = self.args.device.type == "cuda"  # elsewhere it would take the step's own cores
-        self.ahead: Ahead | None = None  # of the present epoch
+        self.prefetches = self.args.device.type == "cuda"  # elsewhere it would take the step's own cores
+        self.prefetcher: Prefetcher | None = None  # of the present epoch
         self.step_rows: list[Any] = []  # the rows of the step in progress
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
         self.skipped = torch.zeros((), device=self.args.device)
@@ -156,10 +156,10 @@ class CoconutTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        if self.makes_ahead:
-            if self.ahead is None or self.ahead.source is not epoch_iterator:
-                self.ahead = Ahead(epoch_iterator, self._ready)
-            epoch_iterator = self.ahead
+        if self.prefetches:
+            if self.prefetcher is None or self.prefetcher.source is not epoch_iterator:
+                self.prefetcher = Prefetcher(epoch_iterator, self._ready)
+            epoch_iterator = self.prefetcher
         batches = list(islice(epoch_iterator, num_batches))
         self.step_rows = [row for batch in batches for row in batch["rows"]]
         self.counted["rows"] += len(self.step_rows) * self.args.world_size
@@ -202,14 +202,14 @@ class CoconutTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if self.graphed is not None and inputs["batch"].num_targets:
-            self.running = model
+            self.step_model = model
             assert num_items_in_batch is not None
             loss, norm = self.graphed(inputs["batch"], num_items_in_batch)
             assert loss is not None
             self.thought_norm = norm.clone() if norm is not None and self._logs_now() else None
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.run.loss_is_finite = self.run.loss_is_finite & torch.isfinite(loss)
+        self.run_state.loss_is_finite = self.run_state.loss_is_finite & torch.isfinite(loss)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # a skipped step must not spoil the mean
 
     def _forward_backward(
@@ -217,7 +217,7 @@ class CoconutTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Loss and thought norm; what a graph is made of."""
         self.thought_norm = None
-        return super().training_step(self.running, {"batch": batch}, num_items), self.thought_norm
+        return super().training_step(self.step_model, {"batch": batch}, num_items), self.thought_norm
 
     def _logs_now(self) -> bool:
         return (self.state.global_step + 1) % self.args.logging_steps == 0
@@ -231,8 +231,8 @@ class CoconutTrainer(Trainer):
         """Tells the optimizer to do nothing where loss or gradient is not finite, without a word from the device."""
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run.loss_is_finite
-        self.run.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run_state.loss_is_finite
+        self.run_state.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         bad = (~finite).float()
         if self.args.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
@@ -320,8 +320,8 @@ class CoconutTrainer(Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             manifest = saving.read_manifest(folder)
-            same_run(manifest["run"], remember(self), folder)
-            self.run.restore(manifest, self.args.device)
+            check_same_run(manifest["run"], run_fingerprint(self), folder)
+            self.run_state.restore(manifest, self.args.device)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
@@ -339,21 +339,21 @@ class CoconutTrainer(Trainer):
         if self.args.world_size > 1:
             self._save_together(target)
             return
-        with saving.appearing(target) as folder:
+        with saving.atomic_directory(target) as folder:
             self._write_checkpoint(folder)
-            saving.finish(folder, self._facts())
-        saving.thin_out(target.parent, self.settings.keep_last, self.run.best_step)
+            saving.write_manifest(folder, self._facts())
+        saving.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
 
     def _save_together(self, target: Path) -> None:
         """All processes write into the directory that the first one makes appear."""
         folder = target.with_name(saving.UNFINISHED + target.name)
         if self.args.should_save:
-            with saving.appearing(target) as folder:
+            with saving.atomic_directory(target) as folder:
                 dist.barrier()
                 self._write_checkpoint(folder)
                 dist.barrier()
-                saving.finish(folder, self._facts())
-            saving.thin_out(target.parent, self.settings.keep_last, self.run.best_step)
+                saving.write_manifest(folder, self._facts())
+            saving.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
         else:
             dist.barrier()
             self._write_checkpoint(folder)
@@ -375,9 +375,9 @@ class CoconutTrainer(Trainer):
             "step": self.state.global_step,
             "stage": self.stage,
             "skipped": int(self.skipped),
-            "history": [asdict(record) for record in self.run.history],
-            "best": self.run.best,
-            "run": remember(self),
+            "history": [asdict(record) for record in self.run_state.history],
+            "best": self.run_state.best,
+            "run": run_fingerprint(self),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from coconut_fast.infer import keep
+from coconut_fast.infer import runner_cache
 from coconut_fast.infer.answers import Evaluation, answer, make_problems
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import sharding
@@ -46,7 +46,7 @@ def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Ev
         max_new_tokens=trainer.settings.answer_length(),
         batch_size=trainer.settings.eval_batch_size,
     )
-    keep.forget(model)  # training needs the memory of its cache more than the next evaluation its graphs
+    runner_cache.drop(model)  # training needs the memory of its cache more than the next evaluation its graphs
     if args.world_size == 1:
         return mine
     parts: list[Evaluation] = [mine] * args.world_size

@@ -11,7 +11,7 @@ from typing import Any
 AHEAD = 2  # batches: one that is ready, and one in the making
 
 
-class Ahead:
+class Prefetcher:
     """`map(ready, source)`, in its order, with the next `AHEAD` items made by a thread; errors come in their place.
 
     Only what is due is made, so a source that is left before its end leaves no thread that waits.

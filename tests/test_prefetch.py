@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from coconut_fast.train.ahead import AHEAD, Ahead
+from coconut_fast.train.prefetch import AHEAD, Prefetcher
 from tests.test_trainer import assert_equal, make_trainer, weights
 
 
 def test_items_come_in_order_and_the_end_stays() -> None:
-    ahead = Ahead(iter(range(10)), lambda item: item * item)
-    assert list(ahead) == [n * n for n in range(10)]
-    assert list(ahead) == []
+    prefetcher = Prefetcher(iter(range(10)), lambda item: item * item)
+    assert list(prefetcher) == [n * n for n in range(10)]
+    assert list(prefetcher) == []
 
 
 def test_another_thread_makes_the_next_ones_while_one_is_used() -> None:
@@ -26,10 +26,10 @@ def test_another_thread_makes_the_next_ones_while_one_is_used() -> None:
             enough.set()
         return threading.current_thread().name
 
-    ahead = Ahead(iter(range(100)), ready)
-    assert next(ahead) != threading.current_thread().name
+    prefetcher = Prefetcher(iter(range(100)), ready)
+    assert next(prefetcher) != threading.current_thread().name
     assert enough.wait(10)
-    ahead.thread.shutdown()
+    prefetcher.thread.shutdown()
     assert made == [0, 1, 2], "only what is due"
 
 
@@ -38,10 +38,10 @@ def test_an_error_comes_where_the_item_would() -> None:
         yield 1
         raise ValueError("a broken problem")
 
-    ahead = Ahead(items(), lambda item: item)
-    assert next(ahead) == 1
+    prefetcher = Prefetcher(items(), lambda item: item)
+    assert next(prefetcher) == 1
     with pytest.raises(ValueError, match="a broken problem"):
-        next(ahead)
+        next(prefetcher)
 
 
 def test_batches_made_by_a_thread_change_nothing(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_batches_made_by_a_thread_change_nothing(tmp_path: Path) -> None:
         trainer = make_trainer(
             tmp_path, debug=True, uniform_prob=0.3, batch_size_training=4, gradient_accumulation_steps=3
         )
-        trainer.makes_ahead = beside
+        trainer.prefetches = beside
         trainer.train()
-        assert (trainer.ahead is not None) == beside
+        assert (trainer.prefetcher is not None) == beside
         results.append(weights(trainer))
     assert_equal(*results)

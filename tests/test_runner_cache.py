@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import engine, keep, machine
+from coconut_fast.infer import engine, machine, runner_cache
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.engine import choose_runner
 from coconut_fast.model.coconut import Coconut
@@ -26,16 +26,16 @@ pytestmark = pytest.mark.usefixtures("kept")
 def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
     model, _ = make_pair(family)
     first = generate(model, PROMPTS, max_new_tokens=11)
-    runner = keep._kept[model]
+    runner = runner_cache._kept[model]
     assert runner.captures == len(runner.graphs) > 0
     captured = runner.captures + (family == "gpt2")  # packed weights are written again from the second call on
     for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
         again = generate(model, prompts, max_new_tokens=11)
-        assert keep._kept[model] is runner and runner.captures == captured
+        assert runner_cache._kept[model] is runner and runner.captures == captured
     assert again.token_ids == first.token_ids
     assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
     generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket: a chain of thoughts, feed, begin, write
-    assert keep._kept[model] is runner and runner.captures == captured + 4
+    assert runner_cache._kept[model] is runner and runner.captures == captured + 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -45,8 +45,8 @@ def test_what_makes_a_new_runner(family: str) -> None:
 
     def run(**options) -> None:
         generate(model, PROMPTS[:2], **{"max_new_tokens": 3, **options})
-        if keep._kept[model] not in seen:
-            seen.append(keep._kept[model])
+        if runner_cache._kept[model] not in seen:
+            seen.append(runner_cache._kept[model])
 
     run()
     run(max_new_tokens=2)
@@ -70,9 +70,9 @@ def test_room_for_larger_calls_is_taken_where_there_is_memory(free: int, monkeyp
     """A call that just fits must not fail for the rounding."""
     model, _ = make_pair("llama")
     room = {"num_slots": 16 * 33, "max_rows": 3, "max_length": 300, "sampling": engine.Sampling()}
-    needed = machine.cache_bytes(model, keep._roomy(16 * 33))
+    needed = machine.cache_bytes(model, runner_cache._rounded_up(16 * 33))
     monkeypatch.setattr(machine, "free_bytes", lambda device: needed - 1 + free)
-    assert keep.lease(model, **room).capacity["num_slots"] == (16 * 33 if free == 0 else 640)
+    assert runner_cache.acquire(model, **room).capacity["num_slots"] == (16 * 33 if free == 0 else 640)
 
 
 class Scaled(torch.nn.Module):
@@ -123,11 +123,13 @@ def test_nothing_is_kept_where_python_may_change_between_calls(family: str, chan
     model, _ = make_pair(family)
     run = partial(generate, model, PROMPTS[:2], max_new_tokens=3)
     expected = run().token_ids
-    before = keep._kept[model]
+    before = runner_cache._kept[model]
     undo = change(model)
-    assert run().token_ids == expected and model not in keep._kept, "the kept runner is not used, and none is kept"
+    assert run().token_ids == expected and model not in runner_cache._kept, (
+        "the kept runner is not used, and none is kept"
+    )
     undo()
-    assert run().token_ids == expected and keep._kept[model] is not before
+    assert run().token_ids == expected and runner_cache._kept[model] is not before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -156,7 +158,7 @@ def test_a_replaced_hook_and_a_changed_feedback_are_seen(family: str, monkeypatc
 def test_a_model_with_hooks_is_not_captured(family: str, change, monkeypatch) -> None:
     monkeypatch.setattr(Coconut, "device", torch.device("cuda"))
     model, _ = make_pair(family)
-    assert choose_runner(model)[0] is keep.lease
+    assert choose_runner(model)[0] is runner_cache.acquire
     change(model)
     runner, reason = choose_runner(model)
     assert runner is EagerRunner and "embed_tokens has" in reason
@@ -167,12 +169,12 @@ def test_a_model_with_hooks_is_not_captured(family: str, change, monkeypatch) ->
 def test_a_step_of_the_optimizer_is_seen_by_the_kept_runner(family: str, fused: bool, monkeypatch) -> None:
     model, _ = make_pair(family)
     before = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    runner = keep._kept[model]
+    runner = runner_cache._kept[model]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     model(torch.tensor([PROMPTS[0]]), labels=torch.tensor([PROMPTS[0]])).loss.backward()
     optimizer.step()
     after = generate(model, PROMPTS, max_new_tokens=11).token_ids
-    assert keep._kept[model] is runner, "weights written in place need no new capture"
+    assert runner_cache._kept[model] is runner, "weights written in place need no new capture"
     monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
     assert after == generate(model, PROMPTS, max_new_tokens=11).token_ids != before
 
@@ -181,13 +183,13 @@ def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
     """Its copies of the weights die with it; a runner made outside would compute in the weights' dtype."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
-    assert keep._kept[model].passes.layers[0].qkv.dtype == torch.float32
+    assert runner_cache._kept[model].passes.layers[0].qkv.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        runner = keep.lease(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
+        runner = runner_cache.acquire(model, num_slots=64, max_rows=2, max_length=32, sampling=engine.Sampling())
         assert runner.passes.layers[0].qkv.dtype == runner.passes.head.dtype == torch.bfloat16
         assert runner.passes.layers[0].norm1.dtype == torch.float32
         under = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
-        assert model not in keep._kept and "fused kernels" in under.stats.reason
+        assert model not in runner_cache._kept and "fused kernels" in under.stats.reason
     again = generate(model, PROMPTS, max_new_tokens=5, return_thoughts=True)
     assert again.token_ids == expected
     for a, b in zip(under.thoughts, again.thoughts, strict=True):
@@ -197,17 +199,17 @@ def test_autocast_has_runners_of_its_own_which_are_not_kept() -> None:
 def test_a_runner_can_be_forgotten() -> None:
     model, _ = make_pair("gpt2")
     generate(model, PROMPTS, max_new_tokens=2)
-    keep.forget(model)
-    assert model not in keep._kept and keep.held_bytes(model) == 0
+    runner_cache.drop(model)
+    assert model not in runner_cache._kept and runner_cache.held_bytes(model) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     model, _ = make_pair(family)
     output = generate(model, PROMPTS, max_new_tokens=3, return_thoughts=True)
-    runner = keep._kept[model]
+    runner = runner_cache._kept[model]
     cache, alive = weakref.ref(runner.cache), weakref.ref(model)
-    assert keep.held_bytes(model) > 0
+    assert runner_cache.held_bytes(model) > 0
     del runner
     gc.collect()
     gc.disable()  # no cycle may be needed to be found
@@ -223,21 +225,21 @@ def test_the_runner_goes_when_the_model_goes(family: str) -> None:
 def test_a_model_that_runs_elsewhere_keeps_nothing_on_the_gpu(chosen, monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     generate(model, PROMPTS, max_new_tokens=2)
-    cache = weakref.ref(keep._kept[model].cache)
+    cache = weakref.ref(runner_cache._kept[model].cache)
     monkeypatch.setattr(engine, "choose_runner", chosen)
     generate(model, PROMPTS, max_new_tokens=2)
-    assert model not in keep._kept and cache() is None
+    assert model not in runner_cache._kept and cache() is None
 
 
 def test_a_call_that_fails_leaves_no_runner_behind(monkeypatch) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=5).token_ids
 
-    def interrupted(self, number, draft):
+    def interrupted(self, number, answer):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.Engine, "_finish", interrupted)
         assert generate(model, PROMPTS, max_new_tokens=5).stats.interrupted
-    assert model not in keep._kept
+    assert model not in runner_cache._kept
     assert generate(model, PROMPTS, max_new_tokens=5).token_ids == expected

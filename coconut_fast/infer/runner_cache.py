@@ -2,7 +2,7 @@
 
 A model keeps its last runner for as long as it lives itself. A graph repeats launches, and none of the Python around
 them: a model with hooks runs eagerly (`hooked`), and no runner is kept where a module's Python may change from one call
-to the next (`fleeting`).
+to the next (`not_reusable`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import chain
 from coconut_fast import ops
 from coconut_fast.infer import fused, machine
 from coconut_fast.infer.cuda_graphs import GraphRunner
-from coconut_fast.infer.decode import Sampling
+from coconut_fast.infer.sampling import Sampling
 from coconut_fast.infer.stats import Clock
 from coconut_fast.model import plan
 from coconut_fast.model.coconut import Coconut
@@ -27,7 +27,7 @@ class KeptRunner(GraphRunner):
         super().__init__(model, num_slots=num_slots, max_rows=max_rows, max_length=max_length, sampling=sampling)
         self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
         self.made_for, self.structure = _made_for(model, sampling), _structure(model)
-        self.fleeting = fleeting(model)
+        self.not_reusable = not_reusable(model)
         self.current = False  # whether `hooked` has just found the model's structure to be what it was
 
     def release(self) -> None:
@@ -37,7 +37,7 @@ class KeptRunner(GraphRunner):
         which the next call may be spared.
         """
         model = self.model
-        if not self.trouble and fused.compute_dtype(model) == model.dtype and self.fleeting is None:
+        if not self.fallback_reason and fused.compute_dtype(model) == model.dtype and self.not_reusable is None:
             _kept[model] = self
 
 
@@ -45,7 +45,7 @@ class KeptRunner(GraphRunner):
 _kept: weakref.WeakKeyDictionary[Coconut, KeptRunner] = weakref.WeakKeyDictionary()
 
 
-def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> KeptRunner:
+def acquire(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> KeptRunner:
     """The runner that the model's last call left, if it is large enough and still fits the model; else a new one.
 
     It is the caller's alone until `release`; after an error it is simply dropped, rows and all.
@@ -57,7 +57,7 @@ def lease(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sam
         runner.refresh()
         return runner
     del runner  # its memory first
-    room = {name: _roomy(n) for name, n in wanted.items()}
+    room = {name: _rounded_up(n) for name, n in wanted.items()}
     if machine.cache_bytes(model, room["num_slots"]) > machine.free_bytes(model.device):
         room["num_slots"] = num_slots
     return KeptRunner(model, sampling=sampling, **room)
@@ -68,7 +68,7 @@ def holds(model: Coconut, **wanted: int) -> bool:
     return model in _kept and _holds(_kept[model], wanted)
 
 
-def forget(model: Coconut) -> None:
+def drop(model: Coconut) -> None:
     """Drops the model's kept runner, where there is one: its memory is needed for something else."""
     _kept.pop(model, None)
 
@@ -93,7 +93,7 @@ def hooked(model: Coconut) -> str | None:
     return plan.hooked(model.hf) or plan.hooked(model.feedback, prefix="feedback")
 
 
-def fleeting(model: Coconut) -> str | None:
+def not_reusable(model: Coconut) -> str | None:
     """Why graphs of this model end with the call: what they do may change where no address of a weight does."""
     if type(model.feedback) not in FEEDBACKS.values():
         return f"feedback {type(model.feedback).__name__} is not one of {', '.join(FEEDBACKS)}"
@@ -123,7 +123,7 @@ def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
 def _structure(model: Coconut) -> list[object]:
     """Its modules, whether Python does more in them than their class says, and the addresses of its weights.
 
-    Where it is what it was, so is what `fleeting`, `hooked` and `fused.reason_not` said of the model.
+    Where it is what it was, so is what `not_reusable`, `hooked` and `fused.reason_not` said of the model.
     """
     modules = plan.modules_of(model)
     found = [vars(module) for module in modules]
@@ -137,7 +137,7 @@ def _holds(runner: KeptRunner, wanted: dict[str, int]) -> bool:
     return all(runner.capacity[name] >= n for name, n in wanted.items())
 
 
-def _roomy(count: int) -> int:
+def _rounded_up(count: int) -> int:
     """Rounded up by at most a quarter, so that a slightly larger call need not capture anew."""
     step = max(1, (1 << count.bit_length()) // 8)
     return -(-count // step) * step
