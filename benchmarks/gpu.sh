@@ -12,7 +12,7 @@
 # COCONUT_FAST_TEST_DATA, a folder with the official code's numbers in golden/, adds its answers to the tests.
 # COCONUT_FAST_COMMIT names the commit in the results where this checkout has no .git.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured and stops no other. Nothing
-# runs beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all), which have the time of the
+# runs more than 15 s beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all), which have the time of the
 # others too: a slow host may need two calls, the second with GPU_STEPS="build tests persistent_tests kernel_tests".
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from coconut_fast.infer.engine import GenerateOutput as GenerateOutput
     from coconut_fast.infer.engine import generate as generate
     from coconut_fast.model.cache import KVCache as KVCache
-    from coconut_fast.model.checkpoints import load as load
     from coconut_fast.model.coconut import Coconut as Coconut
+    from coconut_fast.model.loading import load as load
     from coconut_fast.tokens import LatentTokens as LatentTokens
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "coconut_fast.model.checkpoints",
+    "load": "coconut_fast.model.loading",
     "Coconut": "coconut_fast.model.coconut",
     "LatentTokens": "coconut_fast.tokens",
     "KVCache": "coconut_fast.model.cache",

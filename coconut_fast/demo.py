@@ -19,12 +19,12 @@ from coconut_fast.data.examples import Example, TokenizedExample, read_examples,
 from coconut_fast.data.graphs import VOCABULARY, Graph, graph_of, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.evaluate.accuracy import evaluate
 from coconut_fast.evaluate.table import result_table, write_results
-from coconut_fast.infer.answers import Evaluation
+from coconut_fast.infer.scoring import Evaluation
 from coconut_fast.inspect.probe import decode_thoughts
 from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts
 from coconut_fast.inspect.tree import SearchTree
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.loading import load
 from coconut_fast.train.recipe import read_recipe
 from coconut_fast.train.reports import METRICS, read_metrics
 from coconut_fast.train.run import run as train

@@ -102,10 +102,10 @@ static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, i
                          vector_of(t, "k_norm", s.head_dim), scaling, static_cast<int>(window)});
 }
 
-static void set_ends(Chain& self, const Tensors& t) {
+static void set_embeddings(Chain& self, const Tensors& t) {
   const auto& s = self.shape();
   const coconut_fast::Matrix none;
-  self.set_ends({matrix_of(t, "embed", s.vocab, s.dim),
+  self.set_embeddings({matrix_of(t, "embed", s.vocab, s.dim),
                  t.count("positions") ? matrix_of(t, "positions", s.max_positions, s.dim) : none,
                  matrix_of(t, "head", s.vocab, s.dim), vector_of(t, "head_bias", s.vocab),
                  norm_of(t, "final_norm", s.dim), vector_of(t, "final_norm_bias", s.dim),
@@ -121,7 +121,7 @@ static coconut_fast::CacheView cache_view(const Chain& chain, const CacheLayout&
                                           const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values) {
   const auto& s = chain.shape();
   if (!chain.ready())
-    refuse("native chain: not every weight is set; expected set_layer of all ", s.layers, " layers and set_ends");
+    refuse("native chain: not every weight is set; expected set_layer of all ", s.layers, " layers and set_embeddings");
   if (static_cast<int>(keys.size()) != s.layers || keys.size() != values.size())
     refuse("cache: expected ", s.layers, " layers, found ", keys.size());
   const auto type = keys[0].scalar_type();
@@ -241,7 +241,7 @@ hidden is float32 (rows, dim), read and written in place; other arrays are int32
 have been appended to the layout before.)")
       .def(py::init(&make_chain), py::arg("shape"), py::arg("format"), py::arg("threads"), py::arg("max_tokens"))
       .def("set_layer", &set_layer, py::arg("layer"), py::arg("tensors"), py::arg("scaling"), py::arg("window"))
-      .def("set_ends", &set_ends, py::arg("tensors"))
+      .def("set_embeddings", &set_embeddings, py::arg("tensors"))
       .def("set_feedback", &set_feedback, py::arg("norm"), py::arg("constant"))
       .def("prefill", &chain_prefill, py::arg("layout"), py::arg("keys"), py::arg("values"), py::arg("rows"),
            py::arg("starts"), py::arg("ids"), py::arg("counts"), py::arg("hidden"))

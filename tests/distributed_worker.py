@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from coconut_fast.train import saving
+from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import parse_overrides
@@ -30,7 +30,7 @@ def train(folder: Path, *overrides: str) -> dict[str, Any]:
     train, val = chains(37), chains(8, seed=1)
     model = build(settings, train).double()
     trainer = CoconutTrainer(model, settings, DataSet(train, model.tokenizer), DataSet(val, model.tokenizer))
-    last = saving.checkpoints(Path(settings.output_dir))
+    last = checkpoints.complete(Path(settings.output_dir))
     trainer.train(resume_from_checkpoint=last[-1] if last else None)
     records = trainer.state.log_history
     return {

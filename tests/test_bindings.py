@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
     "kv_append: key": lambda absent: _C.kv_append(absent(CACHE), CACHE, SLOTS, CACHE, CACHE),
     "kv_append: values": lambda absent: _C.kv_append(CACHE, CACHE, SLOTS, CACHE, absent(CACHE)),
     "native chain: norm2": lambda absent: make_chain().set_layer(0, layer(norm2=absent(torch.ones(8))), 1.0, 0),
-    "native chain: head": lambda absent: make_chain().set_ends(ends(head=absent(torch.ones(5, 8)))),
+    "native chain: head": lambda absent: make_chain().set_embeddings(ends(head=absent(torch.ones(5, 8)))),
     "native chain: hidden": lambda absent: think(whole_chain(), hidden=absent(torch.zeros(1, 8))),
     "native chain: cache": lambda absent: think(whole_chain(), keys=absent(torch.zeros(16, 2, 4))),
 }
@@ -74,7 +74,7 @@ def ends(**changes: Tensor) -> dict[str, Tensor]:
 def whole_chain() -> Any:
     chain = make_chain()
     chain.set_layer(0, layer(), 1.0, 0)
-    chain.set_ends(ends())
+    chain.set_embeddings(ends())
     return chain
 
 
@@ -117,7 +117,7 @@ def test_impossible_chains_are_refused(changes: dict[str, Any], message: str) ->
 
 def test_unfinished_chains_are_refused() -> None:
     chain = make_chain()
-    with pytest.raises(ValueError, match="not every weight is set; expected set_layer of all 1 layers and set_ends"):
+    with pytest.raises(ValueError, match="not every weight is set; expected set_layer of all 1 layers and set_emb"):
         think(chain)
     for index in (-1, 1):
         with pytest.raises(ValueError, match=f"layer must be from 0 to 0, found {index}"):
@@ -131,8 +131,8 @@ def test_unfinished_chains_are_refused() -> None:
     with pytest.raises(ValueError, match="not every weight is set"):
         think(chain)
     with pytest.raises(ValueError, match="native chain: the tensor final_norm is missing"):
-        chain.set_ends({key: tensor for key, tensor in ends().items() if key != "final_norm"})
-    chain.set_ends(ends())
+        chain.set_embeddings({key: tensor for key, tensor in ends().items() if key != "final_norm"})
+    chain.set_embeddings(ends())
     think(chain)
 
 

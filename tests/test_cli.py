@@ -22,8 +22,8 @@ from coconut_fast.commands.generate import read_prompts_file
 from coconut_fast.data.examples import read_examples
 from coconut_fast.evaluate import recipe
 from coconut_fast.infer import engine
-from coconut_fast.model.checkpoints import REFERENCE_PREFIX
-from coconut_fast.train import saving
+from coconut_fast.model.loading import REFERENCE_PREFIX
+from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from tests.runs import tiny
 
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_here_is_told_before_the_hub_is_asked(
         assert "some-body/model is no path here: looking in the cache" in capsys.readouterr().err
         raise ValueError("asked")
 
-    monkeypatch.setattr("coconut_fast.model.checkpoints.load", ask)
+    monkeypatch.setattr("coconut_fast.model.loading.load", ask)
     monkeypatch.setattr("coconut_fast.train.build.load", ask)
     assert fails(capsys, 2, "generate", "some-body/model", "go").endswith("asked")
     hub = ("tokenizer=null", "model=some-body/model", "name=hub")
@@ -236,8 +236,8 @@ def test_an_unfinished_run_stands_for_its_best_checkpoint_else_its_last(
     shutil.copytree(trained / "runs" / "run", run)
     assert find_model(str(run)) == str(run), "a finished one stands for itself"
     (run / "config.json").unlink()
-    last = saving.checkpoints(run)[-1]
-    best = run / f"checkpoint-{saving.read_manifest(last)['best']['step']}"
+    last = checkpoints.complete(run)[-1]
+    best = run / f"checkpoint-{checkpoints.read_manifest(last)['best']['step']}"
     assert find_model(str(run)) == best
     prompt = ("go on from ada", "--max-new-tokens", "4")
     assert call(capsys, "generate", run, *prompt) == call(capsys, "generate", best, *prompt)
@@ -271,7 +271,7 @@ def test_places_that_may_not_be_written_to_are_refused_before_work(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
-    monkeypatch.setattr("coconut_fast.model.checkpoints.load", lambda *_, **__: pytest.fail("loaded in vain"))
+    monkeypatch.setattr("coconut_fast.model.loading.load", lambda *_, **__: pytest.fail("loaded in vain"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nowhere").symlink_to("absent")
     (tmp_path / "there" / "results.json").mkdir(parents=True)

@@ -11,7 +11,7 @@ import pytest
 from coconut_fast import demo
 from coconut_fast.cli import main
 from coconut_fast.data.examples import read_examples
-from coconut_fast.model.checkpoints import load
+from coconut_fast.model.loading import load
 from coconut_fast.train.recipe import read_recipe
 
 FEW_STEPS = ["epoch_size=32", "batch_size_training=16", "first_stage_epochs=1", "epochs_per_stage=1", "num_epochs=5"]

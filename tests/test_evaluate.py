@@ -14,17 +14,18 @@ from coconut_fast.data.examples import Example, tokenize_examples
 from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.evaluate.accuracy import evaluate
 from coconut_fast.evaluate.table import result_table, write_results
-from coconut_fast.infer.answers import Evaluation, Prediction, answer, extract_answer, make_problems
+from coconut_fast.infer import scoring
 from coconut_fast.infer.prompts import read_prompts
+from coconut_fast.infer.scoring import Evaluation, Prediction, extract_answer, generate_and_score, make_problems
 from coconut_fast.model.batch import collate
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.loading import load
 from coconut_fast.train.build import build
+from coconut_fast.train.callbacks import record_curriculum
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
-from coconut_fast.train.state import record_curriculum
 from tests.runs import chains, tiny
 
 
@@ -51,7 +52,6 @@ def test_the_answer_stands_behind_the_last_mark(text: str, expected: str) -> Non
 
 @pytest.mark.filterwarnings("ignore:.*tokenizer does not know")
 def test_judgement_is_by_the_extracted_answer(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coconut_fast.infer import answers
 
     class Output:
         texts = ("cy to dee\n### dee", "### dee, dee", "### 1234")
@@ -59,7 +59,7 @@ def test_judgement_is_by_the_extracted_answer(model: Coconut, monkeypatch: pytes
         num_thoughts = (2, 2, 0)
         stats = type("Stats", (), {"interrupted": False})
 
-    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: Output)
+    monkeypatch.setattr(scoring, "generate", lambda *args, **kwargs: Output)
     examples = [Example("go on from cy", [], "dee"), Example("go on from cy", [], "dee"), Example("go", [], "1,234")]
     result = evaluate(model, examples, num_thoughts=2)
     assert [p.correct for p in result.predictions] == [True, False, True]
@@ -108,7 +108,7 @@ def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
     late = make_problems(model, examples, tokenized, 2, config)
     assert [p.accepted for p in late] == [(e.answer,) for e in examples]
     assert all(p.length is None and p.prompt[-1] == 37 for p in late), "[A] is given"
-    assert answer(model, early, max_new_tokens=9).mean_tokens == 2, "one thought, one node"
+    assert generate_and_score(model, early, max_new_tokens=9).mean_tokens == 2, "one thought, one node"
 
 
 def test_tables_and_files(tmp_path: Path) -> None:
@@ -144,10 +144,9 @@ def test_a_long_problem_takes_nothing_from_the_others(model: Coconut) -> None:
     ],
 )
 def test_answers_with_marks_inside(model, monkeypatch, text: str, answer: str, right: bool) -> None:
-    from coconut_fast.infer import answers
 
     output = SimpleNamespace(texts=[text], token_ids=[[5]], num_thoughts=[0], stats=SimpleNamespace(interrupted=False))
-    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: output)
+    monkeypatch.setattr(scoring, "generate", lambda *args, **kwargs: output)
     assert evaluate(model, [Example("go on from cy", [], answer)], method="cot").predictions[0].correct is right
 
 

@@ -20,9 +20,9 @@ import torch
 
 from coconut_fast.data.examples import read_examples, write_examples
 from coconut_fast.files import reserve
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.train import saving
+from coconut_fast.model.loading import load
+from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import make_arguments
@@ -37,12 +37,12 @@ SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 2),  # before the first checkpoint
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 6),  # in the middle of an epoch
     ("coconut_fast.train.trainer", "CoconutTrainer._save_optimizer_and_scheduler", 2),  # the weights are written
-    ("coconut_fast.train.saving", "write_manifest", 1),  # all but the manifest is written
-    ("coconut_fast.train.saving", "sync", 1),  # everything is written, nothing is renamed
+    ("coconut_fast.train.checkpoints", "write_manifest", 1),  # all but the manifest is written
+    ("coconut_fast.train.checkpoints", "sync", 1),  # everything is written, nothing is renamed
     ("coconut_fast.train.validation", "answer", 1),  # in an evaluation
-    ("coconut_fast.train.saving", "shutil.rmtree", 3),  # while an old checkpoint is removed
+    ("coconut_fast.train.checkpoints", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
-    ("coconut_fast.model.saved", "write", 1),  # the best model is half-way to its place
+    ("coconut_fast.model.saving", "write", 1),  # the best model is half-way to its place
     ("matplotlib.figure", "Figure.savefig", 1),  # the picture has its temporary name
 ]
 CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3, "warmup_steps": 4}
@@ -104,7 +104,7 @@ def start(
 
 def digest(run: Path) -> dict[str, Any]:
     """What has to be the same: weights, optimizer and the losses of every step."""
-    last = saving.checkpoints(run)[-1]
+    last = checkpoints.complete(run)[-1]
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     state = {f"{i}.{name}": value for i, s in optimizer.items() for name, value in s.items()}
     losses = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
@@ -148,7 +148,7 @@ def test_a_second_process_does_not_train_in_the_same_directory(tmp_path: Path) -
         assert start(tmp_path) == ("ValueError", refused)
         assert list(run.iterdir()) == [half]
     assert start(tmp_path, num_epochs=1) is None
-    assert not half.exists() and saving.checkpoints(run)
+    assert not half.exists() and checkpoints.complete(run)
 
 
 def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path)
 
 
 def test_a_manifest_reads_the_same_in_any_locale(tmp_path: Path) -> None:
-    saving.write_manifest(tmp_path, {"model": "modèle"})
+    checkpoints.write_manifest(tmp_path, {"model": "modèle"})
     code = f"print(ascii(read_manifest(Path({str(tmp_path)!r}))['model']))"
-    command = [sys.executable, "-c", f"from coconut_fast.train.saving import Path, read_manifest; {code}"]
+    command = [sys.executable, "-c", f"from coconut_fast.train.checkpoints import Path, read_manifest; {code}"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == ascii("modèle") + "\n", done.stderr
@@ -202,17 +202,17 @@ def test_settings_of_another_run_are_named_when_it_is_finished(undisturbed: Path
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(stopped: Path, undisturbed: Path) -> None:
-    older = saving.checkpoints(stopped)[-1]
+    older = checkpoints.complete(stopped)[-1]
     error = start(stopped.parents[1], file_limit=30_000)
     assert error is not None and error[0] == "OSError", error
     assert re.search(rf"checkpoint-12 could not be written \(.*MB were free\); {older.name} is intact", error[1])
-    assert not [path for path in stopped.iterdir() if path.name.startswith(saving.UNFINISHED)]
+    assert not [path for path in stopped.iterdir() if path.name.startswith(checkpoints.UNFINISHED)]
     assert start(stopped.parents[1]) is None
     assert_same(digest(stopped), digest(undisturbed))
 
 
 def test_a_truncated_checkpoint_is_named(stopped: Path, undisturbed: Path) -> None:
-    newest = saving.checkpoints(stopped)[-1]
+    newest = checkpoints.complete(stopped)[-1]
     weights = newest / "model.safetensors"
     size = weights.stat().st_size
     os.truncate(weights, size // 2)
@@ -266,7 +266,7 @@ def test_a_run_may_be_made_longer_and_cut_otherwise(stopped: Path) -> None:
     """The rows of a step may be cut into other batches, and there may be more epochs: it is still the same run."""
     cut = {"batch_size_training": 4, "gradient_accumulation_steps": 4, "num_epochs": 5}
     assert start(stopped.parents[1], **cut) is None
-    assert saving.checkpoints(stopped)[-1].name == "checkpoint-15"
+    assert checkpoints.complete(stopped)[-1].name == "checkpoint-15"
 
 
 def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> None:
@@ -276,14 +276,14 @@ def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> N
         folder.mkdir(parents=True)
     (disk / "model.safetensors").write_bytes(b"weights")
     (run / "checkpoint-1").symlink_to(disk)
-    saving.prune(run, 1, None)
+    checkpoints.prune(run, 1, None)
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert (disk / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Path) -> None:
     check_same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 1}, tmp_path)
-    with pytest.raises(saving.CheckpointError, match="c_thought was 1 there and is 2 now"):
+    with pytest.raises(checkpoints.CheckpointError, match="c_thought was 1 there and is 2 now"):
         check_same_run({"lr": 0.1}, {"lr": 0.1, "c_thought": 2}, tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
     whole = trained(3)
     folder = Path(whole.args.output_dir)
     shutil.rmtree(folder / "checkpoint-9")
-    again = trained(3, saving.checkpoints(folder)[-1])
+    again = trained(3, checkpoints.complete(folder)[-1])
     assert_same(again.model.state_dict(), whole.model.state_dict())
     assert again.model.feedback.scale.item() != 1
     with pytest.warns(UserWarning, match=r"checkpoint-9: added\.safetensors is left out, modules that"):

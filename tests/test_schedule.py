@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.schedule import EpochRecord, StageSchedule
-from coconut_fast.train.state import learning_rate_factor
 
 
 def play(schedule: StageSchedule, metrics: list[float | None] | None = None) -> tuple[list[int], list[bool]]:

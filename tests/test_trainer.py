@@ -16,13 +16,13 @@ from coconut_fast.commands.common import find_model
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
-from coconut_fast.train import saving
+from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
+from coconut_fast.train.checkpoints import CheckpointError
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
-from coconut_fast.train.saving import CheckpointError
 from coconut_fast.train.state import RunState
 from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
@@ -153,7 +153,7 @@ def test_a_run_leaves_a_model_metrics_and_a_curve(tmp_path: Path) -> None:
     assert json.loads((folder / "run.json").read_text())["max_latent_stage"] == 2
 
     best = max(evaluations[4:], key=lambda r: r["eval_accuracy"])["step"]
-    assert {c.name for c in saving.checkpoints(folder)} == {"checkpoint-18", f"checkpoint-{best}"}
+    assert {c.name for c in checkpoints.complete(folder)} == {"checkpoint-18", f"checkpoint-{best}"}
     model = load(folder)
     assert model.settings.stage == 2 and model.settings.num_thoughts == 2 and model.settings.method == "coconut"
     assert torch.equal(model.embed(torch.arange(3)), load(folder / f"checkpoint-{best}").embed(torch.arange(3)))
@@ -173,8 +173,8 @@ def test_a_run_keeps_its_records(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lr was 0.01 there and is 0.5 now"):
         run(tiny(tmp_path, num_epochs=3, lr=0.5))
     assert run(tiny(tmp_path, num_epochs=1, debug=True)) == tmp_path / "runs" / "tiny-debug"
-    for checkpoint in saving.checkpoints(folder):
-        saving.remove(checkpoint)
+    for checkpoint in checkpoints.complete(folder):
+        checkpoints.remove(checkpoint)
     with pytest.raises(ValueError, match="name: .*tiny holds the model of a run without its checkpoints"):
         run(tiny(tmp_path, num_epochs=2))
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -207,14 +207,14 @@ def test_save_only_improve(tmp_path: Path) -> None:
     scores = [(r["step"], r["eval_accuracy"]) for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
     improving = {step for i, (step, score) in enumerate(scores) if all(score > s for _, s in scores[:i])}
     kept = sorted(improving | {scores[-1][0]})
-    assert [c.name for c in saving.checkpoints(folder)] == [f"checkpoint-{step}" for step in kept]
+    assert [c.name for c in checkpoints.complete(folder)] == [f"checkpoint-{step}" for step in kept]
 
 
 def test_a_run_that_saves_improvements_alone_knows_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"method": "no_cot", "save_only_improve": True, "num_epochs": 3}
     monkeypatch.setattr(RunState, "improves", lambda self, stage, accuracy, step: step == 3)
     folder = run(tiny(tmp_path, **changes))
-    assert [c.name for c in saving.checkpoints(folder)] == ["checkpoint-3", "checkpoint-9"]
+    assert [c.name for c in checkpoints.complete(folder)] == ["checkpoint-3", "checkpoint-9"]
     trained = (folder / "metrics.jsonl").read_text()
     run(tiny(tmp_path, **changes))
     assert (folder / "metrics.jsonl").read_text() == trained, "a finished run stays finished"

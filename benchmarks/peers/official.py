@@ -74,8 +74,8 @@ def train(model: torch.nn.Module, job: dict) -> dict:
     labels = torch.tensor(job["labels"], device=job["device"])
     positions = torch.arange(ids.shape[1], device=job["device"]).expand_as(ids)
     seconds, losses = [], []
-    for i in rounds(job):
-        if job.get("limit") and i == 0:
+    for _ in rounds(job):
+        if job.get("limit") and not seconds:
             threading.Timer(job["limit"], give_up, (job["limit"],)).start()
         start = finished(job)
         loss = model(ids, torch.ones_like(ids), labels, positions).loss

@@ -71,7 +71,7 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
     """The model at `path`, on the device and in the type asked for."""
     import torch
 
-    from coconut_fast.model.checkpoints import load
+    from coconut_fast.model.loading import load
 
     quiet()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,16 +82,16 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
 
 def find_model(path: str) -> str | Path:
     """A run's directory that has checkpoints but is not finished stands for its stage's best one, else its last."""
-    from coconut_fast.train import saving
+    from coconut_fast.train import checkpoints
 
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        return saving.best_or_last(Path(path)) or path
+        return checkpoints.best_or_last(Path(path)) or path
     return path
 
 
 def tell_of_hub(path: str) -> None:
     """A word where a model is not here: without a network transformers tries for half a minute."""
-    from coconut_fast.model.checkpoints import check_path
+    from coconut_fast.model.loading import check_path
 
     if not os.path.exists(path):
         check_path(path)  # a mistyped path is refused without asking

@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
 
 def _model(arguments: argparse.Namespace) -> int:
     from coconut_fast.files import check_folder
-    from coconut_fast.model.checkpoints import load
+    from coconut_fast.model.loading import load
 
     quiet()
     check_folder(arguments.target, "target")
@@ -75,8 +75,8 @@ def _official(arguments: argparse.Namespace) -> int:
     import torch
 
     from coconut_fast.files import check_file, not_written, write_atomically
-    from coconut_fast.model.checkpoints import REFERENCE_PREFIX, load
     from coconut_fast.model.feedback import name_of
+    from coconut_fast.model.loading import REFERENCE_PREFIX, load
 
     quiet()
     check_file(arguments.target, "target")

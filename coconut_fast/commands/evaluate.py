@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from coconut_fast.commands.common import MODEL_HELP, add_command, add_model_options, find_model, load_model
 
 if TYPE_CHECKING:
-    from coconut_fast.infer.answers import Evaluation
+    from coconut_fast.infer.scoring import Evaluation
 
 # Spelled out, so that --help needs no import; a test compares it with data/curriculum.py.
 METHODS = (
@@ -53,7 +53,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from coconut_fast.evaluate.accuracy import evaluate
     from coconut_fast.evaluate.table import RESULTS
     from coconut_fast.files import check_file, check_folder
-    from coconut_fast.model.checkpoints import check_path
+    from coconut_fast.model.loading import check_path
 
     for name, low in (("limit", 1), ("max_new_tokens", 1), ("batch_size", 1), ("num_thoughts", 0)):
         value = getattr(arguments, name)

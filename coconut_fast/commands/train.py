@@ -42,16 +42,16 @@ def _train(arguments: argparse.Namespace) -> int:
         if first:
             _evaluate(settings)
         return 0
-    from coconut_fast.train import saving
+    from coconut_fast.train import checkpoints
     from coconut_fast.train.run import leave_group, run
 
-    begins = not saving.checkpoints(Path(settings.output_dir))
+    begins = not checkpoints.complete(Path(settings.output_dir))
     if first and begins and isinstance(settings.model, str) and settings.load_model_path is None:
         tell_of_hub(settings.model)
     try:
         folder = run(settings)
     except KeyboardInterrupt:
-        kept = saving.checkpoints(Path(settings.output_dir))
+        kept = checkpoints.complete(Path(settings.output_dir))
         again = f"goes on from {kept[-1].name}" if kept else "begins anew, there is no checkpoint yet"
         raise KeyboardInterrupt(f"the same command {again}") from None
     leave_group()

@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint on a data set, by batched generation; infer/answers.py states what counts as the answer."""
+"""Accuracy of a checkpoint on a data set, by batched generation; infer/scoring.py states what counts as the answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig, saved_curriculum
 from coconut_fast.data.examples import Example
-from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.infer.scoring import Evaluation, generate_and_score, make_problems
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.problems import tokenize
 
@@ -31,7 +31,7 @@ def evaluate(
     """
     tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=where)
     config, stage = trained_curriculum(model, method, num_thoughts)
-    return answer(
+    return generate_and_score(
         model,
         make_problems(model, examples, tokenized, stage, config),
         num_thoughts=num_thoughts,

@@ -6,7 +6,7 @@ import torch
 
 from coconut_fast.data.curriculum import CurriculumConfig, num_slots, saved_curriculum
 from coconut_fast.data.examples import TokenizedExample
-from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.infer.scoring import Evaluation, generate_and_score, make_problems
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.build import build
@@ -23,7 +23,7 @@ def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
     if settings.device != "cpu":
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=str(settings.val_path))
-    return answer(
+    return generate_and_score(
         model,
         make_problems(model, examples, tokenized, stage, config),
         num_thoughts=num_thoughts,

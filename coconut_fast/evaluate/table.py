@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_fast.files import write_atomically, write_json
-from coconut_fast.infer.answers import Evaluation
+from coconut_fast.infer.scoring import Evaluation
 
 RESULTS = "results.json"
 COLUMNS = ("model", "accuracy", "tokens", "thoughts", "ms / example", "examples")

@@ -86,8 +86,9 @@ class GraphRunner(EagerRunner):
         self.batches: dict[int, StaticBatch] = {}
         self.prompts: dict[tuple[int, int, int], StaticPrompts] = {}
         self.graphs: dict[tuple[object, str, tuple[int, ...]], Callable[[], None]] = {}
-        self.fresh: tuple[torch.Tensor, Sequence[ActiveAnswer]] | None = None  # states that first tokens are to follow
-        self.standing: list[ActiveAnswer] = []  # what the static batch that wrote last holds, if nothing came between
+        # Answers whose first token is still to be chosen, and their last hidden states.
+        self.awaiting_first: tuple[torch.Tensor, Sequence[ActiveAnswer]] | None = None
+        self.resident: list[ActiveAnswer] = []  # in the static batch since the last decode, if nothing came between
         self.captures = 0
         # Elsewhere there is nothing to capture, and prompts lie as they are.
         self.bucketed = model.device.type == "cuda"
@@ -125,7 +126,7 @@ class GraphRunner(EagerRunner):
             return torch.cat(
                 [self.prefill_and_think(rows[p], prompts[p], None if thoughts is None else thoughts[p]) for p in parts]
             )
-        batch, self.standing = self.batch_for(len(rows)), []
+        batch, self.resident = self.batch_for(len(rows)), []
         with self.clock("prefill"):
             self._prefill(batch, range(len(rows)), rows, [p.pieces[0].tokens for p in prompts])
         for r in range(max(len(p.pieces) for p in prompts) - 1):
@@ -192,15 +193,15 @@ class GraphRunner(EagerRunner):
 
     def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
         """The answers' first tokens are chosen by the `decode` that follows, in which they come last."""
-        self.fresh = hidden_BD, answers
+        self.awaiting_first = hidden_BD, answers
 
     @torch.inference_mode()
     def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
         """As EagerRunner.decode, with one look at the device behind `steps` replays; first tokens are written too."""
         assert steps <= DECODE_STEPS, f"{steps} tokens between two looks, the static batch holds {DECODE_STEPS}"
         eos = self.model.tokens.eos
-        hidden_BD, fresh = self.fresh or (None, ())
-        self.fresh = None
+        hidden_BD, fresh = self.awaiting_first or (None, ())
+        self.awaiting_first = None
         writing = [a for a in answers if not a.done(eos)]
         old = len(writing) - len(fresh)
         assert all(a is b for a, b in zip(writing[old:], fresh, strict=True)), "first tokens of other answers are due"
@@ -248,7 +249,7 @@ class GraphRunner(EagerRunner):
         rows, batch = [a.row for a in answers], self.batch_for(len(answers))
         left = [a.limit - len(a.tokens) - (i >= old) for i, a in enumerate(answers)]  # behind the first token
         counts = [min(steps, n) for n in left]
-        if fresh or list(map(id, answers)) != list(map(id, self.standing)):
+        if fresh or list(map(id, answers)) != list(map(id, self.resident)):
             last = [a.tokens[-1] if a.tokens else 0 for a in answers]
             batch.fill(rows, self._lengths(rows), left, last, fresh)
             if states_BD is not None:
@@ -268,7 +269,7 @@ class GraphRunner(EagerRunner):
         written = batch.written.cpu()[: len(rows), : max(counts) + begun].tolist()
         for answer, tokens in zip(answers, written, strict=True):
             answer.tokens.extend(t for t in tokens if t >= 0)
-        self.standing = answers
+        self.resident = answers
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         lengths = self.cache.layout.lengths

@@ -94,7 +94,7 @@ def generate(
     if not isinstance(model, Coconut):
         if not isinstance(model, str | Path):
             raise ValueError(f"model: found a {type(model).__name__}, expected a Coconut model, a path or a hub id")
-        from coconut_fast.model.checkpoints import load
+        from coconut_fast.model.loading import load
 
         model = load(model)
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)

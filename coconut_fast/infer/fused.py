@@ -105,8 +105,9 @@ class FusedPasses:
                 if kept.data_ptr() == tensor.data_ptr():
                     continue
                 if kept.dtype == tensor.dtype and tensor.t().is_contiguous():
-                    for group, matrix in zip(transposed.setdefault(kept.shape, ([], [])), (tensor.t(), kept), strict=True):
-                        group.append(matrix)
+                    sources, copies = transposed.setdefault(kept.shape, ([], []))
+                    sources.append(tensor.t())
+                    copies.append(kept)
                 else:
                     kept.copy_(tensor)
         for sources, copies in transposed.values():

@@ -85,7 +85,7 @@ class NativeModel:
         ends |= {name: t for name in optional if (t := getattr(plan, name)) is not None}
         # The chain reads embeddings in place: these keep them alive, also where a parameter is given other storage.
         self.ends = {name: _for_chain(t.float() if name == "inv_freq" else t) for name, t in ends.items()}
-        self.chain.set_ends(self.ends)
+        self.chain.set_embeddings(self.ends)
         if isinstance(model.feedback, Rescale):
             self.chain.set_feedback(float(model.feedback.mean_norm), None)
         elif isinstance(model.feedback, Pause):

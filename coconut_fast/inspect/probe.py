@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from coconut_fast.infer.engine import generate
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.loading import load
 
 
 def decode_thoughts(

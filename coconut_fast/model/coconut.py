@@ -28,7 +28,7 @@ from coconut_fast.model.deferred import DeferredWeightGradients
 from coconut_fast.model.feedback import make_feedback
 from coconut_fast.model.last_layer import only_used
 from coconut_fast.model.parallel import refine
-from coconut_fast.model.saved import save
+from coconut_fast.model.saving import save
 from coconut_fast.model.weight import has_own_products
 from coconut_fast.tokens import LatentTokens
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
-from coconut_fast.model.checkpoints import add_latent_tokens, load, reason_of
 from coconut_fast.model.checks import check_ragged
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.loading import add_latent_tokens, load, reason_of
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 

@@ -14,8 +14,8 @@ from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.saved import COCONUT_JSON
-from coconut_fast.train import saving
+from coconut_fast.model.saving import COCONUT_JSON
+from coconut_fast.train import checkpoints
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet, read_file
@@ -31,7 +31,7 @@ def run(settings: CoconutArguments, trainer_class: type[CoconutTrainer] = Coconu
     Returns that directory: it then holds the best model of the last stage (for `coconut_fast.load`), checkpoints,
     metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, another run's checkpoint,
     or a directory in which another process trains; OSError where the disk does not take a checkpoint; NonFiniteError
-    where training diverges. trainer_class: with a loss or metrics of one's own (docs/building.md).
+    where training diverges. trainer_class: with a loss or metrics of one's own (docs/extending.md).
     """
     folder = Path(settings.output_dir)
     check_folder(folder, "save_path")
@@ -56,15 +56,15 @@ def _train(
     main: bool,
 ) -> None:
     """What each process does; `main` writes."""
-    found = [] if settings.debug else saving.checkpoints(folder)
+    found = [] if settings.debug else checkpoints.complete(folder)
     last = found[-1] if found else None
     if last is None and not settings.debug and (folder / COCONUT_JSON).exists():
         raise ValueError(
             f"name: {folder} holds the model of a run without its checkpoints, expected one of them to go on from; "
             "move it away, or use another name for a new run"
         )
-    manifest: dict[str, Any] = saving.read_manifest(last) if last else {}
-    model = saving.read_model(last) if last else build(settings, examples)
+    manifest: dict[str, Any] = checkpoints.read_manifest(last) if last else {}
+    model = checkpoints.read_model(last) if last else build(settings, examples)
     symbols = None
     if settings.tokenizer == "symbols":
         symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
@@ -101,9 +101,9 @@ def leave_group() -> None:
 
 def finish(folder: Path, debug: bool) -> None:
     """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
-    chosen = None if debug else saving.best_or_last(folder)
+    chosen = None if debug else checkpoints.best_or_last(folder)
     if chosen is not None:  # from the disk: the model in memory may be spread over processes
-        saving.read_model(chosen).save_pretrained(folder)
+        checkpoints.read_model(chosen).save_pretrained(folder)
     draw_curve(folder)
 
 

@@ -7,7 +7,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
         by a thread beside the step (train/prefetch.py)
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
     evaluation by batched generation (train/validation.py)
-    checkpoints that appear whole, and a run that goes on as if nothing had happened (train/saving.py)
+    checkpoints that appear whole, and a run that goes on as if nothing had happened (train/checkpoints.py)
     steps with a non-finite loss or gradient skipped on the device, counted, and ended after too many
     forward and backward replayed as CUDA graphs on a single GPU (train/graphed.py)
 """
@@ -35,16 +35,18 @@ from coconut_fast.files import write_json
 from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
-from coconut_fast.model.saved import ADDED_WEIGHTS, check_merged, write
-from coconut_fast.train import saving, sharding
+from coconut_fast.model.saving import ADDED_WEIGHTS, check_merged, write
+from coconut_fast.train import checkpoints, sharding
 from coconut_fast.train.arguments import CoconutArguments
+from coconut_fast.train.callbacks import StageCallback
 from coconut_fast.train.graphed import GraphedStep
+from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.prefetch import Prefetcher
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import Report, thought_norm
 from coconut_fast.train.rows import Collate, StageRows, end_with_parent
-from coconut_fast.train.state import RunState, StageCallback, check_same_run, learning_rate_factor, run_fingerprint
+from coconut_fast.train.state import RunState, check_same_run, run_fingerprint
 from coconut_fast.train.validation import validate
 
 
@@ -319,7 +321,7 @@ class CoconutTrainer(Trainer):
         """Trains; goes on from a checkpoint where one is given. CheckpointError for a broken one or another run's."""
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
-            manifest = saving.read_manifest(folder)
+            manifest = checkpoints.read_manifest(folder)
             check_same_run(manifest["run"], run_fingerprint(self), folder)
             self.run_state.restore(manifest, self.args.device)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
@@ -335,25 +337,25 @@ class CoconutTrainer(Trainer):
                 ops.extension().keep_freed_memory(False)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        target = Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}"
+        target = Path(self.args.output_dir) / f"{checkpoints.PREFIX}{self.state.global_step}"
         if self.args.world_size > 1:
             self._save_together(target)
             return
-        with saving.atomic_directory(target) as folder:
+        with checkpoints.atomic_directory(target) as folder:
             self._write_checkpoint(folder)
-            saving.write_manifest(folder, self._facts())
-        saving.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
+            checkpoints.write_manifest(folder, self._facts())
+        checkpoints.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
 
     def _save_together(self, target: Path) -> None:
         """All processes write into the directory that the first one makes appear."""
-        folder = target.with_name(saving.UNFINISHED + target.name)
+        folder = target.with_name(checkpoints.UNFINISHED + target.name)
         if self.args.should_save:
-            with saving.atomic_directory(target) as folder:
+            with checkpoints.atomic_directory(target) as folder:
                 dist.barrier()
                 self._write_checkpoint(folder)
                 dist.barrier()
-                saving.write_manifest(folder, self._facts())
-            saving.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
+                checkpoints.write_manifest(folder, self._facts())
+            checkpoints.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
         else:
             dist.barrier()
             self._write_checkpoint(folder)
@@ -392,6 +394,6 @@ class CoconutTrainer(Trainer):
         if type(ours.feedback) not in FEEDBACKS.values():  # a module of the user's, which its name cannot make
             with sharding.gathered(ours):
                 own = copy.deepcopy(ours.feedback)
-        state = saving.read_model(Path(resume_from_checkpoint), own).state_dict()
+        state = checkpoints.read_model(Path(resume_from_checkpoint), own).state_dict()
         added = Path(resume_from_checkpoint) / ADDED_WEIGHTS
         sharding.load_whole(ours, state | (load_file(added) if added.is_file() else {}))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from coconut_fast.infer import runner_cache
-from coconut_fast.infer.answers import Evaluation, answer, make_problems
+from coconut_fast.infer.scoring import Evaluation, generate_and_score, make_problems
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import sharding
 from coconut_fast.train.problems import DataSet
@@ -40,7 +40,7 @@ def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Ev
     """Every problem's judged answer, with the thoughts of the stage."""
     args = trainer.args
     problems = make_problems(model, validation.examples, validation.fixed, trainer.stage, trainer.curriculum)
-    mine = answer(
+    mine = generate_and_score(
         model,
         problems[args.process_index :: args.world_size],
         max_new_tokens=trainer.settings.answer_length(),

@@ -7,19 +7,6 @@
 
 namespace coconut_fast {
 
-const Kernels& kernels_for(Isa isa) {
-  const Kernels* found = nullptr;
-  switch (isa) {
-    case Isa::portable: found = portable_kernels(); break;
-    case Isa::avx2: found = avx2_kernels(); break;
-    case Isa::avx512: found = avx512_kernels(); break;
-    case Isa::avx512_bf16: found = avx512_bf16_kernels(); break;
-    case Isa::amx: found = amx_kernels(); break;
-  }
-  if (!found) throw std::invalid_argument(std::string("this build has no kernels for ") + isa_name(isa));
-  return *found;
-}
-
 namespace {
 
 // Bytes of a row, such that rows start on different cache sets: an odd number of lines.
@@ -29,8 +16,8 @@ size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 Chain::Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa)
     : shape_(shape), format_(format), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
-      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), aheads_(threads), streams_(threads),
-      tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
+      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), kv_prefetches_(threads),
+      weight_prefetches_(threads), tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
       picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
   x_ = make_rows(shape.dim);
   spare_.stride = odd_lines(shape.dim * sizeof(float)) / sizeof(float);
@@ -107,7 +94,7 @@ void Chain::set_layer(int index, const LayerWeights& w) {
   from_mid_ = make_inputs(layer.down, made);
 }
 
-void Chain::set_ends(const EndWeights& w) {
+void Chain::set_embeddings(const EmbeddingWeights& w) {
   embed_ = w.embed;
   positions_ = w.positions;
   head_ = pack_matrix(w.head, w.head_bias, shape_.vocab, shape_.dim, false);

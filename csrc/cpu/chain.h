@@ -35,7 +35,7 @@ struct LayerWeights {
   int window;
 };
 
-struct EndWeights {
+struct EmbeddingWeights {
   Matrix embed, positions;  // read in place: they must outlive the chain; positions.data null for rotary embedding
   Matrix head;
   const float *head_bias, *final_norm, *final_norm_bias, *inv_freq;
@@ -76,7 +76,7 @@ class Chain {
   Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa);
 
   void set_layer(int layer, const LayerWeights& weights);
-  void set_ends(const EndWeights& weights);
+  void set_embeddings(const EmbeddingWeights& weights);
   // What a hidden state becomes when it is fed back: it is scaled to this norm (0: left as it is), or replaced by a
   // constant vector (null: not).
   void set_feedback(float norm, const float* constant);
@@ -151,12 +151,12 @@ class Chain {
   template <class Position>
   int gather(int t, const RowsView& rows, Position position);
   void body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt = false);
-  void look_ahead(int t, int tokens, const CacheView& cache, int layer);
+  void plan_kv_prefetch(int t, int tokens, const CacheView& cache, int layer);
   void finish_attended(int m, int first, int count);
-  void attend_tokens(int t, int tokens, const Attend& attend);
-  void write_runs(int t, int tokens, const Attend& attend);
+  void attend_tokens(int t, int tokens, const DecodeAttention& attend);
+  void write_runs(int t, int tokens, const DecodeAttention& attend);
   int keep_ends(int t);
-  void attend_runs(int t, const Attend& attend);
+  void attend_runs(int t, const DecodeAttention& attend);
   void normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to);
   Input inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to);
   template <class Finish>
@@ -176,7 +176,7 @@ class Chain {
   void accept(int count, const DecodeRequest& request);
   const char* start_of(const Linear& linear, int t) const;
   void start_stream(int t, const Linear& linear, const Linear& next);
-  void wait(int t) { team_.barrier(streams_[t].at, streams_[t].limit); }
+  void wait(int t) { team_.barrier(weight_prefetches_[t].at, weight_prefetches_[t].limit); }
 
   const ChainShape shape_;
   const Format format_;
@@ -201,9 +201,9 @@ class Chain {
   Runs runs_;
   static constexpr int kSpans = 256;
   static constexpr size_t kLead = 12 << 10;  // bytes of weights that one or two rows fetch ahead
-  std::vector<Span> spans_;      // [thread][kSpans]: of aheads_
-  std::vector<Ahead> aheads_;    // of the next attention, per thread
-  std::vector<Stream> streams_;  // of weights, per thread
+  std::vector<Span> spans_;                        // [thread][kSpans]: of kv_prefetches_
+  std::vector<KVPrefetch> kv_prefetches_;          // of the next attention, per thread
+  std::vector<WeightPrefetch> weight_prefetches_;  // per thread
   std::vector<Token> tokens_;
   int gathered_ = 0;
   std::vector<int> active_;  // index among the call's rows of each token of the pass

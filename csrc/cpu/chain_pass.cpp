@@ -15,12 +15,12 @@ const char* Chain::start_of(const Linear& linear, int t) const {
 // 64, cost 6% of a pass.
 void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
   const auto [first, last] = share(linear.chunks, t, team_.size());
-  Stream& stream = streams_[t];
+  WeightPrefetch& prefetch = weight_prefetches_[t];
   const char* start = linear.chunk(first) + kLead;
-  stream.end = linear.chunk(last);
-  if (stream.at < start || stream.at >= stream.end) stream.at = start;
-  stream.next = start_of(next, t);
-  stream.limit = stream.next + 2 * kLead;
+  prefetch.end = linear.chunk(last);
+  if (prefetch.at < start || prefetch.at >= prefetch.end) prefetch.at = start;
+  prefetch.next = start_of(next, t);
+  prefetch.limit = prefetch.next + 2 * kLead;
 }
 
 // sums = linear(input) without bias, chunk by chunk: finish(chunk, sums). Fetches the start of `next` at the end.
@@ -29,13 +29,14 @@ void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens
   const auto [first, last] = share(linear.chunks, t, team_.size());
   const LinearKernel kernel = kernels_.linear[static_cast<int>(linear.format)];
   float* sums = sums_.get() + t * sums_stride_;
-  Stream& stream = streams_[t];
+  WeightPrefetch& prefetch = weight_prefetches_[t];
   start_stream(t, linear, next);
   for (int c = first; c < last; ++c) {
-    kernel(linear, c, input, tokens, sums, linear.width(), stream, aheads_[t]);
+    kernel(linear, c, input, tokens, sums, linear.width(), prefetch, kv_prefetches_[t]);
     finish(c, sums);
   }
-  if (stream.at < stream.next || stream.at > stream.limit) stream.at = stream.next;  // a share smaller than the lead
+  // A share may be smaller than the lead.
+  if (prefetch.at < prefetch.next || prefetch.at > prefetch.limit) prefetch.at = prefetch.next;
   wait(t);
 }
 
@@ -69,7 +70,7 @@ void Chain::finish_attended(int m, int first, int count) {
 
 // Thoughts and tokens: one position a row, head by head through its keys and values. A head of a row is read by the
 // thread that has written it, so nobody waits in between.
-void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
+void Chain::attend_tokens(int t, int tokens, const DecodeAttention& attend) {
   const int heads = shape_.kv_heads;
   const auto [first, last] = share(tokens * heads, t, team_.size());
   for (int i = first; i < last; ++i) {
@@ -88,9 +89,9 @@ void Chain::attend_tokens(int t, int tokens, const Attend& attend) {
 
 // What attend_tokens() will read in this layer on this thread, for the products before it to fetch: as many spans as
 // there is room for, the rest it fetches itself.
-void Chain::look_ahead(int t, int tokens, const CacheView& cache, int layer) {
-  Ahead& ahead = aheads_[t];
-  ahead = {};
+void Chain::plan_kv_prefetch(int t, int tokens, const CacheView& cache, int layer) {
+  KVPrefetch& kv = kv_prefetches_[t];
+  kv = {};
   if (layer >= shape_.layers) return;
   const int heads = shape_.kv_heads, window = layers_[layer].window;
   const auto [first, last] = share(tokens * heads, t, team_.size());
@@ -108,12 +109,12 @@ void Chain::look_ahead(int t, int tokens, const CacheView& cache, int layer) {
       p += here;
     }
   }
-  ahead.span = begin, ahead.last = span;
-  ahead.keys = static_cast<const char*>(cache.keys[layer]);
-  ahead.values = static_cast<const char*>(cache.values[layer]);
+  kv.span = begin, kv.last = span;
+  kv.keys = static_cast<const char*>(cache.keys[layer]);
+  kv.values = static_cast<const char*>(cache.values[layer]);
 }
 
-void Chain::write_runs(int t, int tokens, const Attend& a) {
+void Chain::write_runs(int t, int tokens, const DecodeAttention& a) {
   for (int m = t; m < tokens; m += team_.size()) {
     float* queries = queries_.get() + size_t(m) * a.heads * a.head_dim;
     for (int h = 0; h < a.kv_heads; ++h) kernels_.write(a, m, h, tokens_[m].row, tokens_[m].position);
@@ -142,7 +143,7 @@ int Chain::keep_ends(int t) {
 
 // Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
 // never on what it is batched with.
-void Chain::attend_runs(int t, const Attend& a) {
+void Chain::attend_runs(int t, const DecodeAttention& a) {
   const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
   const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
   const Attention attention{queries_.get(), a.keys, a.values, a.page_table, runs_.rows.data(), runs_.offsets.data(),
@@ -174,14 +175,14 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
       kernels_.finish_add(sums, tokens, width, linear.bias ? linear.bias + first : nullptr, out + first, stride);
     };
   };
-  if (!prompt) look_ahead(t, tokens, cache, 0);
+  if (!prompt) plan_kv_prefetch(t, tokens, cache, 0);
   for (int l = 0; l < s.layers; ++l) {
     const Layer& layer = layers_[l];
     normalise(t, tokens, layer.norm1, layer.qkv, from_x_);
     multiply(t, layer.qkv, from_x_.view(), tokens, layer.o, store_to(layer.qkv, qkv_));
 
     const bool rotary = inv_freq_ != nullptr;
-    const Attend attend{qkv_.data.get(), qkv_.stride, attended_.data.get(), attended_.stride,
+    const DecodeAttention attend{qkv_.data.get(), qkv_.stride, attended_.data.get(), attended_.stride,
                         rotary ? cos_.get() : nullptr, rotary ? sin_.get() : nullptr, layer.q_norm, layer.k_norm, s.eps,
                         cache.keys[l], cache.values[l], cache.dtype, cache.page_table, cache.pages_per_row,
                         cache.page_size, s.heads, s.kv_heads, s.head_dim, layer.window, layer.scaling,
@@ -193,7 +194,7 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
       attend_runs(t, attend);
     } else {
       attend_tokens(t, tokens, attend);
-      look_ahead(t, tokens, cache, l + 1);
+      plan_kv_prefetch(t, tokens, cache, l + 1);
     }
 
     multiply(t, layer.o, inputs_of(t, tokens, attended_, layer.o, from_attended_), tokens, layer.up,
@@ -324,9 +325,9 @@ int Chain::draw_any(int t, int m, const Draw& draw) {
   const Place found = place(tallies, used_chunks(), total, draw.uniform);
   float* logits = sums_.get() + t * sums_stride_;
   const int width = head_.width(), first = found.chunk * width;
-  Stream stream{head_.chunk(found.chunk)};  // nothing follows
+  WeightPrefetch prefetch{head_.chunk(found.chunk)};  // nothing follows
   kernels_.linear[static_cast<int>(head_.format)](head_, found.chunk, head_input(m), 1, logits, width,
-                                                  stream, aheads_[t]);
+                                                  prefetch, kv_prefetches_[t]);
   if (head_.bias) kernels_.finish_store(logits, 1, width, head_.bias + first, logits, width);
   for (int i = 0; i < ids_of(found.chunk); ++i) logits[i] *= 1 / draw.temperature;
   return first + place_within(logits, ids_of(found.chunk), total.largest, found.left);

@@ -28,7 +28,7 @@ struct InputRow {
 };
 
 // One layer's attention, for tokens whose keys and values are (or are being) written to the cache.
-struct Attend {
+struct DecodeAttention {
   const float* qkv;  // [token][stride]: q heads, k heads, v heads, before rotation
   size_t qkv_stride;
   float* out;  // [token][out_stride]
@@ -64,12 +64,12 @@ struct Kernels {
   // cos and sin of position * inv_freq, times scaling
   void (*rotary)(int position, const float* inv_freq, int half, float scaling, float* cos, float* sin);
   // Writes key and value head `head` of `token` to its slot: normed, rotated, converted.
-  void (*write)(const Attend& attend, int token, int head, int row, int position);
+  void (*write)(const DecodeAttention& attend, int token, int head, int row, int position);
   // Query head `head` of `token`: normed and rotated, not scaled.
-  void (*query)(const Attend& attend, int token, int head, float* out);
+  void (*query)(const DecodeAttention& attend, int token, int head, float* out);
   // Attention of the query heads that share the kv heads [first_head, last_head)
-  void (*attend)(const Attend& attend, int token, int first_head, int last_head, int row, int position);
-  // See sampling.h and pick_kernel.h
+  void (*attend)(const DecodeAttention& attend, int token, int first_head, int last_head, int row, int position);
+  // See sampling.h and sampling_kernel.h
   void (*pick)(const float* logits, int first_id, int count, struct Picked& picked);
   void (*tally)(float inverse, float* logits, int count, struct Tally& tally);
   void (*collect)(const float* logits, int first_id, int count, struct Candidates& candidates);

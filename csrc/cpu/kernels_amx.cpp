@@ -20,10 +20,10 @@ constexpr int kFewest = 8;  // rows on tiles: less than half a tile is for vecto
 
 template <Format format>
 static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
-                         Stream& stream, Ahead& ahead) {
-  if (rows >= kFewest) linear_tiles<format>(linear, chunk, input, rows, out, out_stride, stream, ahead);
+                         WeightPrefetch& prefetch, KVPrefetch& kv) {
+  if (rows >= kFewest) linear_tiles<format>(linear, chunk, input, rows, out, out_stride, prefetch, kv);
   else
-    avx512_bf16_kernels()->linear[int(format)](linear, chunk, input, rows, out, out_stride, stream, ahead);
+    avx512_bf16_kernels()->linear[int(format)](linear, chunk, input, rows, out, out_stride, prefetch, kv);
 }
 
 static Kernels make_table() {

@@ -4,9 +4,9 @@
 #define INLINE_LAMBDA __attribute__((always_inline))
 #include "cpu/rowwise_kernel.h"
 //
-#include "cpu/attend_kernel.h"
+#include "cpu/decode_attention_kernel.h"
 #include "cpu/linear_kernel.h"
-#include "cpu/pick_kernel.h"
+#include "cpu/sampling_kernel.h"
 
 #if KERNEL_LEVEL >= 3
 constexpr InputKind kBf16Input = InputKind::bf16, kInt8Input = InputKind::split16;

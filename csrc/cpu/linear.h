@@ -62,7 +62,7 @@ struct Input {
 struct Span {
   size_t offset, bytes;
 };
-struct alignas(64) Ahead {  // a thread writes its own all the time
+struct alignas(64) KVPrefetch {  // a thread writes its own all the time
   const Span *span = nullptr, *last = nullptr;
   const char *keys = nullptr, *values = nullptr;
   const char *at = nullptr, *end = nullptr;  // of the current span
@@ -81,14 +81,14 @@ struct alignas(64) Ahead {  // a thread writes its own all the time
 // The weights a thread reads: its share of a matrix up to `end`, then its share of the next one, from `next` on. With
 // one or two rows `at` is where fetching stands, some KiB before the products; while its thread waits for others it
 // goes on up to `limit`.
-struct alignas(64) Stream {
+struct alignas(64) WeightPrefetch {
   const char *at = nullptr, *end = nullptr;
   const char *next = nullptr, *limit = nullptr;
 };
 
 // out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches as
-// much as it reads: what the stream has next, or for more rows the next unit (chunk and segment), and what is ahead.
+// much as it reads: the weights that follow, or for more rows the next unit (chunk and segment), and keys and values.
 using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
-                              size_t out_stride, Stream& stream, Ahead& ahead);
+                              size_t out_stride, WeightPrefetch& prefetch, KVPrefetch& kv);
 
 }  // namespace coconut_fast

@@ -33,11 +33,11 @@ static INLINE void configure_tiles(int size) {
 struct TileFetch {
   const char* weights;
   const int lines;  // per product
-  Ahead& ahead;
+  KVPrefetch& kv;
 
   INLINE void operator()() {
     for (int i = 0; i < lines; ++i, weights += 64) __builtin_prefetch(weights, 0, 3);
-    for (int i = 0; i < lines && ahead.at < ahead.end; i += 2, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 3);
+    for (int i = 0; i < lines && kv.at < kv.end; i += 2, kv.at += 64) __builtin_prefetch(kv.at, 0, 3);
   }
 };
 
@@ -107,7 +107,7 @@ static INLINE void finish_tile(const TileSums& sums, int from, int skipped, int 
 
 template <Format format>
 static void linear_tiles(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
-                         Stream& stream, Ahead& ahead) {
+                         WeightPrefetch& prefetch, KVPrefetch& kv) {
   constexpr bool digits = format == Format::int8;
   const int tiles = (rows + kTileRows - 1) / kTileRows, size = (rows + tiles - 1) / tiles;
   const int products = digits ? 2 * tiles : tiles;  // with each tile of weights; together they fetch another one
@@ -121,14 +121,14 @@ static void linear_tiles(const Linear& linear, int chunk, const Input& input, in
     const int from = segment * kSegment, to = from + kSegment;
     const int steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / step_of(format);
     const char* following = weights + steps * w_step;
-    TileFetch fetch{following == stream.end ? stream.next : following, (kTileRows + products - 1) / products, ahead};
+    TileFetch fetch{following == prefetch.end ? prefetch.next : following, (kTileRows + products - 1) / products, kv};
     const auto inputs = [&](int tile) { return input.data + first_row(tile) * input.stride + from * (digits ? 1 : 2); };
     for (int tile = 0; tile < tiles; tile += digits ? 1 : 2)
       for (int block = 0; block < linear.wide; block += 2) {
         const char* x = inputs(tile);
         const char* x2 = digits ? x + input.low : tile + 1 < tiles ? inputs(tile + 1) : nullptr;
         TileSums sums;
-        ahead.advance();
+        kv.advance();
         sum_tiles<format>(x, x2, input.stride, weights + block * 64, w_step, blocks == 2, steps, fetch, sums);
         for (int t = tile; t <= tile + (x2 && !digits); ++t) {
           const int first = t * size, last = first + size < rows ? first + size : rows;

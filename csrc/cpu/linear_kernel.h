@@ -98,13 +98,11 @@ struct Int8Dot {
 // ---- the loop -----------------------------------------------------------------------------------------------------
 
 template <class P, int MR, int NB>
-static INLINE void tile(const char* w, size_t w_step, int steps, const Input& input,
-                                                       const char* x, int row, int segment, bool first,
-                                                       const float* scales, float* out, size_t out_stride,
-                                                       const char* fetch, int fetch_every, Stream& stream,
-                                                       Ahead& ahead) {
-  const char *at = ahead.at, *const end = ahead.end, *const stream_end = stream.end;
-  if constexpr (MR <= 2) fetch = stream.at;
+static INLINE void tile(const char* w, size_t w_step, int steps, const Input& input, const char* x, int row,
+                        int segment, bool first, const float* scales, float* out, size_t out_stride, const char* fetch,
+                        int fetch_every, WeightPrefetch& prefetch, KVPrefetch& kv) {
+  const char *at = kv.at, *const end = kv.end, *const weights_end = prefetch.end;
+  if constexpr (MR <= 2) fetch = prefetch.at;
   typename P::Acc acc[MR][NB];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -115,7 +113,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
     if (--countdown == 0) {
       for (int j = 0; j < NB; ++j) __builtin_prefetch(fetch + j * 64, 0, 3);
       fetch += MR <= 2 ? NB * 64 : w_step;
-      if (MR <= 2 && fetch == stream_end) fetch = stream.next;
+      if (MR <= 2 && fetch == weights_end) fetch = prefetch.next;
       countdown = fetch_every;
       if (MR > 2 && at < end) {  // two lines, a third of what weights take at 32 rows: one or three were slower
         __builtin_prefetch(at, 0, 3);
@@ -133,8 +131,8 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
       }
     w += w_step;
   }
-  if constexpr (MR <= 2) stream.at = fetch;
-  else ahead.at = at;
+  if constexpr (MR <= 2) prefetch.at = fetch;
+  else kv.at = at;
   // Unrolled, or GCC takes the accumulators through memory: 2% of a pass at batch 32.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -159,8 +157,8 @@ struct Unit {
   int steps, segment, groups;
   float* out;
   size_t out_stride;
-  Stream* stream;
-  Ahead* ahead;
+  WeightPrefetch* prefetch;
+  KVPrefetch* kv;
 };
 
 // Where the fetching of a group begins: each takes its part of the next unit. A second group reads its unit again, and
@@ -179,10 +177,10 @@ static void row_group(const Unit& u, int row, int group) {
   const char* x = u.input->data + row * u.input->stride + before;
   const char* fetch = fetch_of(u, group);
   for (int j = 0; j < u.linear->wide; j += NB) {
-    if constexpr (MR > 2) u.ahead->advance();
+    if constexpr (MR > 2) u.kv->advance();
     tile<P, MR, NB>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
                     u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
-                    fetch + j * 64, u.groups, *u.stream, *u.ahead);
+                    fetch + j * 64, u.groups, *u.prefetch, *u.kv);
   }
 }
 
@@ -198,8 +196,8 @@ static void row_group(const Unit& u, int row, int group) {
 
 template <class P>
 static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,
-                         Stream& stream, Ahead& ahead) {
-  Unit u{&linear, &input, linear.chunk(chunk), nullptr, nullptr, 0, 0, 0, out, out_stride, &stream, &ahead};
+                         WeightPrefetch& prefetch, KVPrefetch& kv) {
+  Unit u{&linear, &input, linear.chunk(chunk), nullptr, nullptr, 0, 0, 0, out, out_stride, &prefetch, &kv};
   if (linear.scales) u.scales = linear.scales + size_t(chunk) * linear.width();
   u.groups = (rows + kMaxRows - 1) / kMaxRows;
   const int segments = linear.segments();
@@ -207,7 +205,7 @@ static void linear_chunk(const Linear& linear, int chunk, const Input& input, in
     const int from = u.segment * kSegment, to = from + kSegment;
     u.steps = ((to < linear.k_padded ? to : linear.k_padded) - from) / P::kStep;
     const char* following = u.weights + u.steps * linear.bytes_per_step();
-    u.fetch = following == stream.end ? stream.next : following;
+    u.fetch = following == prefetch.end ? prefetch.next : following;
     for (int group = 0, row = 0; group < u.groups; ++group) {
       const int size = rows / u.groups + (group < rows % u.groups);
       switch (size) {

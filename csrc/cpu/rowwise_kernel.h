@@ -169,7 +169,7 @@ static void rotary(int position, const float* inv_freq, int half, float scaling,
 }
 
 // out = rotated(normed(x)) * factor: one head of a query or a key.
-static void rotate(const Attend& a, int token, const float* x, const float* weight, float factor, float* out) {
+static void rotate(const DecodeAttention& a, int token, const float* x, const float* weight, float factor, float* out) {
   const int n = a.head_dim, half = n / 2;
   if (weight) {
     norm(Norm{weight, nullptr, false, a.eps}, x, n, out);

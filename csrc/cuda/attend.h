@@ -35,7 +35,7 @@ static inline __host__ __device__ int attend_floats(int head_dim, int threads) {
 // Every warp takes every so many positions of a split, kHeld times 32 x 16 bytes of keys and of values at a time, and
 // keeps its own top, total and sums; they are joined at the end. Lanes that share a position hold 16 bytes of it each.
 template <class T>
-struct Attend {
+struct DecodeAttention {
   static constexpr int V = kVector<T>, kHeld = 2;
   const Arguments& a;
   const Layer& layer;
@@ -45,7 +45,7 @@ struct Attend {
   int lanes, head_dim, page_size, thread;
   uint4 keys[kHeld], values[kHeld];
 
-  __device__ __forceinline__ Attend(const Arguments& a, const Layer& layer, float* shared)
+  __device__ __forceinline__ DecodeAttention(const Arguments& a, const Layer& layer, float* shared)
       : a(a), layer(layer), shared(shared), head_dim(opaque(a.head_dim)), page_size(opaque(a.page_size)),
         thread(opaque(threadIdx.x)) {
     int bits = 0;

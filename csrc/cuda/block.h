@@ -233,7 +233,7 @@ struct Block {
 
   // All splits of this block's share; the first one's keys and values are asked for before the barrier.
   __device__ __forceinline__ void attend(const Instruction& now, uint32_t due) {
-    Attend<T> attend(a, layers[now.layer], data);
+    DecodeAttention<T> attend(a, layers[now.layer], data);
     const int ways = opaque(a.ways), heads = opaque(a.heads);
     bool waited = false;
 #pragma unroll 1

@@ -1,4 +1,4 @@
-"""Saving a model, as a directory that appears whole or not at all and that model/checkpoints.py reads.
+"""Saving a model, as a directory that appears whole or not at all and that model/loading.py reads.
 
 It is an ordinary Hugging Face model (config.json, model.safetensors, tokenizer files) plus `coconut.json` (special
 tokens, settings, the feedback's name), where the feedback has weights `feedback.safetensors`, and where a training has

@@ -1,4 +1,4 @@
-"""Loading: Hugging Face directories and hub ids, what model/saved.py wrote, and the official code's checkpoints."""
+"""Loading: Hugging Face directories and hub ids, what model/saving.py wrote, and the official code's checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
-from coconut_fast.model.saved import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, REPLACING
+from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, REPLACING
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 REFERENCE_PREFIX = "base_causallm."

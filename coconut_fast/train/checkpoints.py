@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 
 from coconut_fast.files import UNFINISHED, not_written, sync_folder, write_json
-from coconut_fast.model.checkpoints import load
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.saved import ADDED_WEIGHTS
+from coconut_fast.model.loading import load
+from coconut_fast.model.saving import ADDED_WEIGHTS
 
 MANIFEST = "checkpoint.json"
 PREFIX = "checkpoint-"
@@ -48,7 +48,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     except Exception as error:
         failure = not_written(target, error)
         shutil.rmtree(temporary, ignore_errors=True)
-        older = [folder.name for folder in checkpoints(target.parent)]
+        older = [folder.name for folder in complete(target.parent)]
         left = f"{older[-1]} is intact" if older else "there is no older checkpoint"
         raise OSError(f"{failure}; {left}") from error
 
@@ -87,7 +87,7 @@ def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:
         return load(folder, feedback=feedback)
 
 
-def checkpoints(run: Path) -> list[Path]:
+def complete(run: Path) -> list[Path]:
     """The checkpoint directories of a run, oldest first."""
     if not run.is_dir():
         return []
@@ -102,7 +102,7 @@ def best_or_last(run: Path) -> Path | None:
 
     The best of an earlier stage outlives it where a run goes on without validation.
     """
-    found = checkpoints(run)
+    found = complete(run)
     if not found:
         return None
     manifest = read_manifest(found[-1])
@@ -116,7 +116,7 @@ def best_or_last(run: Path) -> Path | None:
 
 def prune(run: Path, keep_last: int, best_step: int | None) -> None:
     """Keeps the last `keep_last` checkpoints (0: all) and the best one."""
-    found = checkpoints(run)
+    found = complete(run)
     for folder in found[:-keep_last] if keep_last else []:
         if folder.name != f"{PREFIX}{best_step}":
             remove(folder)

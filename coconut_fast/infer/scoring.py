@@ -127,7 +127,7 @@ def make_problems(
     return problems
 
 
-def answer(
+def generate_and_score(
     model: Coconut,
     problems: Sequence[Problem],
     *,

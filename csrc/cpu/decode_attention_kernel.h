@@ -62,12 +62,12 @@ struct Bf16Cache {
 
 // Byte offsets of consecutive positions of a row in the storage.
 struct Walk {
-  const Attend& a;
+  const DecodeAttention& a;
   const int32_t* pages;
   int64_t page, offset;
   size_t slot_bytes;
 
-  Walk(const Attend& a, int row, int position, int bytes)
+  Walk(const DecodeAttention& a, int row, int position, int bytes)
       : a(a), pages(a.page_table + row * a.pages_per_row), page(position / a.page_size),
         offset(position % a.page_size), slot_bytes(size_t(a.kv_heads) * a.head_dim * bytes) {}
 
@@ -170,7 +170,7 @@ static INLINE void add_values(const Softmax& s, const char* values, const char* 
 // runs. Scores, softmax and sums are three loops over the heads, because a head's softmax is a chain of dependent
 // instructions: those of several heads overlap.
 template <class Cache>
-static void attend_row(const Attend& a, int token, int first_head, int last_head, int row, int position) {
+static void attend_row(const DecodeAttention& a, int token, int first_head, int last_head, int row, int position) {
   const int n = a.head_dim, padded = (n + W - 1) / W * W, shared = a.heads / a.kv_heads;
   const int first_query = first_head * shared, queries = (last_head - first_head) * shared;
   const char *keys = static_cast<const char*>(a.keys), *values = static_cast<const char*>(a.values);
@@ -205,16 +205,16 @@ static void attend_row(const Attend& a, int token, int first_head, int last_head
   }
 }
 
-static void attend(const Attend& a, int token, int first_head, int last_head, int row, int position) {
+static void attend(const DecodeAttention& a, int token, int first_head, int last_head, int row, int position) {
   if (a.dtype == Dtype::f32) attend_row<Fp32Cache>(a, token, first_head, last_head, row, position);
   else attend_row<Bf16Cache>(a, token, first_head, last_head, row, position);
 }
 
-static void query(const Attend& a, int token, int head, float* out) {
+static void query(const DecodeAttention& a, int token, int head, float* out) {
   rotate(a, token, a.qkv + token * a.qkv_stride + size_t(head) * a.head_dim, a.q_norm, 1.0f, out);
 }
 
-static void write(const Attend& a, int token, int head, int row, int position) {
+static void write(const DecodeAttention& a, int token, int head, int row, int position) {
   const int n = a.head_dim;
   const float* key = a.qkv + token * a.qkv_stride + size_t(a.heads + head) * n;
   const float* value = key + size_t(a.kv_heads) * n;
