@@ -1,5 +1,5 @@
 # make demo     watch a model learn to think (CPU is enough)
-# make test     linters, types, and the tests that need neither a GPU nor minutes
+# make test     lint, type checks and the fast CPU tests
 # make lint | bench | sanitize | install | clean
 # `demo`, `test` and the others install what they need into .venv first; PYTHON=python3.12 chooses another interpreter.
 
@@ -12,8 +12,8 @@ SANITIZED_TESTS ?= $(patsubst %,tests/test_%.py,\
 
 .PHONY: install installed demo test lint bench sanitize clean
 
-# One at a time: `make test` beside `make demo` in a fresh clone waits until that has installed, and then need not.
-# --close: a compiler cache's server, which the build may start and which stays, must not keep the lock.
+# One install at a time: `make test` beside `make demo` in a fresh clone waits for that install and then skips its own.
+# --close: a compiler cache's server, which the build may start and which keeps running, must not hold the lock.
 install:
 	@flock --nonblock Makefile true || echo "waiting for another make that installs into $(VENV)"
 	@flock --close Makefile $(MAKE) --no-print-directory installed
@@ -30,7 +30,7 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-# Where only csrc/ changed the C++ module is compiled in place, else the package is installed anew (editable).
+# If only csrc/ changed, the C++ module is compiled in place; otherwise the package is reinstalled (editable).
 EDITABLE = $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 IN_PLACE = $(BIN)/python setup.py --quiet build_ext --inplace
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py build_backend.py $(SOURCES)
@@ -55,8 +55,8 @@ bench: install
 	$(BIN)/python -m pytest -q -rs benchmarks
 
 # The C++ module with address and undefined-behaviour sanitizers, in a copy of the package and its tests under build/:
-# from the checkout, tests would import the checkout's own module. The runtimes must be there before python is; torch's
-# own leaks are not ours to report.
+# in the checkout, tests would import the checkout's own module. The sanitizers' runtimes must be loaded before python;
+# leaks are not reported, since torch has its own.
 SANITIZED := build/sanitize/lib
 sanitize: install
 	CFLAGS="-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \

@@ -1,10 +1,10 @@
 """PEP 517 backend: setuptools', building against the torch that the package will run with.
 
-A C++ extension works with the torch it was built against and no other. Build isolation hides that torch, and naming one
-as a build requirement would build against another (and may download gigabytes). So the torch of the environment that
-asks for the build is made importable again; only where there is none is torch a build requirement. That is how pip
-builds. `python -m build` starts the backend with the isolated environment's own python, from which nothing leads back:
-give it `--no-isolation`.
+A C++ extension only works with the torch it was built against. Build isolation hides that torch, and naming one as a
+build requirement would build against another (and may download gigabytes). So the torch of the environment that starts
+the build is made importable again; torch is a build requirement only where there is none. This works with pip.
+`python -m build` starts the backend with the isolated environment's own python, which cannot find the original
+environment: use `--no-isolation` there.
 """
 
 import importlib.util
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 TORCH = ["torch==2.13.0", "numpy"]
-# -E: without the variables by which an isolated build hides the environment it was started from.
+# -E: ignores the variables by which an isolated build hides the environment it was started from.
 FIND = [sys.executable, "-E", "-c", "import importlib.util; print(importlib.util.find_spec('torch').origin)"]
 
 
 def _find_torch() -> bool:
-    """Whether torch is importable, if need be after putting the environment's packages behind the isolated ones."""
+    """Whether torch is importable, if necessary after appending the environment's packages to sys.path."""
     if importlib.util.find_spec("torch"):
         return True
     found = subprocess.run(FIND, capture_output=True, text=True, cwd=os.path.dirname(sys.executable))

@@ -1,7 +1,7 @@
-"""Builds coconut_fast._C with torch's extension builder: C++ always, CUDA where nvcc and a CUDA torch are.
+"""Builds coconut_fast._C with torch's extension builder: C++ always, CUDA where nvcc and a CUDA build of torch exist.
 
-Everything else about the package stands in pyproject.toml, but for its dependencies: a wheel runs with the torch it was
-built against and no other, so it requires just that one.
+Everything else about the package is in pyproject.toml, except its dependencies: a wheel only runs with the torch it was
+built against, so it requires exactly that one.
 """
 
 import os
@@ -17,19 +17,19 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 OPTIMISE = ["-O3", "-std=c++20"]
-# at::parallel_for runs on torch's threads only where OpenMP is on. It is not linked: torch brings its own runtime.
+# at::parallel_for runs on torch's threads only with OpenMP. It is not linked: torch brings its own runtime.
 THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
 CXX = [*OPTIMISE, *THREADS, "-fvisibility=hidden"]
 NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-ARCHITECTURES = "8.0;9.0+PTX"  # where no GPU is at hand to ask
-# Python's own flags ask for debug information, 20 MB of it. CFLAGS may ask for it again.
+ARCHITECTURES = "8.0;9.0+PTX"  # where there is no GPU to query
+# Python's own flags ask for debug information, 20 MB of it. CFLAGS can turn it on again.
 os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
-# torch looks for ninja on PATH alone, where that of an environment that is not activated (`make`) does not lie. Without
-# it files are compiled one after the other, and all of them after any change.
+# torch looks for ninja only on PATH, which lacks that of an environment that is not activated (`make`). Without ninja,
+# files are compiled one after the other, and all of them after any change.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
 
 TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
-TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}  # torch itself asks for it only where it is built for a GPU
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}  # torch itself requires it only if built for a GPU
 if TORCH not in TRITON:
     sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.13 is needed")
 DEPENDENCIES = [
@@ -66,7 +66,7 @@ def why_no_cuda() -> str:
 
 
 class Build(BuildExtension):
-    """Says what is missing before a page of errors does."""
+    """Reports a missing compiler in one line instead of a page of errors."""
 
     def run(self) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
@@ -76,7 +76,7 @@ class Build(BuildExtension):
 
 
 def extension() -> CppExtension:
-    """The C++ module, with the CUDA kernels where they can be built; otherwise it knows why not."""
+    """The C++ module, with the CUDA kernels where they can be built; otherwise it records why not."""
     sources = sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")])
     shared = {
         "include_dirs": [os.path.abspath("csrc")],

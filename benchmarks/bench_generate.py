@@ -2,10 +2,10 @@
 
     COCONUT_REFERENCE=... COCONUT_REFERENCE_PYTHON=... pytest benchmarks/bench_generate.py
 
-Both peers write one answer at a time: they are timed on a few of the prompts, and the time of all is computed from it
-(all have one length). The official code recomputes everything for every token, and is fastest in bf16 on a CPU.
-`weights` is what reading the weights of every latent and token pass takes at the measured bandwidth, without the
-prefill. Correctness first: in fp32 our answers must equal the official ones token for token, or nothing is timed.
+Both peers generate one answer at a time: they are timed on a few of the prompts, and the time for all is computed from
+that (all have one length). The official code recomputes everything for every token, and is fastest in bf16 on a CPU.
+`weights` is the time to read the weights of every latent and token pass at the measured bandwidth, without the prefill.
+Correctness first: in fp32 our answers must equal the official ones token for token, or nothing is timed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def theirs(dtype: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory):
-    """One set of weights for everybody, and the gate: fp32 answers equal the official ones."""
+    """One set of weights for all peers, and the gate: fp32 answers equal the official ones."""
     folder = save_for_peers(make_model("gpt2"), tmp_path_factory.mktemp("gpt2"))
     if official_missing() is None:
         prompts = make_prompts(VOCAB, 2, 40, 6, seed=5)
@@ -85,9 +85,9 @@ def test_batch(benchmark, figures, batch: int, thoughts: int) -> None:
 def run(
     benchmark, dtype: str, prompts: list[list[int]], new: int, batch: int | None = None
 ) -> tuple[float, GenerateOutput]:
-    """Seconds of the fastest of some calls on warm weights (of the only one where it is long), and its answers.
+    """Seconds of the fastest of several calls on warm weights (of a single call if that is long), and its answers.
 
-    On a GPU the first one compiles and captures.
+    On a GPU the first call compiles and captures.
     """
     model = ours(dtype)
     generate(model, prompts[:1], max_new_tokens=2)
@@ -99,7 +99,7 @@ def run(
 
 
 def weights_limit(output: GenerateOutput) -> float | None:
-    """Seconds that reading the weights of every pass behind the prefill takes, where the engine knows their size."""
+    """Seconds to read the weights of every pass after the prefill, where the engine knows their size."""
     stats = output.stats
     if stats.measure_bandwidth is None or not stats.bytes_per_latent_pass or not stats.bytes_per_token_pass:
         return None

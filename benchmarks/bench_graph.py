@@ -1,14 +1,13 @@
-"""Latent and token passes on a GPU: by graph of fused kernels, by graph of Hugging Face's body, and launch by launch.
+"""Latent and token passes on a GPU: as graphs of fused kernels, as graphs of Hugging Face's body, and eagerly.
 
     pytest benchmarks/bench_graph.py [--results FOLDER]       GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights
 
 The limit of a pass is the bytes of weights it must read (a token pass reads the head's too) over the bandwidth of a
 large copy, both measured in this run; keys and values come on top of it and are part of what is timed. A thought's
-graph is a chain of six, and all of a chain counts. "6 thoughts + 10 tokens" begins behind the prefill and ends with the
-tokens on the host. Its peers: Hugging Face's `generate` with a static cache and torch.compile, for as many passes (it
-knows no thoughts, so each of its passes runs the head), and end to end, prefill included, the official code.
-Correctness first: nothing is timed where states after two thoughts are off from Hugging Face's body by more than bf16
-explains.
+graph is a chain of six, timed as a whole. "6 thoughts + 10 tokens" begins after the prefill and ends with the tokens on
+the host. Its peers: Hugging Face's `generate` with a static cache and torch.compile, for as many passes (it knows no
+thoughts, so each of its passes runs the head), and end to end, prefill included, the official code. Correctness first:
+nothing is timed where states after two thoughts are off from Hugging Face's body by more than bf16 explains.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from coconut_fast.model.plan import ModelPlan, describe
 PROMPT, THOUGHTS, TOKENS = 64, 6, 10
 ROOM = 64  # positions that timed passes may fill
 PASSES = THOUGHTS + 1 + TOKENS - 1  # the first token follows the pass over `<|end-latent|>`
-# Of the largest value, after two thoughts, so that a thought's own thought is judged. In bf16 two right bodies of the
-# Llama shape are then up to 0.03 apart; one that lacks an MLP of 16 is off by 0.3 after the first. Random weights
-# multiply rounding by 1.5 a thought: after six, right bodies are 0.25 apart.
+# Relative to the largest value, after two thoughts, so that a thought fed by a thought is checked. In bf16 two correct
+# bodies of the Llama shape are then up to 0.03 apart; one that lacks one of 16 MLPs is off by 0.3 after the first.
+# Random weights multiply rounding errors by 1.5 per thought: after six, correct bodies are 0.25 apart.
 GATE = 0.1
 
 
 class Timed:
-    """Rows of a model behind their prompts, and passes over them: fused, or Hugging Face's body."""
+    """Rows of a model with prefilled prompts, and passes over them: fused, or Hugging Face's body."""
 
     def __init__(self, model: Coconut, batch: int, body: str) -> None:
         self.model, self.size, self.device = model, batch, model.device
@@ -66,7 +65,7 @@ class Timed:
 
     @torch.inference_mode()
     def pass_seconds(self, kind: str, graphed: bool, rounds: int) -> float:
-        """Of one pass; of a latent one as part of a chain."""
+        """Seconds of one pass; a latent pass is timed as part of a chain."""
         count = (THOUGHTS,) if kind == "think" else ()
         passes: Callable[[], None] = partial(self.runner.replay, self.batch, kind, *count)
         if not graphed:
@@ -82,7 +81,7 @@ class Timed:
 
     @torch.inference_mode()
     def states(self, thoughts: int = 2) -> torch.Tensor:
-        """(B, D) fp32 after so many thoughts."""
+        """(B, D) fp32 after `thoughts` thoughts."""
         self._start(thoughts)
         self.runner.replay(self.batch, "think", thoughts)
         return self.batch.hidden[: self.size].to(device="cpu", copy=True)
@@ -121,7 +120,7 @@ def assert_near(found_BD: torch.Tensor, expected_BD: torch.Tensor) -> None:
 def measure(model: Coconut, batch: int, rounds: int = 5) -> dict[str, float]:
     """Seconds of a latent and a token pass each way, and of "answer"; AssertionError where the two bodies disagree.
 
-    Without those of Hugging Face's body where that met trouble, of which a warning tells.
+    Figures of Hugging Face's body are left out, with a warning, if its runner reports a `fallback_reason`.
     """
     bodies = {body: Timed(model, batch, body) for body in ("fused", "hugging face")}
     assert_near(*(timed.states() for timed in bodies.values()))
@@ -141,7 +140,7 @@ def measure(model: Coconut, batch: int, rounds: int = 5) -> dict[str, float]:
 
 
 def weight_bytes(plan: ModelPlan) -> tuple[int, int]:
-    """Of a latent pass, and of the head."""
+    """Bytes of weights of a latent pass, and of the head."""
     body = sum(p.numel() * p.element_size() for p in plan.blocks.parameters())
     return body, plan.head.numel() * plan.head.element_size()
 
@@ -223,7 +222,7 @@ def test_against_the_official_code(benchmark, figures, model: Coconut, tmp_path)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: graphs are a GPU's")
 @pytest.mark.parametrize("shape", ["gpt2", "llama-1b"])
 def test_against_a_compiled_static_cache(benchmark, figures, shape: str) -> None:
-    """At batch 1 alone and behind everything else: compiling costs most of a minute a shape."""
+    """Only at batch 1 and after everything else: compiling costs most of a minute per shape."""
     hf = made(shape)
     timed = Timed(Coconut(hf, make_tokens(hf.config.vocab_size)).eval(), 1, "fused")
     timed.answer()  # captures
@@ -236,7 +235,7 @@ def test_against_a_compiled_static_cache(benchmark, figures, shape: str) -> None
 
 
 def static_seconds(hf: PreTrainedModel, batch: int = 1, rounds: int = 3) -> float:
-    """Hugging Face's `generate`, static cache, compiled: PASSES decoding passes, prefill and first token taken off."""
+    """Hugging Face's `generate`, static cache, compiled: PASSES decoding passes, prefill and first token subtracted."""
     times = []
     for new in (1, PASSES + 1):
         run = partial(hugging_face.static_generate, hf, batch, PROMPT, new)

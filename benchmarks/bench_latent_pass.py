@@ -4,11 +4,11 @@
     COCONUT_LLAMA_PYTHON=... pytest benchmarks/bench_latent_pass.py -k "gpt2 and bf16"
 
 The limit of a pass is the bytes of weights it must read over the read bandwidth, the better of just before and just
-after the fastest round (keys and values come on top of it, and are part of what is timed); of a prefill its operations
-over the measured rate of matrix products. Hugging Face runs one row with its own cache, without its head in a latent
-pass, and in bf16 where we have int8. llama.cpp always computes its head: `llama_headless` is the pass with the
-vocabulary cut away. Correctness first: nothing is timed where the state after a thought (llama.cpp: after eight) is off
-Hugging Face's by more than int8 or bf16 explains.
+after the fastest round (keys and values come on top of it, and are part of what is timed); that of a prefill is its
+operations over the measured rate of matrix products. Hugging Face runs one row with its own cache, without its head in
+a latent pass, and in bf16 where we have int8. llama.cpp always computes its head: `llama_headless` is the pass with the
+vocabulary cut away. Correctness first: nothing is timed where the state after a thought (llama.cpp: after eight)
+differs from Hugging Face's by more than int8 or bf16 explains.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Original:
 
 @dataclass
 class Packed:
-    """The packed model behind one prompt per row of the largest batch; smaller batches take the first rows."""
+    """The packed model, one prompt prefilled per row of the largest batch; smaller batches use the first rows."""
 
     native: native.NativeModel
     original: Original
     cache: native.KVCache
     rows: list[int]
     hidden_BD: torch.Tensor
-    off: float = 0.0  # of the state after a thought, from Hugging Face's
+    off: float = 0.0  # how far the state after a thought is from Hugging Face's
 
     def think(self, batch: int, count: int) -> torch.Tensor:
         rows, hidden_BD = self.rows[:batch], self.hidden_BD[:batch].clone()
@@ -81,7 +81,7 @@ class Packed:
 
 @functools.cache
 def original(shape: str, dtype: torch.dtype) -> Original:
-    """The model as Hugging Face has it, measured before it becomes ours."""
+    """Hugging Face's model, measured before it becomes ours."""
     layers = 4 if shape == "llama-1b" and psutil.virtual_memory().available < 12 << 30 else None
     hf = make_hf(shape, dtype, layers)
     cache, state = hugging_face.prefilled(hf, PROMPT)
@@ -110,7 +110,7 @@ def pack(shape: str, weights: str) -> Packed:
     rows, hidden_BD = cache.alloc(batch), torch.zeros(batch, chain.plan.dim)
     chain.prefill(cache, rows, prompts(batch), hidden_BD)
     made = Packed(chain, base, cache, rows, hidden_BD)
-    # One thought: a random Llama drives small differences apart with every further one.
+    # Only one thought: a random Llama makes small differences grow with every further one.
     made.off = check(made.think(1, 1)[0], base.states_ND[0], weights, "ours")
     return made
 
@@ -127,7 +127,7 @@ def check(state_D: torch.Tensor, expected_D: torch.Tensor, weights: str, whose: 
 
 
 def least(run: Callable[[], object], rounds: int) -> float:
-    """Seconds of the fastest call after a first one: others' work on the machine only ever adds."""
+    """Seconds of the fastest call after a first one: other work on the machine can only add to it."""
     run()
     times = []
     for _ in range(rounds):
@@ -138,7 +138,7 @@ def least(run: Callable[[], object], rounds: int) -> float:
 
 
 def fastest(run: Callable[[], object], rounds: int, threads: int) -> tuple[float, float]:
-    """Seconds of the fastest call, and the better of the bandwidths just before and just behind it."""
+    """Seconds of the fastest call, and the better of the bandwidths just before and just after it."""
     pairs, before = [], bandwidth_now(threads)
     for _ in range(rounds):
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def fastest(run: Callable[[], object], rounds: int, threads: int) -> tuple[float
 
 
 def thought_of_many(packed: Packed, count: int) -> float:
-    """Seconds of `count` thoughts in one call over those of as many calls just before: the median round."""
+    """Seconds of `count` thoughts in one call over those of `count` calls just before; median of the rounds."""
     ratios = []
     for _ in range(11):
         times = [time.perf_counter()]
@@ -163,7 +163,7 @@ def thought_of_many(packed: Packed, count: int) -> float:
 
 
 def bandwidth_now(threads: int) -> float:
-    """Bytes per second read from memory; a virtual machine's changes by the second: it is measured beside a round."""
+    """Bytes per second read from memory; on a virtual machine it changes by the second, so every round measures it."""
     return native.read_bandwidth.__wrapped__(threads)
 
 

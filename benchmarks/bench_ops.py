@@ -3,7 +3,8 @@
     pytest benchmarks/bench_ops.py [--results FOLDER]
 
 A figure is the time of one launch in the replay of a CUDA graph over several sets of inputs, together larger than L2,
-so that launch gaps and cached weights do not count. Correctness first: an op off from its reference is not timed.
+so that launch gaps and cached weights do not count. Correctness first: an op that differs from its reference is not
+timed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _rows(batch: int, length: int, kv_heads: int, head_dim: int) -> dict[str, An
 
 
 def _dense(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, queries: int) -> Callable[[], Any]:
-    """SDPA on contiguous rows of one length: what the cache's layout costs shows against it."""
+    """SDPA on contiguous rows of one length: a baseline that shows the cost of the cache's layout."""
     q, k, v = (_random(batch, h, n, head_dim) for h, n in ((heads, queries), (kv_heads, length), (kv_heads, length)))
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=heads != kv_heads)
 

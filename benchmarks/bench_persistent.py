@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_persistent.py [--results FOLDER]
 
-GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights. A chain of six thoughts behind 64 tokens, all of it timed,
+GPT-2 124M and Llama-3.2-1B shapes, bf16, random weights. A chain of six thoughts after 64 tokens, timed as a whole and
 divided by six. The limit is the bytes of all layers' weights over the bandwidth of a large copy. Correctness first:
 nothing is timed where the states after two thoughts differ from the graph's by more than bf16 explains, or those after
 the chain from one run to the next at all. Where the kernel is the faster one in every row of the table, its device may

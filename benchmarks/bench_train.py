@@ -3,8 +3,8 @@
     COCONUT_REFERENCE=... COCONUT_REFERENCE_PYTHON=... pytest benchmarks/bench_train.py
 
 Each measurement runs in a process of its own (benchmarks/train_step.py), so that peak memory is its own; time is the
-best of five steps, as memory settles by the fourth (of the official code's, one or two). Correctness first: the first
-fp32 loss must agree with the official one to 1e-5.
+best of five steps, as memory settles by the fourth (one or two steps for the official code). Correctness first: the
+first fp32 loss must agree with the official one to 1e-5.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from benchmarks.train_step import SAVINGS
 GPT2 = {"shape": "gpt2", "rows": 8, "length": 330, "thoughts": 6, "labelled": 14}
 GSM8K = GPT2 | {"rows": 128, "length": 60, "labelled": 40}
 GRAPHS = {"shape": "superposition", "rows": 32, "length": 110, "thoughts": 4, "labelled": 2}
-RUN = 300 * 14_785  # graphs that the superposition paper's training goes through
-# name: the job, how many of its rows the official code is timed on, and for how many seconds at most. Its cost grows
-# with the square of the rows: a part of them, scaled, and a step that did not end in time are less than it takes.
+RUN = 300 * 14_785  # graphs seen in the superposition paper's training
 OFFICIAL_LIMIT = 30 if DEVICE == "cuda" else 120  # seconds that a step of 128 graphs may take the official code
+# name: the job, how many of its rows the official code is timed on, and for how many seconds at most. Its cost grows
+# with the square of the rows: a scaled-up part of them and a step that did not end in time both understate it.
 WORKLOADS = {
     "GPT-2 124M, 8 ProsQA rows, 6 thoughts": (GPT2, 8, None),
     "GPT-2 124M, 128 GSM8k rows, 6 thoughts": (GSM8K, 16, None),
@@ -36,7 +36,7 @@ WORKLOADS = {
     "2 layers of 768, 128 graphs, 4 thoughts": (GRAPHS | {"rows": 128}, 128, OFFICIAL_LIMIT),
 }
 DTYPES = ["float32", "bfloat16"]
-STEP_TOKENS = 14  # of a written reasoning step; a stage turns one into a thought
+STEP_TOKENS = 14  # per written reasoning step; a stage turns one step into a thought
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def test_stages(benchmark, figures, stage: int) -> None:
 
 @pytest.mark.parametrize("rounds", [1, 3, 8])
 def test_parallel_rounds(benchmark, figures, rounds: int) -> None:
-    """32 thoughts refined in Jacobi rounds: what the step costs, and how far its loss is from one by one."""
+    """32 thoughts refined in Jacobi rounds: what the step costs, and how its loss differs from sequential thoughts."""
     job = GPT2 | {"thoughts": 32}
     ours = benchmark.pedantic(step, kwargs=job | {"parallel_rounds": rounds}, rounds=1)
     sequential = step(**job)

@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Behind every benchmark, not at the end: a run that is killed keeps what it has measured."""
+    """After every benchmark, not at the end: a run that is killed keeps what it has measured."""
     from coconut_fast.files import write_atomically
 
     folder = item.config.getoption("--results")

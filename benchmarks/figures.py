@@ -75,7 +75,7 @@ def _unit(seconds: float, unit: str) -> tuple[float, str]:
 
 @functools.cache
 def _commit() -> str:
-    """COCONUT_FAST_COMMIT where it is set, for a checkout that was copied without its history; empty without either."""
+    """COCONUT_FAST_COMMIT if set, for a checkout copied without its history; else git's; empty without either."""
     given = os.environ.get("COCONUT_FAST_COMMIT")
     if given or shutil.which("git") is None:
         return given or ""

@@ -13,7 +13,7 @@ from benchmarks.figures import Figures
 
 
 def summarize(folder: Path) -> list[str]:
-    """Where and with what; then of each file its name, its cards and its rows; one line where there is nothing."""
+    """Device and versions, then the name, cards and rows of each file; one line where there is nothing."""
     runs = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("bench_*.json"))}
     if not runs:
         return [f"no figures in {folder}"]

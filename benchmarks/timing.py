@@ -1,4 +1,4 @@
-"""Seconds on a device, and what the device allows: between events on a GPU, by the host's clock elsewhere."""
+"""Seconds on a device (between events on a GPU, by the host's clock elsewhere), and the limits of a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device | str = "cuda") -> 
 
 
 def waited(call: Callable[[], Any], device: torch.device | str = "cuda") -> float:
-    """One call by the host's clock, until the device has done it."""
+    """Seconds of one call by the host's clock, until the device has finished."""
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()

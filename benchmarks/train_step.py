@@ -55,8 +55,8 @@ def products_by_mkl(model: Coconut) -> None:
     matmul._linear = None
 
 
-# What each saving is worth: the same step without it. Without the deferring mode, the four that live in it are gone:
-# one product per weight, products other than PyTorch's, token gradients joined with the head's, norms and GELU again.
+# Each saving, and what switches it off. Without the deferring mode the four savings in it are gone: one product per
+# weight, products other than PyTorch's, token gradients joined with the head's, norms and GELU computed again.
 SAVINGS = {
     "the deferring mode": lambda model: setattr(model, "defer_weight_gradients", False),
     "our own products, with oneDNN's": products_by_onednn,

@@ -30,7 +30,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-# Two threads that import modules which import each other may each be handed a half-made one.
+# Two threads that import modules which import each other may each get a partially initialised one.
 _importing = threading.RLock()
 
 if not TYPE_CHECKING:

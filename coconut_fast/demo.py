@@ -31,8 +31,8 @@ from coconut_fast.train.run import run as train
 
 PROBLEMS = {"train": 16000, "valid": 200, "test": 1000}
 GRAPHS = {"depth": 3, "width": 2, "extra_edges": 0}
-# Name in the table -> what differs from the recipe. Coconut comes first, and the others take as many steps as it took.
-# They have one stage only, so their learning rate falls over the whole run.
+# Name in the table -> changes to the recipe. Coconut comes first, and the others train for as many steps as it did.
+# They have only one stage, so their learning rate decays over the whole run.
 ONE_STAGE = ["advance_at=null", "lr_schedule=cosine", "final_epochs=null"]
 RUNS = {
     "Coconut": ["method=coconut", "name=coconut"],
@@ -52,7 +52,7 @@ def find_recipe() -> Path:
 
 
 def make_graphs(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, Path]:
-    """Writes the problems of each split -> where. Splits share no graph: each draws from a generator of its own."""
+    """Writes the problems of each split -> its file. Splits share no graph: each has its own random generator."""
     files = {}
     for split, count in sizes.items():
         files[split] = folder / f"{split}.json"
@@ -62,12 +62,12 @@ def make_graphs(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, 
 
 
 def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Evaluation]:
-    """The whole demo, up to the question. Everything it writes is in `folder`; a demo that was stopped goes on.
+    """The whole demo, up to the question. Everything it writes is in `folder`; a stopped demo resumes.
 
     overrides: settings of all runs, "key=value" each. Returns the results on fresh graphs by name.
     """
     for changes in RUNS.values():
-        read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # what is wrong is refused before any work
+        read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # wrong settings are refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"
     if before.is_file() and (other := json.loads(before.read_text("utf-8"))["seed"]) != seed:
         raise ValueError(f"--out: {folder} holds a demo of seed {other}, expected seed {seed} or another folder")
@@ -99,7 +99,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
 
 
 def finished_epochs(run: Path) -> int:
-    """How many epochs a run took: each ends with an evaluation."""
+    """Number of epochs of a run: each ends with an evaluation."""
     return len({record["step"] for record in read_metrics(run / METRICS) if "eval_accuracy" in record})
 
 
@@ -109,13 +109,13 @@ def settings_name(changes: Sequence[str]) -> str:
 
 
 def accuracy_by_thoughts(model: Coconut, examples: Sequence[Example]) -> list[float]:
-    """Accuracy with 0, 1, ... thoughts, up to as many as the model was trained with."""
+    """Accuracy with 0, 1, ... thoughts, up to the number the model was trained with."""
     most = model.settings.num_thoughts or 0
     return [evaluate(model, examples, num_thoughts=n, max_new_tokens=8).accuracy for n in range(most + 1)]
 
 
 def draw_search(model: Coconut, examples: Sequence[Example], result: Evaluation, path: Path) -> Path:
-    """The picture of thoughts at work: one problem on its graph, and the mean over all of them."""
+    """Draws what the thoughts search: one problem on its graph, and the mean over all problems."""
     graphs = [graph_of(example) for example in examples]
     prompts = [question.question_ids for question in write_questions(model, examples)]
     decoded = decode_thoughts(model, prompts, num_thoughts=model.settings.num_thoughts)
@@ -137,12 +137,12 @@ def draw_search(model: Coconut, examples: Sequence[Example], result: Evaluation,
 
 
 def write_questions(model: Coconut, examples: Sequence[Example]) -> list[TokenizedExample]:
-    """Problems as the model was taught to read them."""
+    """Problems tokenized as in the model's training."""
     return symbolic_examples([graph_of(example) for example in examples], **(model.settings.symbols or {}))
 
 
 def chosen_problem(graphs: Sequence[Graph], result: Evaluation) -> int:
-    """A problem worth drawing: answered right, and with many nodes below the root that lead on, so much to search."""
+    """A problem worth drawing: answered correctly, with the most inner nodes to search below the root."""
 
     def inner_nodes(number: int) -> int:
         graph = graphs[number]
@@ -154,7 +154,7 @@ def chosen_problem(graphs: Sequence[Graph], result: Evaluation) -> int:
 
 
 def question_command(folder: Path) -> tuple[list[str], str]:
-    """Arguments of `coconut-fast` that ask the trained model the first problem of the test set; the right answer."""
+    """Arguments of `coconut-fast` that ask the trained model the first test problem, and the right answer."""
     run = folder / settings_name(RUNS["Coconut"])
     example = read_examples(folder / "data" / "test.json")[0]
     ids = write_questions(load(run), [example])[0].question_ids
@@ -162,6 +162,6 @@ def question_command(folder: Path) -> tuple[list[str], str]:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """As one would type it here: with the path of the program, where this one was started by it (`make demo`)."""
+    """The command to type here, with the program's path where this one was started by it (`make demo`)."""
     program = sys.argv[0] if Path(sys.argv[0]).name == "coconut-fast" else "coconut-fast"
     return shlex.join([program, *arguments])

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safe
 
 
 def report(device: str | None = None) -> str:
-    """A few lines for people (and for bug reports). ValueError for a device that is no device."""
+    """A few lines for people (and for bug reports). ValueError for an invalid device."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -84,7 +84,7 @@ def _ops(device: torch.device) -> Iterator[str]:
 
 
 def _runners(device: torch.device) -> Iterator[str]:
-    """Who generates: known families, and any other model."""
+    """The runner that generates, for known families and for any other model."""
     from coconut_fast.infer import machine
     from coconut_fast.model.plan import FAMILIES
 
@@ -109,7 +109,7 @@ def _runners(device: torch.device) -> Iterator[str]:
 
 
 def _persistent(device: torch.device) -> str:
-    """Whether chains of thoughts run in one launch, and why (not)."""
+    """Whether a chain of thoughts runs in one launch, and why (not)."""
     from coconut_fast.infer import persistent
 
     try:

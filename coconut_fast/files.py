@@ -22,15 +22,15 @@ UNFINISHED = ".unfinished-"  # the start of a directory's, while it is written o
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. The folder is made where it is missing. A link stays one: what it points to is
-    written. ValueError where `path` is a folder or a device.
+    Text is UTF-8 with "\\n" line ends. A missing folder is created. A link stays a link: its target is written.
+    ValueError where `path` is a folder or a device.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
         raise ValueError(f"cannot write a file at {path}: a {'folder' if target.is_dir() else 'device'} is there")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the rename stays within one file system; with process and thread, so that two of them
-    # that write the same file do not write into each other's.
+    # In the same folder, so that the rename stays within one file system; named by process and thread, so that two that
+    # write the same file do not share a temporary one.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         with (
@@ -49,7 +49,7 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError of the block names `path`, where it names no file: a full disk does not say what did not fit."""
+    """Adds `path` to an OSError of the block that names no file, as when the disk is full."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def not_written(path: str | os.PathLike[str], error: Exception) -> OSError:
-    """For what libraries raise over a full disk, which names neither the file nor the disk."""
+    """An OSError in place of what libraries raise on a full disk, which names neither the file nor the disk."""
     folder = next(place for place in Path(path).absolute().parents if place.is_dir())
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     free = shutil.disk_usage(folder).free / 1e6
@@ -67,10 +67,11 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> OSError:
 
 @contextmanager
 def reserve(folder: Path, name: str) -> Iterator[None]:
-    """Keeps `folder`, which is made where it is missing, from other processes that reserve it, while the block runs.
+    """Reserves `folder`, created if missing, for this process while the block runs.
 
-    ValueError, opened by the setting's `name`, where another one has it. The lock is the folder's own, not a file, and
-    ends with its process however that ends; a file system without such locks (NFS) reserves nothing.
+    ValueError, beginning with the setting's `name`, where another process has reserved it. The lock is on the folder
+    itself, not on a file, and ends with the process, however that ends; on file systems without such locks (NFS)
+    nothing is reserved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -84,7 +85,7 @@ def reserve(folder: Path, name: str) -> Iterator[None]:
                 raise ValueError(f"{name}: {found}, expected a folder of our own") from None
         yield
     finally:
-        if descriptor in _reserved:  # not in a child
+        if descriptor in _reserved:  # not in a forked child
             _reserved.remove(descriptor)
             os.close(descriptor)
 
@@ -93,7 +94,7 @@ _reserved: set[int] = set()  # descriptors that hold locks
 
 
 def _let_go() -> None:
-    """A lock is also that of forked children, such as a loader's, which outlive a killed process for some seconds."""
+    """Drops the locks that forked children inherit: a data loader's outlive a killed process by some seconds."""
     while _reserved:
         os.close(_reserved.pop())
 
@@ -102,7 +103,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what writers that were killed left in `folder`, which must be reserved."""
+    """Removes what killed writers left in `folder`, which must be reserved."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f"{UNFINISHED}*"):
@@ -110,7 +111,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:
-    """ValueError, opened by the setting's `name`, where a folder at `path` could be neither written to nor made."""
+    """ValueError, beginning with the setting's `name`, where `path` is no writable folder and none can be made."""
     if not os.fspath(path):
         raise ValueError(f"{name}: found nothing, expected a directory")
     for place in (Path(path), *Path(path).parents):
@@ -124,7 +125,7 @@ def check_folder(path: str | os.PathLike[str], name: str) -> None:
             what = "a link to nothing" if stat.S_ISLNK(found.st_mode) and not place.exists() else "a file"
             raise ValueError(f"{name}: {place} is {what}, expected a directory or nothing")
         try:
-            with tempfile.TemporaryFile(dir=place):  # root, a file server or /proc do otherwise than permissions say
+            with tempfile.TemporaryFile(dir=place):  # permissions are no proof for root, file servers or /proc
                 return
         except OSError as error:
             reason = error.strerror
@@ -134,7 +135,7 @@ def check_folder(path: str | os.PathLike[str], name: str) -> None:
 
 
 def check_file(path: str | os.PathLike[str], name: str) -> None:
-    """ValueError, opened by the setting's `name`, where no file could be written at `path`."""
+    """ValueError, beginning with the setting's `name`, where no file could be written at `path`."""
     target = Path(os.path.realpath(path))
     if target.is_dir() or os.fspath(path).endswith(os.sep):
         raise ValueError(f"{name}: {Path(path)} is a directory, expected a file or nothing")
@@ -151,7 +152,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; not every file system allows it, and then there is nothing to do."""
+    """Make the rename itself survive a power cut, on file systems that allow it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,6 +1,7 @@
 """The one place that chooses an implementation of an op, and can say why.
 
-Each op is one stem everywhere: `x_ref` in kernels/reference.py, `kernels/x.py` (Triton), `x` in the C++ module (CPU).
+An op has one name everywhere it exists: `x_ref` in kernels/reference*.py, `kernels/x.py` (Triton; `matmul` and
+`linear_cross_entropy` are PyTorch), `x` in the C++ module (CPU).
 `ops.x(...)` runs the first backend of BACKENDS[x] that the tensors' device allows; `use("torch")` or the environment
 variable COCONUT_FAST_BACKEND asks for one by name, and an explicit choice that cannot be honoured is an error.
 
@@ -104,6 +105,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
         return asked, "asked for"
     passed_over: list[str] = []
     for candidate in BACKENDS[op]:
+        # TRITON_INTERPRET lets Triton run on a CPU, but only when asked for by name.
         if candidate == "triton" and device.type != "cuda":
             reason = f"triton needs tensors on cuda, these are on {device.type}"
         else:

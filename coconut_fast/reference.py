@@ -20,7 +20,7 @@ def fill_thoughts(
 ) -> torch.Tensor:
     """(T,) token ids -> (T, D) input embeddings with every thought filled in (section 3, "Method").
 
-    Thought by thought: run the model over all that stands before it, and put the last hidden state, after the final
+    For each thought in turn: run the model over everything before it, and put the last hidden state, after the final
     norm, in its place.
     """
     embeds_TD = model.get_input_embeddings()(input_ids)

@@ -1,4 +1,4 @@
-// The bindings*.cpp files alone know torch and Python: everything else in csrc/ is plain C++ (or CUDA) on raw pointers.
+// Only the bindings*.cpp files know torch and Python; everything else in csrc/ is plain C++ (or CUDA) on raw pointers.
 // One `bind_<area>(py::module_&)` per area, called at the end.
 
 #include <ATen/ATen.h>
@@ -52,7 +52,7 @@ static std::shared_ptr<CacheLayout> make_layout(int64_t num_pages, int64_t page_
                                        max_pages_per_row.value_or(std::min(reserve, fits)), reserve);
 }
 
-// A tensor over memory of `layout`, which lives as long as the tensor does.
+// A tensor over memory of `layout`, which it keeps alive.
 static at::Tensor view_of(std::shared_ptr<CacheLayout> layout, int32_t* data, at::IntArrayRef shape) {
   return at::from_blob(data, shape, [layout](void*) {}, at::TensorOptions().dtype(at::kInt));
 }

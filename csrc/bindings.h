@@ -1,4 +1,4 @@
-// What the bindings share: the list of areas, and checks of tensor arguments that end in a ValueError.
+// Shared by the bindings: the list of areas, and checks of tensor arguments, which raise ValueError.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -32,8 +32,8 @@ template <typename... Parts>
   throw py::value_error(text.str());
 }
 
-// The kernels read memory. A subclass with a dispatch of its own (DTensor, FakeTensor) and tensors of torch.func say
-// they are on the CPU and may have none, or none with their values; a lazily negated view has them with another sign.
+// The kernels read raw memory. Subclasses with their own dispatch (DTensor, FakeTensor) and torch.func tensors report
+// the CPU but may have no memory, or none that holds their values; that of a lazily negated view has the wrong sign.
 inline void check_plain(const char* op, const char* name, const at::Tensor& t) {
   constexpr c10::DispatchKeySet elsewhere{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                           c10::DispatchKey::Negative, c10::DispatchKey::Conjugate};
@@ -42,7 +42,7 @@ inline void check_plain(const char* op, const char* name, const at::Tensor& t) {
            "tensor of torch.func, a lazily negated view); expected a plain tensor");
 }
 
-// A contiguous CPU tensor of `shape`, where -1 stands for any size.
+// Requires a contiguous CPU tensor of `shape`, where -1 stands for any size.
 inline void check_shape(const char* op, const char* name, const at::Tensor& t, const std::vector<int64_t>& shape) {
   bool fits = t.device().is_cpu() && t.is_contiguous() && t.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || t.size(i) == shape[i];

@@ -19,7 +19,7 @@ struct RaggedArguments {
   int64_t seed;
 };
 
-// Everything that could make the kernels read outside of the tensors is refused here.
+// Refuses everything that could make the kernels read outside the tensors.
 static coconut_fast::Attention check_attention(const char* op, const RaggedArguments& r) {
   check_shape(op, "query", r.query, {-1, -1, -1});
   check_shape(op, "keys", r.keys, {-1, -1, r.query.size(2)});
@@ -80,7 +80,7 @@ static coconut_fast::Attention check_attention(const char* op, const RaggedArgum
           .value_dim = r.values.size(2),
           .pages_per_row = width,
           .page_size = r.page_size,
-          // Positions are int32: no row leaves a longer window, and the kernels compare in int32.
+          // Positions are int32: a longer window excludes no key, and the kernels compare in int32.
           .window = r.window > std::numeric_limits<int32_t>::max() ? 0 : r.window,
           .scaling = r.scaling,
           .softcap = r.softcap,
@@ -161,7 +161,7 @@ static at::Tensor ragged_attention_backward(const at::Tensor& grad_out, const at
 static void kv_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& slots, const at::Tensor& keys,
                       const at::Tensor& values, const py::kwargs& turns) {
   const char* op = "kv_append";
-  for (const auto& [name, given] : turns)  // eps alone asks for nothing
+  for (const auto& [name, given] : turns)  // eps alone has no effect
     if (!given.is_none() && name.cast<std::string>() != "eps")
       refuse(op, ": ", name.cast<std::string>(), " is given, which the CPU's own kernel does not take (it copies keys "
              "and values as they are); expected none, or backend=\"torch\"");

@@ -1,4 +1,4 @@
-// Binds the CUDA kernels (csrc/cuda/): the one file that knows both torch and CUDA. Empty in a build without.
+// Binds the CUDA kernels (csrc/cuda/): the only file that knows both torch and CUDA. Empty in a build without CUDA.
 #include "bindings.h"
 
 #ifndef COCONUT_FAST_WITH_CUDA
@@ -25,7 +25,7 @@ static at::ScalarType element(at::ScalarType storage) {
   return std::is_same_v<T, Layer> ? at::kByte : at::kInt;
 }
 
-// Of the tensor that an argument's pointer reads or writes; undefined where there is no such argument.
+// The dtype of the tensor that pointer argument `name` refers to; Undefined if there is no such argument.
 static at::ScalarType dtype_of(const std::string& name, at::ScalarType storage) {
 #define COCONUT_FAST_POINTER(type, field) \
   if (name == #field) return element<std::remove_const_t<type>>(storage);

@@ -8,7 +8,7 @@
 using namespace coconut_fast;
 
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds; less is not worth waking a thread
-constexpr int64_t kPacked = 32;       // multiply-adds that packing a value takes the time of
+constexpr int64_t kPacked = 32;       // multiply-adds that take as long as packing one value
 
 static Dtype check(const char* op, const char* name, const at::Tensor& x) {
   if (!gemm_runs()) refuse(op, ": needs a CPU with AVX512-BF16 and without AMX");
@@ -108,7 +108,7 @@ static at::Tensor weight_gradient(const at::Tensor& left, const at::Tensor& righ
   }
   at::Tensor total = into ? *into : at::empty({m, n}, left.options().dtype(at::kFloat));
   const at::Tensor lefts = left.contiguous(), rights = right.contiguous();
-  // Blocks of equal and even length: half a step in the middle would be one of its own. At least one, to write zeros.
+  // Blocks of equal and even length: an odd one would end in half a bf16 step. At least one block, to write zeros.
   const int64_t blocks = std::max<int64_t>(1, (rows + gradient_rows(dtype) - 1) / gradient_rows(dtype));
   const int64_t block = ((rows + blocks - 1) / blocks + 1) / 2 * 2;
   Gradient gradient{nullptr, nullptr, total.mutable_data_ptr<float>(), nullptr, nullptr, dtype, block, m, n, !into};

@@ -9,9 +9,9 @@ using coconut_fast::BlockCache;
 
 namespace {
 
-constexpr size_t kLarge = size_t(1) << 20;  // bytes; smaller tensors are malloc's
+constexpr size_t kLarge = size_t(1) << 20;  // bytes; smaller tensors come from malloc
 
-// Never destroyed: tensors that outlive the interpreter are given back to it.
+// Never destroyed: tensors that outlive the interpreter still return their memory to it.
 BlockCache& blocks() {
   static auto* cache = new BlockCache;
   return *cache;

@@ -1,4 +1,4 @@
-// The native chain for Python: checks of every argument, then one call without the GIL.
+// Binds the native chain: checks every argument, then makes one call without the GIL.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -91,7 +91,7 @@ static void set_layer(Chain& self, int layer, const Tensors& t, float scaling, i
   const auto& s = self.shape();
   if (layer < 0 || layer >= s.layers) refuse("layer must be from 0 to ", s.layers - 1, ", found ", layer);
   if (window < 0) refuse("window must be 0 (none) or more, found ", window);
-  if (window > s.max_positions) window = 0;  // no row leaves it
+  if (window > s.max_positions) window = 0;  // no row is longer
   const int64_t q = int64_t(s.heads) * s.head_dim, all = q + 2 * int64_t(s.kv_heads) * s.head_dim;
   const int64_t up = s.gated ? 2 * s.inner : s.inner;
   self.set_layer(layer, {matrix_of(t, "qkv", all, s.dim), matrix_of(t, "o", s.dim, q), matrix_of(t, "up", up, s.dim),
@@ -142,7 +142,7 @@ static coconut_fast::CacheView cache_view(const Chain& chain, const CacheLayout&
   return view;
 }
 
-// rows and starts of a call; each row must already be `counts[i]` tokens longer than it starts.
+// Rows and starts of a call; row i must already have `counts[i]` places in the cache from its start on.
 static coconut_fast::RowsView rows_view(const Chain& chain, const CacheLayout& layout, const at::Tensor& rows,
                                         const at::Tensor& starts, const int32_t* counts) {
   const int64_t n = rows.numel();
@@ -209,7 +209,7 @@ static py::tuple chain_decode(Chain& self, const CacheLayout& layout, const Stor
   const int32_t* first = data_of<int32_t>(pending, n, "pending");
   const int32_t* limit = data_of<int32_t>(limits, n, "limits");
   check_ids(self, first, n, -1);
-  std::vector<int32_t> writes(n);  // the last token of a row is not written, a pending one is
+  std::vector<int32_t> writes(n);  // a row's last token is not written to the cache, a pending one is
   for (int64_t i = 0; i < n; ++i) {
     const int made = std::min(limit[i], steps);
     writes[i] = made <= 0 ? std::min(made, 0) : made - (first[i] < 0);

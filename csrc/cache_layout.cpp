@@ -97,7 +97,7 @@ int64_t CacheLayout::check_append(const int64_t* rows, const int64_t* counts, in
     total += counts[i];
     needed += pages_of(length + counts[i]) - pages_of(length);
   }
-  // A page with r holders of which m now want to write into it is copied min(m, r - 1) times: the last may keep it.
+  // A page that r rows hold and m of them now write into is copied min(m, r - 1) times: the last row may keep it.
   const auto open_page = [&](int64_t i) {
     const int64_t length = lengths_[rows[i]];
     return counts[i] > 0 && length % page_size_ != 0 ? pages(rows[i])[length / page_size_] : -1;
@@ -204,8 +204,8 @@ void CacheLayout::check_distinct(const char* operation, const int64_t* rows, int
   }
 }
 
-// The page after the row's last one where that is free. A row's first page is sought from the row's own share of the
-// pages on, so that rows which fit in their share stay contiguous however they take turns.
+// Takes the first free page after the row's last one. The search for a row's first page starts at the row's share of
+// the pages, so that rows that fit in their share stay contiguous in whatever order they grow.
 int32_t CacheLayout::take_page(int64_t row, int64_t index) {
   const int64_t start = index > 0 ? pages(row)[index - 1] + 1 : row * num_pages() / max_rows();
   const auto page = static_cast<int32_t>(pages_.take_from(start));

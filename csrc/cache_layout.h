@@ -1,11 +1,11 @@
-// Where the keys and values of every token live: rows of pages, shared between rows, in memory that never moves.
+// Where the keys and values of every token are stored: in pages, which rows can share, in memory that never moves.
 //
-// A row is a sequence; position p of row r lies in slot page_table[r][p / page_size] * page_size + p % page_size of the
-// storage, which somebody else owns. Pages carry reference counts: a fork shares all pages of its parent, and the first
+// A row is a sequence; position p of row r is in slot page_table[r][p / page_size] * page_size + p % page_size of the
+// storage, which is owned elsewhere. Pages carry reference counts: a fork shares all pages of its parent, and the first
 // of them to write into a partly filled shared page gets a copy of it (copy on write). The table and the lengths are
-// allocated once for all that the layout can ever hold, so that pointers into them (and captured graphs) stay valid.
+// allocated once, for the most that the layout can hold, so that pointers into them (and captured graphs) stay valid.
 //
-// Every operation checks everything before it changes anything and throws std::invalid_argument. None but the
+// Every operation checks its arguments before it changes anything, and throws std::invalid_argument. Only the
 // constructor allocates memory. Not thread-safe: one owner at a time.
 
 #pragma once
@@ -16,7 +16,7 @@
 
 namespace coconut_fast {
 
-// The free ones of the numbers 0 .. size-1, as a bitmap: giving back sets one bit, searching skips 64 at a time.
+// The free numbers among 0 .. size-1, as a bitmap: give() sets one bit, a search skips 64 numbers at a time.
 class FreeSet {
  public:
   FreeSet(int64_t reserve, int64_t size) : words_(reserve / 64 + 1) { extend(size); }
@@ -40,7 +40,7 @@ class CacheLayout {
  public:
   using Copy = std::pair<int64_t, int64_t>;  // page to read, page to write
 
-  // num_pages to begin with, room for reserve_pages; lengths and the table's entries are int32, and so must fit.
+  // Starts with num_pages and can grow to reserve_pages. Lengths and table entries are int32, and sizes must fit.
   CacheLayout(int64_t num_pages, int64_t page_size, int64_t max_rows, int64_t max_pages_per_row, int64_t reserve_pages);
 
   // n fresh rows of length 0, written to `rows`.
@@ -49,14 +49,14 @@ class CacheLayout {
   // The total of counts, after checking that append(rows, counts) can be done.
   int64_t check_append(const int64_t* rows, const int64_t* counts, int64_t n) const;
 
-  // Makes rows[i] longer by counts[i]. `slots` (the total of counts) receives where the new tokens go, row after row;
-  // `copies` (room for n) the page copies to do before anything is written there. Returns their number.
+  // Makes rows[i] longer by counts[i]. `slots` (as many as the total of counts) receives the new tokens' slots, row
+  // after row; `copies` (up to n) the page copies to make before anything is written there. Returns their number.
   int64_t append(const int64_t* rows, const int64_t* counts, int64_t n, int64_t* slots, Copy* copies);
 
   // New rows (written to `forks`) that share everything with rows[i]; a row may be named several times.
   void fork(const int64_t* rows, int64_t n, int64_t* forks);
 
-  // Forgets what lies beyond lengths[i].
+  // Drops the tokens of rows[i] beyond lengths[i].
   void truncate(const int64_t* rows, const int64_t* lengths, int64_t n);
 
   void free(const int64_t* rows, int64_t n);
@@ -64,7 +64,7 @@ class CacheLayout {
   // More pages, up to reserve_pages.
   void grow(int64_t num_pages);
 
-  // Entries of a row beyond its length are stale, but always pages that exist.
+  // Entries of a row beyond its length are stale, but always valid page numbers.
   int32_t* page_table() { return page_table_.data(); }
   int32_t* lengths() { return lengths_.data(); }
   const int32_t* page_table() const { return page_table_.data(); }

@@ -1,10 +1,10 @@
-"""The end of a token pass on the device, in one launch: keep each row's new token, and stop a row that met end-of-text.
+"""The end of a token pass on the device, in one launch: store each row's new token and stop rows at end-of-text.
 
     written[b, step] = tokens[b] = ids[b],  remaining[b] = 0 if ids[b] == eos      where attended[b] > 0
     written[b, step] = -1                                                          elsewhere
     step += 1
 
-Nothing returns to the host: a row that has ended stands still in the passes that pdl_wait, until the host looks.
+No host synchronisation: a row that has ended is inactive in the passes that follow, until the host checks.
 
 Shapes: ids, tokens int64 (B,); written int64 (B, N); remaining, attended int32 (B,); step int64 (1,), below N.
 Bytes: 40 B. Bound: launch latency (PyTorch needs a dozen launches for it). One program. Registers at most 64.
@@ -29,7 +29,7 @@ def _accept(ids, tokens, written, remaining, attended, step, eos, batch, written
     now = tl.load(step)
     active = tl.load(attended + b, mask=mask, other=0) > 0
     chosen = tl.load(ids + b, mask=mask, other=-1)
-    tl.debug_barrier()  # every thread has read the step before it moves on
+    tl.debug_barrier()  # every thread has read the step before it is advanced
     tl.store(tokens + b, chosen, mask=active)
     tl.store(written + b.to(tl.int64) * written_row + now, tl.where(active, chosen, -1), mask=mask)
     tl.store(remaining + b, tl.zeros([BLOCK_B], tl.int32), mask=active & (chosen == eos))
@@ -77,7 +77,7 @@ def accept_tokens(
     ids: torch.Tensor, tokens: torch.Tensor, written: torch.Tensor, remaining: torch.Tensor, attended: torch.Tensor,
     step: torch.Tensor, *, eos: int,
 ) -> None:  # fmt: skip
-    """Change tokens, written, remaining and step in place, as the module says. eos -1: nothing ends a row.
+    """Change tokens, written, remaining and step in place, as in the module's docstring. eos -1: no token ends a row.
 
     ValueError for shapes that do not fit.
     """

@@ -1,8 +1,8 @@
-"""Sums of a matrix's columns, added to partial ones: the bias gradient of a product, over several calls.
+"""Sums of a matrix's columns, added to partial sums: the bias gradient of a product, over several calls.
 
     sums[i] += sum of the i-th share of x's rows
 
-Shapes: x (N, F), sums (P, F) fp32. A bias gradient is sums.sum(0) behind the last call, in one order always.
+Shapes: x (N, F), sums (P, F) fp32. The bias gradient is sums.sum(0) after the last call, always in the same order.
 Bytes: N F elements once, in 128-bit loads. Bound: memory bandwidth. Registers at most 128.
 """
 

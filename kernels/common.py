@@ -1,7 +1,7 @@
-"""What the kernel files share: registration with torch, launch guards, and the device functions of several kernels.
+"""Shared by the kernel files: registration with torch, launch guards, and device functions of several kernels.
 
-Device functions compute in fp32. tanh is written out because libdevice exists only on the device, and a formula that
-the interpreter runs too is a formula that the tests run.
+Device functions compute in fp32. tanh is written out because libdevice exists only on the device, and the tests also
+run in the interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = library.Library("coconut_fast", "FRAGMENT")
-PLANNED = 90  # the architecture that shapes are planned for where there is no device (interpreter, compiling ahead)
+PLANNED = 90  # the architecture assumed where there is no device (interpreter, ahead-of-time compilation)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -42,14 +42,14 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's, at no cost where it is already."""
+    """Triton launches on the current device: make it the tensor's, at no cost if it already is."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def arch(tensor: torch.Tensor) -> int:
-    """Compute capability: 80 of an A100, 89 of a 4090, 90 of an H100 or H200, 120 of a 5090."""
+    """Compute capability: 80 for an A100, 89 for a 4090, 90 for an H100 or H200, 120 for a 5090."""
     if not tensor.is_cuda:
         return PLANNED
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -57,8 +57,8 @@ def arch(tensor: torch.Tensor) -> int:
 
 
 def generation(tensor: torch.Tensor) -> int:
-    """The key of tables that turn on how tensor cores are fed: 90 by groups of warps, from shared memory; 80 by each
-    warp, from registers, which is also the way of consumer cards since (120)."""
+    """Key of the tables that depend on how tensor cores are fed: 90 by warpgroups, from shared memory; 80 by single
+    warps, from registers, as on later consumer cards too (120)."""
     return 90 if 90 <= arch(tensor) < 120 else 80
 
 
@@ -69,11 +69,12 @@ def shared_memory(tensor: torch.Tensor) -> int:
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
-    """Whether a kernel may begin while the one before it in the stream still runs: sm_90 and later.
+    """Whether kernels use programmatic dependent launch (sm_90 and later).
 
-    It waits (`pdl_wait`) before it reads what that kernel writes, and before it writes anything, so that whatever ran
-    before has then ended. Ahead of the wait it reads what nobody has written for long enough: constants, and behind a
-    kernel that lets it begin only after its own wait, all that this one does not write itself.
+    A kernel may then start while its predecessor in the stream runs. It calls `pdl_wait` before any write and before it
+    reads what an earlier kernel may still be writing; when `pdl_wait` returns, all earlier kernels have finished.
+    Before it, a kernel may read constants, and, if its predecessor calls `pdl_release` only after its own wait,
+    everything the predecessor does not write.
     """
     return not INTERPRETED and arch(tensor) >= 90
 
@@ -90,7 +91,7 @@ def check_shape(
 ) -> None:
     """ValueError unless the tensor has the expected shape and its last dimension, or all of it, is contiguous.
 
-    `contiguous` is for what a kernel reads without its strides. About 0.2 us.
+    `contiguous` is for tensors that a kernel reads without strides. About 0.2 us.
     """
     if tensor.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
@@ -106,7 +107,7 @@ def check_rotary(
     op: str, rows: int, head_dim: int, cos: torch.Tensor | None, sin: torch.Tensor | None,
     positions: torch.Tensor | None, query_norm: torch.Tensor | None, key_norm: torch.Tensor | None,
 ) -> int:  # fmt: skip
-    """ROTARY of load_head, 0 without cos and sin; ValueError unless all that it reads beside the heads fits them."""
+    """ROTARY of load_head, 0 without cos and sin; ValueError unless the other tensors it reads fit the heads."""
     for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
         if norm is not None:
             check_shape(op, name, norm, (head_dim,))
@@ -137,11 +138,11 @@ def compute_type(*dtypes: torch.dtype) -> Any:
 
 @triton.jit
 def pdl_wait(OVERLAP: tl.constexpr, ready=None):
-    """Wait until the kernels before have ended and their writes are here (`overlaps`); first work out `ready`, fp32."""
+    """Wait until all earlier kernels have finished, their writes visible (`overlaps`); first compute `ready`, fp32."""
     if OVERLAP:
         if ready is None:
             tl.extra.cuda.gdc_wait()
-        else:  # both branches wait: one that needs the number cannot move ahead of it
+        else:  # both branches wait, so that the wait needs `ready` and cannot move ahead of it
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.eq.b32 p, $1, 0x7fffffff; @p griddepcontrol.wait; @!p griddepcontrol.wait; "
                 "mov.b32 $0, $1; }",
@@ -151,14 +152,15 @@ def pdl_wait(OVERLAP: tl.constexpr, ready=None):
 
 @triton.jit
 def pdl_release(OVERLAP: tl.constexpr):
-    """Behind `pdl_wait`: let the next kernel begin, as soon as every program of this one has come here."""
+    """Let the next kernel start once every program of this one has come here: after `pdl_wait`, or first of all where
+    EARLY."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def fetch(base, rows, row, IN: tl.constexpr):
-    """Ask for rows of a matrix to be brought to L2, by lines of 128 bytes. On a device alone."""
+    """Prefetch rows of a matrix into L2, by lines of 128 bytes. Not for the interpreter."""
     LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = triton.next_power_of_2((IN + LINE - 1) // LINE)
     k = tl.minimum(tl.arange(0, LINES) * LINE, IN - 1)
@@ -196,7 +198,7 @@ def silu(x):
 
 @triton.jit
 def mix(x):
-    """Bijective mixing of uint32 words: lowbias32, the hash of dropout and of Gumbel noise (reference.py, `_mix`)."""
+    """Bijective mixing of uint32 words: lowbias32, the hash of dropout (reference.py, `_mix`)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -237,7 +239,7 @@ def load_head(base, d, mask, K: tl.constexpr, weight, eps, cos, sin, NORM: tl.co
 
 @triton.jit
 def row_statistics(x, rows, mask_m, x_row, eps, IN: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
-    """Mean (0 unless LayerNorm) and reciprocal deviation of rows of x: one pass each, over a row that lies in L2."""
+    """Mean (0 unless LayerNorm) and reciprocal deviation of rows of x: one pass each, over a row that is in L2."""
     BLOCK_M: tl.constexpr = rows.shape[0]
     mean = tl.zeros([BLOCK_M], tl.float32)
     if NORM == "layer":
@@ -264,8 +266,8 @@ def products(
 ):  # fmt: skip
     """x[rows] @ weight[n].T in fp32, (BLOCK_M, BLOCK_N): the weights' rows are streamed once, in order.
 
-    DOT: tensor cores, rows padded to 16. Else plain multiplies, for up to 4 rows: partial sums stay apart per
-    component until the end, so the loop has no shuffles and its loads run STAGES ahead.
+    DOT: tensor cores, rows padded to 16. Else plain multiplies, for up to 4 rows: partial sums are kept per component
+    until the end, so the loop has no shuffles and its loads run STAGES ahead.
     """
     BLOCK_M: tl.constexpr = rows.shape[0]
     BLOCK_N: tl.constexpr = n.shape[0]
@@ -293,8 +295,8 @@ def row_split(
     lengths, rows, positions, page_table, table_row, b, split,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, APPEND: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """length of row b, its pages, its offset in cos and sin, and of what it sees the first position, the first and last
-    split, and where its stored positions in `split` end."""
+    """Of row b: its length, its pages, its offset in cos and sin, the first position it sees, the first and last split
+    with positions it sees, and the end of its stored positions in `split`."""
     length = tl.load(lengths + b)
     table = page_table + tl.load(rows + b).to(tl.int64) * table_row
     angle = tl.zeros([], tl.int64)
@@ -314,8 +316,8 @@ def combine_splits(
     sums, sums_lse, counter, out, lse, e, first, last,
     HEADS: tl.constexpr, KV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The end of a program that left partial sums of HEADS heads: the last of them to come here adds all, in order."""
-    tl.debug_barrier()  # all of this program's stores, then the count that publishes them
+    """The end of a program that stored partial sums of HEADS heads: the last program to arrive adds all, in order."""
+    tl.debug_barrier()  # all of this program's stores come before the count that publishes them
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == last - first:
         tl.debug_barrier()
@@ -325,7 +327,7 @@ def combine_splits(
             total = tl.full([], 0.0, tl.float32)
             acc = tl.zeros([e.shape[0]], tl.float32)
             for chunk in range(first, last + 1, CHUNK):
-                # .cg: from L2, past an L1 line that may be older than the partial sums
+                # .cg: from L2, since a line in L1 may be older than the partial sums
                 i = chunk + tl.arange(0, CHUNK)
                 at = i * HEADS + g
                 part_lse = tl.load(sums_lse + at, mask=i <= last, other=float("-inf"), cache_modifier=".cg")

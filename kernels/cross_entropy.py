@@ -3,10 +3,10 @@
     l = scale (x + bias)  (softcap: c tanh(l / c)),   top = max_v l_v,   log = ln sum_v exp(l_v - top)
     loss = log - (l_target - top), and 0 for a target of -100
 
-Shapes: logits x (N, W) with rows of W >= V elements, of which those from V on count for nothing; bias (V,) or None;
-targets int64 (N,), 0 to V - 1 or -100; losses (N,) and statistics (N, 2), top and log, fp32. A sure row's log is as
-small as its loss, where log + top would be rounded like its logits.
-Bytes: N V elements once, in 128-bit loads. Bound: memory bandwidth. One program a row; registers at most 128.
+Shapes: logits x (N, W) with rows of W >= V elements, of which those from V on are ignored; bias (V,) or None; targets
+int64 (N,), 0 to V - 1 or -100; losses (N,) and statistics (N, 2), top and log, fp32. The log of a confident row is as
+small as its loss, whereas log + top would be rounded like its logits.
+Bytes: N V elements once, in 128-bit loads. Bound: memory bandwidth. One program per row; registers at most 128.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 4096
 
 @triton.jit
 def scores(x, bias, v, mask, scale, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """l of logits x at places v of the vocabulary, and its slope against scale (x + bias)."""
+    """l of logits x at ids v of the vocabulary, and its derivative by scale (x + bias)."""
     if HAS_BIAS:
         x += tl.load(bias + v, mask=mask, other=0.0).to(tl.float32)
     x = x * scale
@@ -44,7 +44,7 @@ def _loss(
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         mask = v < V
-        x = tl.load(base + v, mask=v < WIDTH, other=0.0).to(tl.float32)  # in 128 bits, where V is odd too
+        x = tl.load(base + v, mask=v < WIDTH, other=0.0).to(tl.float32)  # 128-bit loads, also where V is odd
         s, _ = scores(x, bias, v, mask, scale, SOFTCAP, HAS_BIAS)
         s = tl.where(mask, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=0))

@@ -3,8 +3,8 @@
     x_v = grad scale slope_v (exp(l_v - top - log) - [v is the target]),   slope = 1 - (l / softcap)^2 or 1
 
 Shapes as in cross_entropy.py; grad () fp32, the gradient of the sum of the losses, which multiplies before x is rounded
-to the logits' dtype (fp16 holds no probability below 6e-8 that no loss scale has multiplied). Rows with a target of
--100 and columns from V on become 0, so that products with x need not know of them.
+to the logits' dtype (in fp16 a probability below 6e-8 is 0 unless a loss scale has multiplied it). Rows with a target
+of -100 and columns from V on become 0, so that products with x need no mask.
 Bytes: N W elements read and written once, in 128-bit accesses. Bound: memory bandwidth. Registers at most 128.
 """
 
@@ -37,7 +37,7 @@ def _gradient(
     s, slope = scores(x, bias, v, mask, scale, SOFTCAP, HAS_BIAS)
     share = tl.exp2((s - top - log) * LOG2E)
     g = (share - tl.where(v == target, 1.0, 0.0)) * slope * (tl.load(grad).to(tl.float32) * scale)
-    g = tl.where(mask & counts, g, 0.0)  # not multiplied by 0: a row that does not count may hold an infinity
+    g = tl.where(mask & counts, g, 0.0)  # not multiplied by 0: an ignored row may hold an infinity
     tl.store(at, g.to(logits.dtype.element_ty), mask=v < WIDTH)
 
 

@@ -4,19 +4,19 @@
     lse = log sum_j exp(s_j),  out = sum_j exp(s_j - lse) v_j
     over j <= p and p - j < window, where p = lengths[b] - 1
 
-Optionally the launch also takes the new token's key and value, as they leave the projection: it norms and rotates query
-and key (Qwen3, Llama), attends to them, and writes them to the slot of position p. A layer then needs no kv_append.
+Optionally the launch also takes the new token's key and value from the projection: it norms and rotates query and key
+(Qwen3, Llama), attends to them, and writes them to the slot of position p. A layer then needs no kv_append.
 
 Shapes: query (B, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32 (R, P); rows, lengths int32 (B,).
-Work: one program a (row, head, split); above 16 rows heads that share keys are one program's, on tensor cores
-(decode_attention_group.py). Splits lie at fixed positions, so a row's result does not depend on the rows beside it. The
-programs of one head leave partial sums (fp32) and count up an integer; whoever comes last adds them in the order of the
-splits. No float is added atomically. With `overlap` the kernel begins while the one before still runs (common.py,
-`overlaps`), and has read places, keys and values when the query comes.
+Work: one program per (row, head, split); above 16 rows one program takes all heads that share keys, on tensor cores
+(decode_attention_group.py). Splits start at fixed positions, so a row's result does not depend on what the other rows
+hold. The programs of one head store partial sums (fp32) and increment an integer; the last one adds them in the order
+of the splits. No float is added atomically. With `overlap` the kernel starts while its predecessor runs (common.py,
+`overlaps`) and has loaded lengths, pages, keys and values when the query is ready.
 Rows are the grid's fastest axis: rows that share a prefix read its pages at the same time, once from memory and then
-from L2 (60 MB on an H200, 1,600 tokens of GPT-2's 36 KiB), which is why there is no separate path for shared prefixes.
-Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 0.4% for partial sums (one
-fp32 vector a split of 256 positions). Bound: memory bandwidth; at batch 1 latency (two dependent loads, page then key).
+from L2 (60 MB on an H200: 1,600 tokens of GPT-2, 36 KiB each), so shared prefixes need no separate path.
+Bytes: sum_b lengths[b] Hkv (K + Kv) elements, in 128-bit loads, plus 0.4% for partial sums (one fp32 vector per split
+of 256 positions). Bound: memory bandwidth; at batch 1 latency (two dependent loads, page then key).
 Registers at most 200.
 """
 
@@ -46,7 +46,7 @@ from .common import (
 )
 from .decode_attention_group import _decode_group
 
-HEAD_BY_HEAD_ROWS = 16  # up to which grouped heads run one by one: more programs, no tensor cores to fill
+HEAD_BY_HEAD_ROWS = 16  # rows up to which grouped heads run one by one: more programs, no tensor-core tiles to fill
 
 
 @triton.jit
@@ -60,8 +60,9 @@ def _decode(
     SPLITS: tl.constexpr, SPLIT: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """One query head. A lane is so many threads as hold a vector in 128-bit loads; it has positions, a running maximum
-    and sums of its own until the end, so that nothing but a dot product's last adds crosses threads on the way."""
+    """One query head. A lane is the group of threads that load one key or value vector in 128-bit loads. It keeps its
+    own positions, running maximum and sums until the end, so threads exchange data only for the last adds of a dot
+    product."""
     if EARLY:
         pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
@@ -69,7 +70,7 @@ def _decode(
     kv_head = head // GROUP
     split = tl.program_id(2)
 
-    # -- what no kernel just before writes: places, and the first stored tokens of this split
+    # -- what the kernel before does not write: lengths, pages, and the first stored tokens of this split
     length, table, angle, low, first, last, end = row_split(
         lengths, rows, positions, page_table, table_row, b, split, SPLIT, WINDOW, APPEND, ROTARY
     )
@@ -89,7 +90,7 @@ def _decode(
     at = b * (KV_HEADS * GROUP) + head
     out += at * KV
     lse += at
-    if length <= 0:  # a row that is not in use (a padded batch): zeros, and no weight in a later combine
+    if length <= 0:  # an unused row (a padded batch): zeros, and no weight in a later combine
         if split == 0:
             tl.store(out + e, tl.zeros([BLOCK_KV], tl.float32).to(out.dtype.element_ty), mask=mask_e)
             tl.store(lse, float("-inf"))
@@ -97,7 +98,7 @@ def _decode(
     if (split < first) | (split > last):
         return
 
-    # -- the query, the same in every lane, and the new token, whose place is the first of the last split's lane 0
+    # -- the query, the same in every lane, and the new token, with which lane 0 of the last split starts its sums
     same = (p * 0)[:, None]
     mask = (p >= 0)[:, None] & (d < K)[None, :]
     base = query + b * query_row + head * query_head + same
@@ -126,7 +127,7 @@ def _decode(
             tl.store(keys + slot * K + d[None, :] + same, new_key, mask=here[:, None] & mask)
             tl.store(values + slot * KV + e[None, :] + same, new_value, mask=here[:, None] & mask_v)
 
-    # -- this split, in base 2
+    # -- this split, exponentials in base 2
     for _ in range(split * SPLIT, end, LANES * DEPTH):
         stored = (j >= low) & (j < end)
         s = tl.sum(q[None, :, :] * k.to(tl.float32), axis=2) * scaling
@@ -149,7 +150,7 @@ def _decode(
         acc = acc * shrink[:, None] + tl.sum(s[:, :, None] * w, axis=0)
         top = new_top
 
-    # -- the lanes together; one split: finished; several: leave a partial sum
+    # -- combine the lanes; one split: done; several: store a partial sum
     highest = tl.max(top, axis=0)
     less = tl.exp2(top - highest)
     all_total = tl.sum(total * less, axis=0)
@@ -165,23 +166,23 @@ def _decode(
 
 
 def _split(max_length: int) -> int:
-    """Positions a split: 256, more from 16,384 on."""
+    """Positions per split: 256, more above 16,384."""
     return 256 if max_length <= 64 * 256 else 512 if max_length <= 64 * 512 else 1024
 
 
 def _lanes(width: int, itemsize: int) -> tuple[int, int, int]:
-    """Of _decode: lanes, positions a lane at a time, warps."""
+    """For _decode: lanes, positions per lane and step, warps."""
     warps = 4 if width * itemsize <= 128 else 8
     return max(1, 32 * warps * 16 // (width * itemsize)), 2, warps
 
 
 def _block(width: int, itemsize: int) -> tuple[int, int]:
-    """Of _decode_group: positions at a time (8 KiB of keys), warps."""
+    """For _decode_group: positions per step (8 KiB of keys), warps."""
     return max(16, min(64, 8192 // (width * itemsize))), 8
 
 
 def num_counters(batch: int, heads: int) -> int:
-    """Length of the int32 tensor of zeros that decode_attention counts with (and leaves zero)."""
+    """Length of the int32 tensor of zeros in which decode_attention counts (it leaves zeros)."""
     return batch * heads
 
 
@@ -189,7 +190,7 @@ def check_cache(
     op: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor,
     rows: torch.Tensor, lengths: torch.Tensor, batch: int, window: int, softcap: float,
 ) -> None:  # fmt: skip
-    """ValueError for inputs that fit no kernel of attention over the cache (ragged_attention asks here too)."""
+    """ValueError for inputs that fit no attention kernel over the cache (ragged_attention calls this too)."""
     tokens, heads, head_dim = query.shape
     slots, kv_heads, value_dim = values.shape
     check_dtypes(op, query=query, keys=keys, values=values)
@@ -226,7 +227,7 @@ def _launch(
     group = heads // kv_heads
     block_k, block_kv = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     width, split = max(block_k, block_kv), _split(max_length)
-    # Powers of two: a kernel is compiled for each number of splits, and calls without a graph name the longest row.
+    # Powers of two: a kernel is compiled for each number of splits, and eager calls pass their longest row's length.
     splits = triton.next_power_of_2(max(1, triton.cdiv(max_length, split)))
     out = query.new_empty(batch, heads, value_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
@@ -346,14 +347,14 @@ def decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One query per row: out (B, H, Kv) in the query's dtype, lse (B, H) fp32. lengths include the query's own token.
 
-    Without key and value the token's own must be in the cache already. With them (B, Hkv, K) and (B, Hkv, Kv), they are
-    normed, rotated (cos, sin (P, rotary // 2) fp32 at positions (B,)), attended to and written to the row's last slot.
-    A row of length 0 gives zeros and lse = -inf, and writes nothing. max_length bounds lengths; it fixes the number of
-    splits. counters: int32 zeros of num_counters(B, H), left zero; without it each call fills its own (one memset),
-    and calls that may run at the same time must not share one. overlap: begin while the kernel before in the stream
-    still runs, if that one writes query, key and value alone. early: let the kernel behind begin at once, not when the
-    query is there; it must read ahead nothing but what nobody has written lately. ValueError for inputs that do not
-    fit.
+    Without key and value, the token's own must be in the cache already. With them, (B, Hkv, K) and (B, Hkv, Kv), they
+    are normed, rotated (cos, sin (P, rotary // 2) fp32 at positions (B,)), attended to and written to the row's last
+    slot. A row of length 0 gives zeros and lse = -inf, and writes nothing. max_length bounds lengths; it fixes the
+    number of splits. counters: int32 zeros of num_counters(B, H), left zero; without it each call makes its own (one
+    memset), and calls that may run at the same time must not share one. overlap: start while the previous kernel in the
+    stream still runs; that kernel must write nothing but query, key and value. early: release the next kernel at once
+    instead of when the query is ready; before its own wait that kernel may read only constants such as weights.
+    ValueError for inputs that do not fit.
     """
     return _OP(
         query, keys, values, page_table, rows, lengths, page_size=page_size, scaling=scaling, window=window,

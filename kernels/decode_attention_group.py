@@ -1,8 +1,8 @@
 """decode_attention for many rows, where query heads share keys: a kv head's query heads in one program.
 
-Mathematics, shapes, splits and launch are decode_attention.py's. A program reads keys and values once for all heads of
-its group, in 128-bit loads, a tile ahead, and multiplies on tensor cores, the group padded to 16 rows. It is for more
-than 16 rows: those are programs enough, and what counts is that keys are read once; of fewer, heads run one by one.
+Mathematics, shapes, splits and launch are as in decode_attention.py. A program reads keys and values once for all heads
+of its group, in 128-bit loads, a tile ahead, and multiplies on tensor cores, the group padded to 16 rows. It is for
+more than 16 rows, which give enough programs, so that reading keys once matters most; with fewer, heads run one by one.
 Bound: memory bandwidth. Registers at most 200.
 """
 
@@ -25,7 +25,7 @@ def _decode_group(
     SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of one kv head on tensor cores: for many rows, where reading keys once counts."""
+    """The query heads of one kv head on tensor cores: for many rows, where reading keys once matters."""
     if EARLY:
         pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)

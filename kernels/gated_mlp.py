@@ -1,10 +1,10 @@
-"""The middle of an MLP: bias and activation between its two products, for products that a library computed.
+"""The middle of an MLP: bias and activation between its two products, where a library computes those.
 
     "gelu_tanh": out = gelu(x + bias)                        x (N, F)      GPT-2, by tanh; "gelu" by erf
     "swiglu":    out = silu(gate + bias) * (up + bias)       x (N, 2 F), gate then up      the Llama family
 
 Bytes: x read once and out written once, 128-bit accesses. Bound: memory bandwidth. For few rows skinny_linear does the
-same in its epilogue, without the trip through memory. Registers at most 64.
+same in its epilogue, without a round trip through memory. Registers at most 64.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 Shapes: key (T, Hkv, K), value (T, Hkv, Kv), query (T, H, K) in any strides with contiguous heads (views of a fused
 projection); slots int64 (T,), a negative one skips its token; keys (S, Hkv, K), values (S, Hkv, Kv); cos and sin
 (P, rotary // 2) indexed by positions (T,); query_norm and key_norm (K,).
-Bytes: T (Hkv (K + Kv) 2 + rotated H K 2) elements, each moved once in 128-bit accesses. Bound: memory bandwidth, launch
-latency below about 2 MB. One program a token and tile of heads; registers at most 128.
+Bytes: 2 T (Hkv (K + Kv) + H K with a query) elements, each moved once in 128-bit accesses. Bound: memory bandwidth,
+launch latency below about 2 MB. One program per token and tile of heads; registers at most 128.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def kv_append(
 ) -> None:  # fmt: skip
     """Scatter key and value into the cache at slots (the cache's dtype), rotated and normed where asked for.
 
-    Shapes stand in the module's docstring. `query`, where given, is changed in place; cos, sin and positions come
-    together. ValueError for shapes or dtypes that do not fit.
+    Shapes are in the module's docstring. `query`, if given, is changed in place; cos and sin are given together, with
+    positions. ValueError for shapes or dtypes that do not fit.
     """
     _OP(
         key, value, slots, keys, values, query=query, cos=cos, sin=sin, positions=positions,

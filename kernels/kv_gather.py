@@ -1,10 +1,10 @@
-"""What a call's own slots of two buffers hold, in another dtype: the gradients of its keys and values.
+"""Gather a call's own slots of two buffers, in another dtype: the gradients of its keys and values.
 
     key[t] = keys[slots[t]],   value[t] = values[slots[t]]
 
 Shapes: keys (S, Hkv, K), values (S, Hkv, Kv), slots int64 (T,); key (T, Hkv, K) and value (T, Hkv, Kv) contiguous.
 Bytes: T Hkv (K + Kv) elements read and written once, in 128-bit accesses. Bound: memory bandwidth, launch latency below
-about 2 MB: one launch where indexing and casting in torch are four. Registers at most 64.
+about 2 MB: one launch where indexing and casting in torch take four. Registers at most 64.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""From one pass to the next on the device, in one launch: take each row's last hidden state, make the next input of it,
-and move the row's place in the cache on by one.
+"""From one pass to the next on the device, in one launch: make each row's next input from its last hidden state, and
+advance the row's position in the cache by one.
 
     h = source[last[b]];  h = norm(h) (LayerNorm or RMSNorm, optional);  thought[b] = h (optional)
     next_input[b] = h * target / |h| (optional) + position_embedding[positions[b] + 1] (optional)
     positions[b] += 1;  lengths[b] += 1;  remaining[b] -= 1;  attended[b] = lengths[b]
 
-A row whose `remaining` is 0 stays as it is, with `attended` 0, on which decode_attention writes nothing: rows of one
-batch may think different numbers of thoughts in one graph. Where `attended` is given, it says on entry which rows were
-in the pass that made `source`, and `thought` is written for those: the launch between two passes ends the one and
-starts the other, and a row's last hidden state stays in `thought` however long the others go on.
-The feedbacks: identity as it is; rescale by `target`, the mean norm of the token embeddings; a projection's two
-products are skinny_linear's, and its LayerNorm is this launch's `norm`. With the embedding table as source and token
-ids as `last` it is a decode step's input.
+A row whose `remaining` is 0 is left unchanged, with `attended` 0, for which decode_attention writes nothing to the
+cache: rows of one batch may have different numbers of thoughts in one graph. `attended`, if given, says on entry which
+rows were in the pass that made `source`, and `thought` is written for those: the launch between two passes ends the one
+and starts the other, and a row's last hidden state stays in `thought` however long the others continue.
+Feedbacks: identity uses the state as it is; rescale brings its norm to `target`, the token embeddings' mean norm; a
+projection's two products are skinny_linear calls, and its LayerNorm is this launch's `norm`. With the embedding table
+as source and token ids as `last`, the launch makes a decode step's input.
 
 Shapes: source (T, D), last int (B,), next_input and thought (B, D), position_embedding (P, D), positions int64 (B,),
 lengths, remaining and attended int32 (B,).
-Bytes: about 4 B D elements in 128-bit accesses. Bound: launch latency. One program a row. Registers at most 128.
+Bytes: about 4 B D elements in 128-bit accesses. Bound: launch latency. One program per row. Registers at most 128.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _feed(
     place = tl.load(lengths + b)
     position = tl.load(positions + b) + 1
     row = tl.load(last + b).to(tl.int64)
-    tl.debug_barrier()  # every thread has read the row's place before it moves on
+    tl.debug_barrier()  # every thread has read the row's position before it is advanced
     if active | (ended & HAS_THOUGHT):
         d = tl.arange(0, BLOCK_D)
         mask = d < D
         h = tl.load(source + row * source_row + d, mask=mask, other=0.0).to(tl.float32)
-        if NORM != "none":  # all loads first, sums behind them
+        if NORM != "none":  # all loads before the sums
             gain = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             shift = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
@@ -165,10 +165,10 @@ def latent_feedback(
     target: float = 0.0, position_embedding: torch.Tensor | None = None, remaining: torch.Tensor | None = None,
     thought: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write next_input (and thought), advance positions, lengths, remaining and attended, as the module says.
+    """Write next_input (and thought), update positions, lengths, remaining and attended, as in the module's docstring.
 
-    positions are those of the tokens in the cache now. target 0 means no rescaling. ValueError for shapes or dtypes
-    that do not fit.
+    positions are those of the last tokens in the cache on entry. target 0 means no rescaling. ValueError for shapes or
+    dtypes that do not fit.
     """
     _OP(
         source, last, next_input, positions, lengths, norm=norm, weight=weight, bias=bias, eps=eps, target=target,

@@ -1,9 +1,9 @@
-"""LayerNorm of a training step under autocast, with the rounded copy that the product behind it reads.
+"""LayerNorm of a training step under autocast, with the rounded copy that the next product reads.
 
     normed = (x - mean) / sqrt(var + eps) * weight (+ bias),   rounded = normed in another dtype
 
 Shapes: x (N, D), weight, bias (D,); normed in x's dtype, rounded in `dtype`; statistics (N, 2) fp32, the mean and the
-reciprocal deviation that layer_norm_backward.py reads. The row stays in registers between statistics and results.
+reciprocal deviation, for layer_norm_backward.py. The row stays in registers between statistics and results.
 Bytes: N D elements of x once and of each result once, in 128-bit accesses. Bound: memory bandwidth.
 Registers at most 128.
 """

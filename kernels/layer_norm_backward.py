@@ -1,13 +1,13 @@
-"""The derivative of layer_norm: grad_x, and sums for weight and bias added to partial ones.
+"""The derivative of layer_norm: grad_x, and sums for weight and bias, added to partial sums.
 
 With xhat = (x - mean) scale, g the sum of the gradients of normed and rounded, and dy = g weight:
 
     grad_x = scale (dy - mean(dy) - xhat mean(dy xhat)) (+ other),   sums[i, 0] += sum g xhat,   sums[i, 1] += sum g
 
-Shapes: x, grad_normed, grad_rounded, other (N, D), each gradient may be None: `other` is that of x from what else reads
-it, the residual stream; weight (D,); statistics (N, 2) as layer_norm leaves them; sums (P, 2, D) fp32. Program i of at
-most P adds its consecutive rows to sums[i]: a weight's gradient over several calls is sums.sum(0) at their end, in one
-order always. grad_x comes in x's dtype and, where asked for, once more in another for the product that x came from.
+Shapes: x, grad_normed, grad_rounded, other (N, D), where any gradient may be None: `other` is x's gradient from its
+other use, the residual stream; weight (D,); statistics (N, 2) as layer_norm returns them; sums (P, 2, D) fp32. Program
+i of at most P adds its consecutive rows to sums[i]: a weight's gradient over several calls is sums.sum(0) after the
+last, always in the same order. grad_x is in x's dtype and, on request, also in another, for the product that made x.
 Bytes: N D elements of x, of each gradient and of grad_x once, in 128-bit accesses. Bound: memory bandwidth.
 Registers at most 128.
 """
@@ -20,8 +20,8 @@ import triton.language as tl
 
 from .common import check_dtypes, check_shape, on_device, register
 
-BLOCK_N = 2  # rows a tile: their sums share barriers
-STAGES = 2  # tiles of rows whose loads are under way
+BLOCK_N = 2  # rows per tile: their sums share barriers
+STAGES = 2  # tiles of rows whose loads are in flight
 
 
 @triton.jit(do_not_specialize=["rows", "share"])  # they change from batch to batch
@@ -125,6 +125,6 @@ def layer_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """grad_x (N, D) in x's dtype and in `dtype` (None: an empty tensor); adds to sums.
 
-    Shapes stand in the module's docstring; ValueError for others.
+    Shapes are in the module's docstring; ValueError for others.
     """
     return _OP(grad_normed, grad_rounded, other, x, weight, statistics, sums, dtype=dtype)

@@ -1,21 +1,21 @@
-"""Linear head and cross-entropy in one, chunk by chunk: never (N, V) logits in memory, no word from the device.
+"""Linear head and cross-entropy in one, chunk by chunk: one chunk of logits in memory at most, no host synchronisation.
 
     loss = sum_n logsumexp(l_n) - l_n[target_n],   l = scale * (hidden W^T + b)   (softcap: l = c * tanh(l / c))
 
-hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for a row that counts for nothing -> () in
+hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for an ignored row -> () in
 fp32 (fp64 for fp64).
 
-Forward computes g = scale * (softmax(l) - onehot) while a chunk's logits are at hand, and of several chunks also
-dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies with the incoming gradient; of a
-single chunk it keeps g, in fp32. fp16 has no room for a probability that no loss scale has multiplied yet (it is 0
-below 6e-8): g is cast after that, or, of several chunks, multiplied in fp32. Three matrix products of N x V x D, and
+Forward computes g = scale * (softmax(l) - onehot) while it has a chunk's logits, and with several chunks also
+dhidden = g W, dW += g^T hidden, db += sum g, which backward then only multiplies by the incoming gradient; with a
+single chunk it keeps g, in fp32. fp16 cannot hold a small probability before the loss scale has multiplied it (below
+6e-8 it is 0): g is cast after that, or, with several chunks, multiplied in fp32. Three matrix products of N x V x D and
 one chunk of logits: plain PyTorch, since the products are the vendor library's best case and the rest is a few passes
 over one chunk.
 
 On a GPU the passes are two kernels (cross_entropy.py and its backward): logits stay in the products' dtype, forward
-reads them once, and backward, which knows the incoming gradient, makes g of them in place; of several chunks it
-computes them again, a fourth product. The weight is padded to whole tiles of 64 rows: with GPT-2's 50,260 the library
-falls back to kernels for odd strides, 5.5 ms for products of 5,120 rows that take 1.5.
+reads them once, and backward, which knows the incoming gradient, turns them into g in place; with several chunks it
+recomputes them, a fourth product. The weight is padded to whole tiles of 64 rows: with GPT-2's 50,260 the library falls
+back to kernels for odd strides, which take 5.5 ms instead of 1.5 for products of 5,120 rows.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch.autograd.function import once_differentiable
 from .matmul import matmul
 from .reference_dense import cross_entropy_backward_ref, cross_entropy_ref
 
-FP32_ROWS = 256  # up to so many an fp32 product is cheaper than widening one in bf16: GPT-2, 112 rows: 23 + 31 ms
+FP32_ROWS = 256  # rows up to which an fp32 product is cheaper than widening a bf16 one: GPT-2, 112 rows: 23 + 31 ms
 CHUNK_BYTES = 128 << 20  # of fp32 logits at a time: 668 rows of GPT-2's vocabulary
 DEVICE_CHUNK_BYTES = 640 << 20  # of logits on a GPU: 6,670 rows in 16 bits
-TILE = 64  # rows that a weight is padded to on a GPU
+TILE = 64  # on a GPU a weight's rows are padded to a multiple of this
 OWN_DTYPES = (torch.float32, torch.bfloat16)  # of the operands of weight_gradient
 WeightGradient = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -49,10 +49,10 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     weight_gradient: WeightGradient | None = None,
 ) -> Tensor:
-    """See the head of this file. Under autocast the products run in its dtype, as those of nn.Linear do.
+    """See the module's docstring. Under autocast the products run in its dtype, as nn.Linear's do.
 
-    weight_gradient(g (N, V), hidden (N, D), dW so far or None) -> dW + g^T hidden in fp32, of fp32 or bf16 operands:
-    asked instead of a library's product, for fp32 weights on a CPU.
+    weight_gradient(g (N, V), hidden (N, D), dW so far or None) -> dW + g^T hidden in fp32, from fp32 or bf16 operands:
+    called instead of a library's product, for fp32 weights on a CPU.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
         raise ValueError(
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(compute, torch.float32)
         w, total, noted = weight.to(compute), hidden.new_zeros((), dtype=exact), None
         wants_grad = any(ctx.needs_input_grad)
-        early = exact if compute == torch.float16 else compute  # of products before the incoming gradient is known
+        early = exact if compute == torch.float16 else compute  # for products before the incoming gradient is known
         rows = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
         ctx.grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad, weight_gradient)
         with torch.autocast(device, enabled=False):
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """dhidden, dweight and dbias, summed over chunks; None where nobody wants one. Made when first added to."""
+    """dhidden, dweight and dbias, summed over chunks; None where not needed. Allocated when first added to."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Any, of_weight: WeightGradient | None
@@ -149,7 +149,7 @@ def _chunk(
     h: Tensor, w: Tensor, bias: Tensor | None, target_N1: Tensor, exact: torch.dtype, scale: float, softcap: float,
     wants_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The loss of some rows and its derivative by (h W^T + b), in `exact`."""
+    """The loss of some rows and its derivative by (h W^T + b), in dtype `exact`."""
     logits = matmul(h, w.T).to(exact)
     if bias is not None:
         logits += bias
@@ -158,7 +158,7 @@ def _chunk(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     slope = 1 - (logits / softcap).square() if softcap and wants_grad else None
-    # A sure row's lse is then as small as its loss, not rounded like its logits.
+    # The lse of a confident row is then as small as its loss, not rounded like its logits.
     logits -= logits.amax(-1, keepdim=True)
     lse_N1 = torch.logsumexp(logits, -1, keepdim=True)
     ignored_N1 = target_N1 < 0
@@ -166,7 +166,7 @@ def _chunk(
     loss = (lse_N1 - logits.gather(1, target_N1)).masked_fill(ignored_N1, 0.0).sum()
     if not wants_grad:
         return loss, None
-    g = logits.sub_(lse_N1.masked_fill(ignored_N1, torch.inf)).exp_()  # of ignored rows 0
+    g = logits.sub_(lse_N1.masked_fill(ignored_N1, torch.inf)).exp_()  # 0 in ignored rows
     g.scatter_add_(1, target_N1, ignored_N1.to(g.dtype) - 1)
     if slope is not None:
         g *= slope
@@ -174,7 +174,7 @@ def _chunk(
 
 
 class _OnDevice(torch.autograd.Function):
-    """Keeps the logits of a single chunk for backward; of several, it keeps what makes them again."""
+    """Keeps the logits of a single chunk for backward; with several, what it takes to recompute them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -209,7 +209,7 @@ class _OnDevice(torch.autograd.Function):
         of_bias = torch.zeros(vocabulary, **like) if wants_bias else None
         with torch.autocast(h_ND.device.type, enabled=False):
             for piece, kept in zip(ctx.pieces, statistics, strict=True):
-                g, ctx.logits = ctx.logits, None  # written over: another backward through this graph makes them again
+                g, ctx.logits = ctx.logits, None  # overwritten: another backward through this graph recomputes them
                 g = h_ND[piece] @ w_WD.T if g is None else g
                 _passes()[1](g, targets[piece], kept, grad_total, **ctx.options)
                 if of_hidden is not None:
@@ -225,7 +225,7 @@ class _OnDevice(torch.autograd.Function):
 
 @functools.cache
 def _passes() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Over the logits: forward and backward."""
+    """The passes over the logits: forward and backward."""
     try:
         from .cross_entropy import cross_entropy
         from .cross_entropy_backward import cross_entropy_backward
@@ -235,7 +235,7 @@ def _passes() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight (V, D) in a dtype, with rows of zeros behind it up to a multiple of TILE."""
+    """The weight (V, D) in a dtype, with rows of zeros appended up to a multiple of TILE."""
     more = -len(weight) % TILE
     if not more:
         return weight.to(dtype)
@@ -246,7 +246,7 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exact_product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """a @ b in fp32, not rounded to their dtype where the library can; written to `into` if given."""
+    """a @ b in fp32, not rounded to their dtype where the library supports that; written to `into` if given."""
     if a.is_cuda and a.dtype != torch.float32:
         return (
             torch.mm(a, b, out_dtype=torch.float32)

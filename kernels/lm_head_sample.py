@@ -1,16 +1,16 @@
-"""The head and the choice of the next token in one op: ids from hidden states, without logits in memory.
+"""The LM head and the choice of the next token in one op: ids from hidden states, without logits in memory.
 
     logits = hidden W^T (+ bias)
     greedy:  the id of the largest, ties to the lowest id
     sampled: p = softmax(logits / temperature), restricted to the top_k likeliest and of those to the fewest that reach
              top_p (ties to lower ids); the first id, in order of ids, where the kept p add up to more than
-             numbers[b] of their sum.  numbers is a counter-based uniform of (seed, step): infer/sampling.py
+             numbers[b] of their sum.  numbers: counter-based uniforms of (seed, step), infer/sampling.py
 
 Shapes: hidden (B, D), weight (V, D), bias (V,), numbers fp64 (B,) in [0, 1); ids int64 (B,).
-First launch: one program a tile of the vocabulary computes its logits and keeps (largest, id) or (largest, sum of
-exponentials) of each row. Second launch, one program a row: greedy reduces the tiles; sampling finds the tile that
+First launch: one program per tile of the vocabulary computes its logits and keeps (largest, id) or (largest, sum of
+exponentials) of each row. Second launch, one program per row: greedy reduces the tiles; sampling finds the tile that
 holds numbers[b] and recomputes that tile's logits. So nothing of size (B, V) exists. Only top_k and top_p, which must
-rank the whole vocabulary, leave it in an fp32 scratch that stays in L2 (0.2 MB a row for GPT-2), ranked by bisection.
+rank all logits, store them in an fp32 scratch that stays in L2 (0.2 MB per row for GPT-2) and rank by bisection.
 Bytes: V D weights once, in 128-bit loads (GPT-2 77 MB, 18 us at 4.3 TB/s). Bound: memory bandwidth. Sums over the
 vocabulary are fp64 over tiles, in order. Registers at most 255.
 """
@@ -78,7 +78,7 @@ def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: t
     mask = t < TILES
     top = tl.load(tops + b * TILES + t, mask=mask, other=float("-inf"))
     _, tile = tl.max(top, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    # among NaN none is the largest: any id will do that the embedding table has
+    # with NaN there is no largest: any id within the embedding table will do
     tl.store(ids + b, tl.minimum(tl.load(extras + b * TILES + tile).to(tl.int64), V - 1))
 
 
@@ -118,7 +118,7 @@ def _sampled(
 
 @triton.jit
 def _above(scores, cut, highest, V: tl.constexpr, BLOCK_V: tl.constexpr):
-    """How many scores lie above cut, and the sum of their exponentials."""
+    """How many scores are above cut, and the sum of their exponentials."""
     count = tl.zeros([BLOCK_V], tl.int32)
     mass = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -147,15 +147,15 @@ def _ranked(
         lowest = tl.minimum(lowest, tl.where(v < V, s, float("inf")))
     high = tl.max(highest, axis=0)
 
-    # The cut is the smallest score that is kept. First by rank: fewer than top_k lie above it, and top_k at or above.
-    # Then by mass within what rank keeps: less than top_p of it lies above the cut, and top_p at or above.
+    # The cut is the smallest score that is kept. First by rank: fewer than top_k are above it, at least top_k at or
+    # above it. Then by mass of those kept by rank: less than top_p of it is above the cut, at least top_p at or above.
     count, mass = _above(scores, float("-inf"), high, V, BLOCK_V)
     cut = tl.min(lowest, axis=0)
     kept = mass
     room = tl.full([], V, tl.int32)
     if top_k < V:
         low, up = _bits(cut) - 1, _bits(high)
-        while up - low > 1:  # more than or exactly top_k lie above low, fewer above up
+        while up - low > 1:  # at least top_k are above low, fewer above up
             middle = low + (up - low) // 2
             count, mass = _above(scores, _score(middle), high, V, BLOCK_V)
             if count < top_k:
@@ -164,7 +164,7 @@ def _ranked(
                 low = middle
         cut = _score(up)
         count, mass = _above(scores, cut, high, V, BLOCK_V)
-        room = top_k - count  # of the scores equal to the cut, so many are kept: those of the lowest ids
+        room = top_k - count  # how many of the scores equal to the cut are kept, lowest ids first
         kept = mass + room * tl.exp(cut - high).to(tl.float64)
     if top_p < 1:
         low, up = _bits(cut) - 1, _bits(high)
@@ -182,7 +182,7 @@ def _ranked(
         needed = tl.ceil(((top_p * kept - mass) / each).to(tl.float32)).to(tl.int32)
         room = tl.where(cut > rank_cut, tl.maximum(needed, 1), tl.minimum(room, tl.maximum(needed, 1)))
 
-    # In order of ids: pass over the kept ones until numbers[b] of their sum is behind.
+    # In order of ids: add up the kept ones until they exceed numbers[b] of their sum.
     count, mass = _above(scores, cut, high, V, BLOCK_V)
     ties = tl.zeros([BLOCK_V], tl.int32)
     for start in range(0, V, BLOCK_V):
@@ -210,7 +210,7 @@ def _ranked(
 
 @triton.jit
 def _bits(score):
-    """A float as an integer of the same order."""
+    """A float as an integer that sorts the same way."""
     i = score.to(tl.int32, bitcast=True)
     return tl.where(i < 0, i ^ 0x7FFFFFFF, i).to(tl.int64)
 
@@ -252,7 +252,7 @@ def _launch(
     num_tiles = triton.cdiv(vocabulary, block_v)
     tops = torch.empty(batch * num_tiles, dtype=torch.float32, device=hidden.device)
     extras = torch.empty(batch * num_tiles, dtype=torch.float64, device=hidden.device)
-    pitch = triton.cdiv(vocabulary, 16) * 16  # rows of the scratch start at whole vectors
+    pitch = triton.cdiv(vocabulary, 16) * 16  # rows of the scratch start at vector boundaries
     scratch = torch.empty(batch * pitch, dtype=torch.float32, device=hidden.device) if mode == "store" else tops
     inverse = 1 / temperature if temperature else 1.0
     overlap = overlaps(hidden)
@@ -338,7 +338,7 @@ def _launch(
 
 
 def _tiles(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, int, int, int, int]:
-    """Tensor cores or not, BLOCK_M, BLOCK_V, BLOCK_K, stages."""
+    """Whether to use tensor cores, BLOCK_M, BLOCK_V, BLOCK_K, stages."""
     (batch, dim), itemsize = hidden.shape, weight.element_size()
     if batch == 1:
         return False, 1, 32, min(triton.next_power_of_2(dim), 256 // itemsize), 3

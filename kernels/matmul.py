@@ -3,7 +3,7 @@
 PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors. Measured on two of them, 2,650 to 2,800
 rows through GPT-2's matrices on two cores: 200 GFLOP/s with MKL and 340 to 450 with oneDNN's AVX-512 kernels on Zen 5,
 190 to 206 and 204 to 220 on Zen 4. Other CPUs take oneDNN too; MKL may be as fast or faster on Intel's. bf16 and fp16
-products go to oneDNN anyway, fp64 ones have nowhere else to go. Bound by the rate of multiply-adds; for a few rows by
+products go to oneDNN anyway, fp64 ones have no alternative. Bound by the rate of multiply-adds; for a few rows by
 reading b once.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The operator behind Inductor's fused linear layers: X @ W.T + bias with W contiguous or its transpose; X is copied if
+# The operator of Inductor's fused linear layers: X @ W.T + bias with W contiguous or its transpose; X is copied if
 # not contiguous. W with gaps, such as some columns of a wider one, would go through a loop of 0.2 GFLOP/s.
 _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
@@ -20,7 +20,7 @@ _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_availab
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor | None = None) -> Tensor:
     """a (M, K), b (K, N), bias (N,) or None, of one dtype -> (M, N), outside of autograd.
 
-    into: (M, N) of the same dtype that the product is added to, in place; not together with a bias.
+    into: (M, N) of the same dtype, to which the product is added in place; not together with a bias.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"matmul: expected (M, K) and (K, N), found {tuple(a.shape)} and {tuple(b.shape)}")

@@ -1,6 +1,6 @@
 """Causal attention of ragged queries over the paged cache that holds their keys and values.
 
-Query i of the n of row b stands at p = lengths[b] - n + i and sees positions j <= p with p - j < window (0: all):
+Query i of the n of row b is at p = lengths[b] - n + i and sees positions j <= p with p - j < window (0: all):
 
     s_j = scaling q.k_j (softcap tanh(s_j / softcap) where set),  lse = log sum_j exp(s_j),  w_j = exp(s_j - lse)
     out = sum_j f_j w_j v_j,   f_j = keep(seed, slot of the query, head, j) / (1 - dropout)  (reference.dropout_keep)
@@ -9,8 +9,8 @@ Shapes: query (T, H, K); keys (S, Hkv, K), values (S, Hkv, Kv); page_table int32
 row_offsets int32 (B+1,). A tile holds BLOCK_M pairs (query, head of the group), so grouped heads share their loads and
 short rows still fill tensor-core tiles; keys come through the page table in 128-bit loads.
 4 T H L K flops (half under the causal mask): bound by the tensor cores for prompts, by latency for a few queries.
-A call with one query in every row and no dropout is decode_attention's. Registers at most 242 (240 with Triton 3.7.1);
-in fp32 heads wider than 64 may spill some words.
+A call with one query in every row and no dropout goes to decode_attention.
+Registers at most 242 (240 with Triton 3.7.1); in fp32 heads wider than 64 may spill some words.
 The derivative is in ragged_attention_backward.py.
 """
 
@@ -25,12 +25,12 @@ import triton.language as tl
 from . import decode_attention as decode
 from .common import LN2, LOG2E, check_shape, compute_type, generation, mix, on_device, register, slots_of, tanh
 
-SPLIT_FROM = 128  # BLOCK_M whose loop is one without masks and one with; smaller tiles spilled, and are short anyway
+SPLIT_FROM = 128  # BLOCK_M from which unmasked positions have their own loop; smaller tiles spilled, and are short
 
 
 @triton.jit
 def bend(s, SOFTCAP: tl.constexpr):
-    """Capped scores, and their slope against the scores."""
+    """Soft-capped scores, and their derivative by the uncapped ones."""
     if SOFTCAP > 0:
         bent = tanh(s / SOFTCAP)
         return SOFTCAP * bent, 1 - bent * bent
@@ -95,7 +95,7 @@ def _forward(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_KV], tl.float32)
-    # Positions that every query of the tile sees need no mask; the first one's place says how many those are.
+    # Positions that every query of the tile sees need no mask; the first query's position says how many they are.
     middle = low
     if SPLIT:
         middle = tl.maximum(length - n + (tile * BLOCK_M) // GROUP + 1, 0) // BLOCK_N * BLOCK_N
@@ -130,7 +130,7 @@ def _forward(
 
 
 def seed_on(query: torch.Tensor, seed: int | torch.Tensor, dropout: float) -> torch.Tensor | None:
-    """The seed where the kernels read it: a graph replays with whatever stands there then."""
+    """The seed as a tensor for the kernels, None without dropout: a graph replay uses the value it then holds."""
     if not dropout or isinstance(seed, torch.Tensor):
         return seed if dropout else None  # type: ignore[return-value]
     return torch.full((), seed, dtype=torch.int64, device=query.device)
@@ -251,7 +251,7 @@ def ragged_attention(
     """out (T, H, Kv) in the query's dtype and lse (T, H) fp32; shapes and meaning as in the module's docstring.
 
     lengths count this call's tokens, which are in the cache already. max_query and max_length bound the queries and
-    the length of any row (they size the grid; larger ones only cost programs that end at once). ValueError for inputs
+    the length of any row (they size the grid; larger ones only add programs that exit at once). ValueError for inputs
     that do not fit. seed: an int, or an int64 tensor () on the device.
     """
     return _OP(

@@ -6,12 +6,12 @@ With the weights w recomputed from lse, f the dropout factors, and s, keep, scal
     dq = scaling sum_j ds_j k_j,   dk_j += scaling sum_q ds_j q,   dv_j += sum_q f_j w_j dout
 
 Shapes: grad_out and out (T, H, Kv), query (T, H, K), lse (T, H); keys, grad_keys (S, Hkv, K); values, grad_values
-(S, Hkv, Kv). One launch for dq (it leaves delta), one for dk and dv: each program owns BLOCK_N positions of one row and
-kv head, runs over their queries in order, and adds its sums to the buffers once. No atomics: the result is the same
-bits every time, and rows of one call must not share pages. For few queries in every row one launch makes all three
+(S, Hkv, Kv). One launch for dq (it stores delta), one for dk and dv: each program owns BLOCK_N positions of one row and
+kv head, loops over their queries in order, and adds its sums to the buffers once. No atomics: the result is bitwise
+reproducible, and rows of one call must not share pages. For few queries in every row one launch computes all three
 (ragged_attention_few.py).
 10 T H L K flops (half under the causal mask), bound by the tensor cores for prompts. For a few queries bound by memory:
-the buffers' bytes are read and written once a call (16 bytes a position, head and component), in 128-bit accesses.
+the buffers are read and written once per call (16 bytes per position, head and component), in 128-bit accesses.
 Registers at most 255; heads wider than 64 may spill some words.
 """
 
@@ -101,7 +101,7 @@ def _backward_keys(
     n = tl.load(row_offsets + b + 1) - start_row
     length = tl.load(lengths + b)
     first = tl.maximum(start - (length - n), 0)  # the first query that sees a position of this tile
-    end = n  # of those queries
+    end = n  # the end of those queries
     if WINDOW > 0:
         end = tl.minimum(n, start + BLOCK_N - 1 + WINDOW - (length - n))
     added = 0  # the first position whose gradients are added here
@@ -166,7 +166,7 @@ def _query_tiles(pairs: int, width: int, itemsize: int) -> tuple[int, int, int, 
 
 
 def _key_tiles(pairs: int, width: int, itemsize: int, generation: int) -> tuple[int, int, int, int]:
-    """The same for dk and dv; a program's own positions are BLOCK_N, its steps BLOCK_M."""
+    """The same for dk and dv; a program owns BLOCK_N positions and takes steps of BLOCK_M."""
     m = max(16, triton.next_power_of_2(pairs))
     if itemsize == 4:
         return min(m, 32), 32 if width <= 64 else 16, 4 if width <= 64 else 8, 1
@@ -190,7 +190,7 @@ def _launch(
         op,
     )  # fmt: skip
     if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()  # an expanded gradient, of a sum for one
+        grad_out = grad_out.contiguous()  # an expanded gradient, such as that of a sum
     out, lse = out.contiguous(), lse.contiguous()
     check_dtypes(op, grad_out=grad_out)
     tokens, heads, _ = query.shape
@@ -266,8 +266,8 @@ def ragged_attention_backward(
     """grad_query (T, H, K) in the query's dtype; adds to grad_keys (S, Hkv, K) and grad_values (S, Hkv, Kv), both fp32.
 
     grads_from int32 (B,): dk and dv of a row's positions before it are left to another call. out and lse are the
-    forward's. Rows of one call must not share pages. The result is the same bits every time.
-    ValueError for inputs that do not fit.
+    forward's. Rows of one call must not share pages. The result is bitwise reproducible. ValueError for inputs that do
+    not fit.
     """
     return _OP(
         grad_out, query, keys, values, out, lse, page_table, rows, row_offsets, lengths, grad_keys, grad_values,

@@ -1,10 +1,10 @@
 """The derivative of ragged_attention for few queries in every row: dq, dk and dv in one launch.
 
-Mathematics and shapes are ragged_attention_backward.py's. A program owns a row and a kv head: it holds all queries,
-runs over the positions once, and adds dk and dv of each tile to the buffers at once. No atomics.
-A single query and a kv head for each query head run on plain multiplies; up to 64 queries x heads of a group on tensor
-cores, in 16 bits, with heads up to 64 wide, from sm_90 on, and only where there are programs enough to fill a GPU.
-Bound by memory: keys and values read once, the buffers' bytes read and written once (16 bytes a position, head and
+Mathematics and shapes are as in ragged_attention_backward.py. A program owns a row and a kv head: it holds all queries,
+loops over the positions once, and adds dk and dv of each tile to the buffers at once. No atomics.
+A single query, with a kv head for each query head, takes plain multiplies; up to 64 queries x heads of a group take
+tensor cores, in 16 bits, with heads up to 64 wide, from sm_90 on, and only with enough programs to fill a GPU.
+Bound by memory: keys and values read once, the buffers read and written once (16 bytes per position, head and
 component), in 128-bit accesses. Registers at most 255.
 """
 
@@ -19,7 +19,7 @@ from .common import LOG2E, generation, on_device, slots_of
 from .ragged_attention import bend, kept, load, words
 
 MAX_PAIRS = 64  # queries x heads of a group that one program takes at once, for all positions of its row and kv head
-PROGRAMS = 256  # from which on there are enough of those to fill a GPU
+PROGRAMS = 256  # how many such programs are enough to fill a GPU
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -162,16 +162,16 @@ def _few_tiles(pairs: int) -> tuple[int, int, int, int]:
 
 
 def _one_tiles(width: int, programs: int) -> tuple[int, int, int]:
-    """BLOCK_N, warps, stages of the kernel for one query: 16 elements a thread of each tile.
+    """BLOCK_N, warps, stages of the kernel for one query: 16 elements of each tile per thread.
 
-    A warp by itself waits for nobody, and all of a large batch's fit at once; of a small batch there are too few.
+    A program of one warp has no barriers, and a large batch's all fit at once; a small batch has too few of them.
     """
     warps = 1 if programs >= 512 else 8
     return max(1, 512 * warps // width), warps, 3
 
 
 def launch(shared: dict[str, Any], one: bool, pairs: int, width: int, batch: int) -> bool:
-    """Launches what takes `pairs` queries x heads of a group in a row, heads `width` wide; False where nothing does.
+    """Launches the kernel for `pairs` queries x heads of a group per row, heads `width` wide; False where none fits.
 
     one: every row has one query. shared: the keywords of ragged_attention_backward.py's kernels, and out, grad_query.
     """

@@ -1,4 +1,4 @@
-"""Every op's mathematics in plain PyTorch: the meaning of the Triton, C++ and CUDA implementations, and their oracle.
+"""Every op's mathematics in plain PyTorch: the specification of the Triton, C++ and CUDA code, and its test oracle.
 
 One section per op; `<op>_ref` has the op's signature. Written for reading, not for speed: loops over rows, any device,
 any floating dtype. Arithmetic is fp32 (fp64 where the query is fp64) and is rounded once, to the output's dtype.
@@ -34,7 +34,7 @@ def dropout_keep(seed: int, slots: Tensor, heads: Tensor, positions: Tensor, dro
         word(query, j)  = mix(word(query) ^ (j * 0x9E3779B9))
         keep            = (word >> 8) >= floor(dropout * 2^24)
 
-    so that every implementation, tiled in whatever way, drops the same weights in forward and backward.
+    so that every implementation, however tiled, drops the same weights in forward and backward.
     """
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     slots, heads, positions = slots.long(), heads.long(), positions.long()
@@ -102,7 +102,7 @@ def kv_gather_ref(keys: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtyp
 def _row_keys(
     page_table: Tensor, row: int, length: int, n: int, page_size: int, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots (J,) and positions (J,) of the keys that a row's last n tokens can see, and who sees which (n, J)."""
+    """Slots (J,) and positions (J,) of the keys that a row's last n tokens can see, and the mask (n, J)."""
     first = max(0, length - n - window + 1) if window else 0
     j = torch.arange(first, length, device=page_table.device)
     p = torch.arange(length - n, length, device=page_table.device)
@@ -154,12 +154,12 @@ def ragged_attention_ref(
 
     query (T, H, K); keys (S, Hkv, K), values (S, Hkv, Kv), Hkv divides H; page_table int32 (R, P); rows int32 (B,);
     row_offsets int32 (B+1,); lengths int32 (B,): tokens of each row in the cache, this call's included. max_query and
-    max_length bound the queries and the length of any row. Query i of the n of row b stands at p = lengths[b] - n + i:
+    max_length bound the queries and the length of any row. Query i of the n of row b is at p = lengths[b] - n + i:
 
         s_j = scaling * q.k_j (softcap: softcap * tanh(s_j / softcap)),   j <= p  and  (window == 0 or p - j < window)
         lse = log sum_j exp(s_j),   out = sum_j keep_j / (1 - dropout) * exp(s_j - lse) * v_j
 
-    Returns out (T, H, Kv) in the query's dtype and lse (T, H) in fp32 (fp64 for an fp64 query). autograd goes through.
+    Returns out (T, H, Kv) in the query's dtype and lse (T, H) in fp32 (fp64 for an fp64 query). Differentiable.
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, group = query.shape[1], query.shape[1] // keys.shape[1]
@@ -212,11 +212,11 @@ def ragged_attention_backward_ref(
     grad_keys (S, Hkv, K) and grad_values (S, Hkv, Kv) are fp32 (fp64 for an fp64 query); different rows of the call
     must not share pages. The weights are recomputed from lse, and with w = exp(s - lse), f = keep / (1 - dropout):
 
-        delta = dout.out,   ds_j = w_j (f_j dout.v_j - delta) * ds_j/d(scaling q.k_j)
+        delta = dout.out,   ds_j = w_j (f_j dout.v_j - delta) * d s_j / d(scaling q.k_j)
         dq = scaling sum_j ds_j k_j,   dk_j += scaling ds_j q,   dv_j += f_j w_j dout
 
-    grads_from int32 (B,): dk and dv of a row's positions before it stay as they are: model/attention.py adds them in
-    another call.
+    grads_from int32 (B,): dk and dv of a row's positions before it are left out; another call adds them
+    (model/attention.py).
     """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads, kv_heads = query.shape[1], keys.shape[1]
@@ -258,9 +258,9 @@ def linear_cross_entropy_ref(
 ) -> Tensor:  # fmt: skip
     """The summed cross-entropy of a linear head: sum_n logsumexp(l_n) - l_n[target_n], l = scale * (hidden W^T + b).
 
-    hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for a row that counts for nothing;
-    softcap: l = softcap * tanh(l / softcap). Returns () in fp32 (fp64 for fp64); 0 for N = 0. autograd goes through,
-    so weight_gradient, which says how the fused form makes dW, is not asked.
+    hidden (N, D), weight (V, D), bias (V,) or None, targets int64 (N,), -100 for an ignored row; softcap: l = softcap *
+    tanh(l / softcap). Returns () in fp32 (fp64 for fp64); 0 for N = 0. Differentiable by autograd, so weight_gradient,
+    by which the fused form computes dW, is not called.
     """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
@@ -300,7 +300,7 @@ def decode_attention_ref(
     """ragged_attention of one query (B, H, K) per row, after kv_append of the token's own key and value if given.
 
     lengths include the query's token; its slot is that of position lengths[b] - 1. A row of length 0 gives zeros and
-    lse = -inf. counters is scratch of the CUDA implementation.
+    lse = -inf. counters is scratch space of the CUDA implementation.
     """
     live = lengths > 0
     if cos is not None or query_norm is not None:

@@ -72,12 +72,12 @@ def layer_norm_backward_ref(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x from those of layer_norm's two results (None: zero), plus `other`: in x's dtype and in `dtype`.
+    """x's gradient from those of layer_norm's two results (None: zero), plus `other`: in x's dtype and in `dtype`.
 
     dtype None: an empty tensor instead of the second.
 
-    sums (P, 2, D): the gradients of weight and bias are added to sums[:, 0] and sums[:, 1], of each P-th of the rows
-    (rounded up) to one entry.
+    sums (P, 2, D): the gradients of weight and bias are added to sums[:, 0] and sums[:, 1], one entry for each
+    consecutive ceil(N / P) rows.
     """
     g = sum(_work(grad) for grad in (grad_normed, grad_rounded) if grad is not None)
     assert isinstance(g, Tensor), "a gradient of at least one result"
@@ -95,7 +95,7 @@ def layer_norm_backward_ref(
 
 
 def column_sums_ref(x: Tensor, sums: Tensor) -> None:
-    """Adds to sums (P, F) the columns of x (N, F), each P-th of the rows (rounded up) to one entry."""
+    """Adds column sums of x (N, F) to sums (P, F), one entry for each consecutive ceil(N / P) rows."""
     for i, part in enumerate(x.split(max(1, -(-len(x) // len(sums))))):
         sums[i] += part.to(sums.dtype).sum(0)
 
@@ -113,7 +113,7 @@ def transpose_ref(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 
 def gated_mlp_ref(x: Tensor, *, activation: str, bias: Tensor | None = None) -> Tensor:
-    """gelu(x + bias), x (N, F), by tanh or ("gelu") by erf; or "swiglu": silu(gate) * up, x = (gate, up) (N, 2 F)."""
+    """gelu(x + bias) (N, F), by tanh or ("gelu") by erf; "swiglu": silu(gate) * up, x + bias = (gate, up) (N, 2 F)."""
     wide = _work(x) if bias is None else _work(x) + bias.to(_work(x).dtype)
     if activation == "swiglu":
         gate, up = wide.chunk(2, dim=-1)
@@ -147,8 +147,8 @@ def latent_feedback_ref(
     source (T, D), last (B,), next_input and thought (B, D), positions int64 (B,), lengths, remaining and attended
     int32 (B,). In place: next_input (with position_embedding[positions + 1] added), thought (the normed state
     itself), positions + 1, lengths + 1, remaining - 1, attended = lengths. Rows with remaining 0 keep all that and get
-    attended 0. Where attended is given, thought is written for the rows
-    that it named before (those in the pass that made source) instead of the active ones.
+    attended 0. If attended is given, thought is written for the rows where it was above 0 on entry (those in the pass
+    that made source) instead of the active ones.
     """
     active = torch.ones_like(lengths, dtype=torch.bool) if remaining is None else remaining > 0
     h = _normed(_work(source[last.long()]), norm, weight, bias, eps)
@@ -181,7 +181,7 @@ def matmul_ref(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor
 
 
 def pack_matrix_ref(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix (K, N) as `packed_matmul_ref` wants it: as it is."""
+    """A matrix (K, N) as `packed_matmul_ref` takes it: cast to `dtype`, not packed."""
     return matrix.to(dtype)
 
 
@@ -201,7 +201,7 @@ def weight_gradient_ref(
 ) -> Tensor:
     """left (M, K) transposed times right (M, N) -> fp32 (K, N), or added to `into` in place.
 
-    The sums of right's columns go to column_sums (N,), fp32: added where there is an `into`, else written.
+    The sums of right's columns go to column_sums (N,), fp32: added if `into` is given, else overwritten.
     """
     if column_sums is not None:
         sums = _work(right).sum(0)
@@ -251,7 +251,7 @@ def cross_entropy_backward_ref(
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> None:
-    """Writes over the logits the derivative of grad () times the sum of the losses; 0 in columns from `vocabulary` on.
+    """Overwrites the logits with the derivative of grad () times the losses' sum; 0 in columns from `vocabulary` on.
 
     scale slope (exp(l - top - log) - onehot(target)) grad, slope = 1 - (l / softcap)^2 with a softcap, else 1.
     """
@@ -307,9 +307,10 @@ def lm_head_sample_ref(
 ) -> Tensor:
     """Token ids int64 (B,) from hidden (B, D) and the head's weight (V, D): the likeliest, ties to the lowest id.
 
-    At a temperature above 0, with numbers (B,) fp64 in [0, 1): of softmax(logits / temperature) the top_k likeliest
-    (0: all), renormalised, of these the fewest that reach top_p together, ties to lower ids; the first id, in order of
-    ids, at which the kept probabilities add up to more than numbers[b] of their sum. The same as infer/sampling.py.
+    At a temperature above 0, with numbers (B,) fp64 in [0, 1): softmax(logits / temperature) is restricted to the top_k
+    likeliest (0: all), renormalised, and of these to the fewest that together reach top_p, ties to lower ids; the id is
+    the first, in order of ids, at which the kept probabilities add up to more than numbers[b] of their sum. The same as
+    infer/sampling.py.
     """
     logits = _work(hidden) @ weight.to(_work(hidden).dtype).t()
     logits = logits if bias is None else logits + bias.to(logits.dtype)
@@ -334,7 +335,7 @@ def accept_tokens_ref(
     """The end of a token pass: in rows with attended > 0, tokens and written[:, step] become ids, remaining 0 at eos.
 
     ids, tokens int64 (B,), written int64 (B, N), remaining, attended int32 (B,), step int64 (1,), all in place. The
-    other rows get -1 in written[:, step]; step grows by one. eos -1: nothing ends a row.
+    other rows get -1 in written[:, step]; step grows by one. eos -1: no token ends a row.
     """
     active = attended > 0
     tokens.copy_(torch.where(active, ids, tokens))

@@ -5,7 +5,7 @@
     RMSNorm:   normed = total / sqrt(mean(total^2) + eps) * weight
 
 Shapes: x, residual (N, D); bias, weight, norm_bias (D,). normed has x's dtype, total the residual's (x's without one):
-a chain of thoughts keeps its residual stream in fp32 beside 16-bit activations.
+a chain of thoughts keeps its residual stream in fp32, with 16-bit activations.
 Bytes: N D elements of each operand and result once, in 128-bit accesses; the row stays in registers between its
 statistics and its result. Bound: memory bandwidth, launch latency below about 2 MB. Registers at most 128.
 """
@@ -31,7 +31,7 @@ def _norm(
     d = tl.arange(0, BLOCK_D)
     mask = d < D
     t = tl.load(x + row * x_row + d, mask=mask, other=0.0).to(tl.float32)
-    gain = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)  # under way before the sums need their barriers
+    gain = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)  # in flight before the sums' barriers
     if HAS_NORM_BIAS:
         shift = tl.load(norm_bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -1,19 +1,19 @@
-"""A linear layer for few rows: norm before it, bias, activation and residual behind it, the weights streamed once.
+"""A linear layer for few rows: norm before it, bias, activation and residual after it, the weights streamed once.
 
     y = residual + act(norm(x) W^T + bias)       act: none, gelu_tanh, gelu, or swiglu: silu(gate) * up, W = (gate, up)
 
-Shapes: x (M, IN), M <= 64, with a norm <= 8; weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or
+Shapes: x (M, IN), M <= 64 (8 with a norm); weight (OUT, IN), (2 OUT, IN) for swiglu, rows contiguous; bias (OUT,) or
 (2 OUT,); residual (M, OUT); norm_weight, norm_bias (IN,). y (M, OUT) has the residual's dtype, the weight's without
 one: with fp32 rows and 16-bit weights the residual stream stays fp32. Sums are fp32 in a fixed order.
 
-Work: a program owns BLOCK_N outputs and reads their weights once, in 128-bit loads, all under way before x is read.
-    1 or 2 rows, 4 of small weights     plain multiplies; a program is one warp where it can be, and has no barrier
-    up to 8                             tensor cores, outputs as the long axis, each warp with columns of its own
+Work: a program owns BLOCK_N outputs and reads their weights once, in 128-bit loads that start before x is read.
+    1 or 2 rows, 4 of small weights     plain multiplies; a program is one warp if possible, which needs no barrier
+    up to 8                             tensor cores, outputs as the long axis, columns split over the warps
     up to 64                            tensor cores on tiles in shared memory, two axes
-The last two are skinny_linear_dot.py's. Every program makes the norm's statistics anew, in two passes over registers.
-With `overlap` a kernel begins, and has its weights under way, while the one before still runs (common.py, `overlaps`):
-in a chain of layers a product of one row then costs the way of x through it, 1 to 2 us, and not launch, weights and x
-one after the other.
+The last two are in skinny_linear_dot.py. Every program recomputes the norm's statistics, from registers where they hold
+the rows. With `overlap` a kernel starts, and loads its weights, while its predecessor runs (common.py, `overlaps`): in
+a chain of layers a product of one row then costs only the time of x through it, 1 to 2 us, instead of launch, weights
+and x in sequence.
 Bytes: OUT IN weights. Bound: memory bandwidth (GPT-2: 1.2 to 4.7 MB a call, 0.3 to 1.1 us at 4.3 TB/s, so in practice
 latency; Llama-1B: 8 to 67 MB, 2 to 16 us). Registers at most 255.
 """
@@ -43,12 +43,12 @@ from .common import (
 from .skinny_linear_dot import _linear_dot, _linear_wide
 
 MAX_ROWS = 64
-NORM_ROWS = 8  # that a norm may go with: beyond, every program would norm all rows again
+NORM_ROWS = 8  # rows up to which a norm is allowed: every program norms all rows again
 
 
 @triton.jit
 def _pair(parts, N: tl.constexpr):
-    """(K, N) from N vectors (K,), N a power of two up to 8: registers side by side, nothing moves."""
+    """(K, N) from N vectors (K,), N a power of two up to 8: joins registers, moves no data."""
     K: tl.constexpr = parts[0].shape[0]
     if N == 1:
         return parts[0][:, None]
@@ -90,7 +90,7 @@ def _tiles_of(base, k, IN: tl.constexpr, HAS: tl.constexpr):
 
 @triton.jit
 def _sums(x, w, N: tl.constexpr, C: tl.constexpr):
-    """(N,): C tiles of x times N rows of w. Partial sums stay apart per component until the end."""
+    """(N,): C tiles of x times N rows of w. Partial sums are kept per component until the end."""
     parts = ()
     for i in tl.static_range(N):
         acc = x[0].to(tl.float32) * w[i * C].to(tl.float32)
@@ -116,7 +116,7 @@ def _linear(
     mask_n = n < OUT
     k = tl.arange(0, BLOCK_K)
 
-    # -- constants: the weights, and what they make of the norm's bias
+    # -- constants: the weights, and their product with the norm's bias
     w = _share(weight, first, weight_row, k, IN, OUT, BLOCK_N)
     b = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
@@ -180,8 +180,8 @@ def _linear(
 
 
 class Tiles(NamedTuple):
-    """How a launch is cut. kernel "plain": a program's whole share of the weights in registers; "dot": a warp has
-    BLOCK_K columns of a tile, and `ahead` tiles of the weights are under way; "wide": `ahead` stages."""
+    """How a launch is tiled. kernel "plain": a program's whole share of the weights in registers; "dot": a warp has
+    BLOCK_K columns of a tile, and `ahead` tiles of the weights are in flight; "wide": `ahead` stages."""
 
     kernel: str
     block_m: int
@@ -192,7 +192,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int, shared: int) -> Tiles:
-    """parts: weights an output, 2 for swiglu. shared: bytes of shared memory that a block may have."""
+    """parts: weight rows per output, 2 for swiglu. shared: bytes of shared memory that a block may have."""
     width, block_m = triton.next_power_of_2(inputs), triton.next_power_of_2(rows)
     if rows > NORM_ROWS:
         return Tiles(
@@ -201,7 +201,7 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int, share
     if rows <= 2 or (rows <= 4 and inputs * outputs * parts < 2**22):
         vector, block_n = 16 // itemsize, 2 if outputs <= 1024 or inputs > 4096 or parts == 2 else 4
         warps, room = 4 if inputs >= 2048 else 1, 200 if parts == 1 else 144
-        # registers: every column's components of x and of the weights, in fp32
+        # registers per thread: the components of x and of the weights, in fp32
         while warps < 16 and triton.cdiv(inputs, 32 * vector * warps) * vector * (block_m + block_n * parts) > room:
             warps *= 2
         return Tiles("plain", block_m, block_n, min(width, 32 * vector * warps), warps)
@@ -277,7 +277,7 @@ def _launch(
         arguments |= {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "NORM": norm}
         arguments |= {"HAS_NORM_BIAS": norm_bias is not None}
     if cut.kernel == "dot":
-        keep = inputs * cut.block_m <= 64 * 32 * cut.warps  # the rows themselves, 64 registers of a thread
+        keep = inputs * cut.block_m <= 64 * 32 * cut.warps  # the rows stay in registers, at most 64 per thread
         arguments |= {"SLICES": cut.warps, "AHEAD": cut.ahead, "KEEP": keep}
     if cut.kernel != "plain":
         arguments |= {"TYPE": TRITON_TYPE[weight.dtype]}
@@ -310,9 +310,9 @@ def skinny_linear(
 ) -> torch.Tensor:  # fmt: skip
     """y (M, OUT) as in the module's docstring. Forward only. ValueError for inputs that do not fit or over 64 rows.
 
-    norm: "none", "layer" or "rms" (then with norm_weight). overlap: begin while the kernel before in the stream still
-    runs, if that one wrote neither weight, bias nor norm. early: let the kernel behind begin at once, not when x is
-    there; it must read ahead nothing but what nobody has written lately.
+    norm: "none", "layer" or "rms" (then with norm_weight). overlap: start while the previous kernel in the stream still
+    runs; that kernel must not write weight, bias, norm_weight or norm_bias. early: release the next kernel at once
+    instead of when x is ready; before its own wait that kernel may read only constants such as weights.
     """
     return _OP(
         x, weight, bias=bias, residual=residual, activation=activation, norm=norm, norm_weight=norm_weight,

@@ -1,9 +1,9 @@
 """skinny_linear on tensor cores: up to 8 rows with columns split over warps, up to 64 by tiles in shared memory.
 
-Mathematics, shapes and launch are skinny_linear.py's.
-    _linear_dot     outputs are the long axis of a product, so that few rows waste little of it, and a warp has columns
-                    of its own until the sums are added at the end; tiles of the weights are under way before x is read
-    _linear_wide    two axes, stages of rows and weights, no norm; fetches its weights into L2 while it waits
+Mathematics, shapes and launch are as in skinny_linear.py.
+    _linear_dot     outputs are the long axis of a product, so that few rows waste little of it, and each warp has its
+                    own columns until the sums are added at the end; tiles of the weights are loaded before x is read
+    _linear_wide    two axes, stages of rows and weights, no norm; prefetches its weights into L2 before pdl_wait
 Weights are read once, in 128-bit loads. Bound: memory bandwidth. Registers at most 255.
 """
 
@@ -43,8 +43,8 @@ def _linear_dot(
     EARLY: tl.constexpr, TYPE: tl.constexpr, SLICES: tl.constexpr, AHEAD: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As _linear on tensor cores. Outputs are the tile's long axis; each warp has columns of its own, BLOCK_K at a
-    time, and the SLICES of sums are added up at the end. Weights are AHEAD tiles ahead."""
+    """As _linear, on tensor cores. Outputs are the tile's long axis; each warp has its own columns, BLOCK_K at a time,
+    and the SLICES of sums are added up at the end. Weights are loaded AHEAD tiles in advance."""
     if EARLY:
         pdl_release(OVERLAP)
     SPAN: tl.constexpr = SLICES * BLOCK_K
@@ -136,7 +136,7 @@ def _linear_wide(
     OVERLAP: tl.constexpr, EARLY: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For more than 8 rows: tiles of rows and weights through shared memory, the weights in L2 ahead of the wait."""
+    """For more than 8 rows: tiles of rows and weights through shared memory, the weights prefetched into L2."""
     if EARLY:
         pdl_release(OVERLAP)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)

@@ -1,9 +1,9 @@
-"""Matrices of one shape, each written transposed to a tensor of its own, in one launch.
+"""Transposes several matrices of one shape, each into its own tensor, in one launch.
 
     out[i] = x[i].T
 
 Shapes: x (R, C) and out (C, R), contiguous, of one dtype. GPT-2 keeps its weights as (in, out); passes over few rows
-read (out, in), from copies that are written anew in every call of `generate`.
+read (out, in), from copies that every call of `generate` writes again.
 Bytes: every element read and written once, 128-bit accesses on both sides. Bound: memory bandwidth, which is why all
 layers' matrices go in one launch: one of GPT-2's alone is less than a wave of tiles. Registers at most 64.
 """

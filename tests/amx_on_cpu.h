@@ -137,7 +137,7 @@ inline bool tiles_are(const char* what) {
 inline bool cpu_has(const char* feature) { return std::strncmp(feature, "amx", 3) != 0 || !tiles_are("absent"); }
 #if COCONUT_FAST_AMX
 template <class... Arguments>
-long ask(long call, Arguments... arguments) {  // the standard library's waiting asks the kernel as well
+long ask(long call, Arguments... arguments) {  // the standard library waits through syscall as well
   if (call != SYS_arch_prctl) return syscall(call, arguments...);
   const long asked[] = {long(arguments)...};
   check(sizeof asked == 16 && asked[0] == 0x1023 && asked[1] == 18, "not the request for the state of tiles");

@@ -1,8 +1,8 @@
-"""Compiles every kernel ahead of time as its launcher would launch it, and prints what the assembler made of it.
+"""Compiles every kernel ahead of time as its launcher would launch it, and reports what the assembler made of it.
 
 Run as a program (python -m tests.aot), without TRITON_INTERPRET; arguments are the kernel files wanted (default all).
 The ops of aot_cases.py are called on meta tensors with JITFunction.run replaced by a recorder, so signature,
-constants, divisibility, warps and stages are the launcher's own. One JSON line a kernel.
+constants, divisibility, warps and stages are the launcher's own. Prints one JSON line per kernel.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Launch:
             self.attributes[(i,)] = [["tt.divisibility", 16]]
 
     def compile(self, capability: int) -> dict[str, Any]:
-        """Registers, spilled bytes, shared memory and 128-bit loads of the binary for sm_<capability>; of a kernel that
-        begins before its turn, what it reads and writes ahead of its wait."""
+        """Registers, spilled bytes, shared memory and 128-bit loads of the binary for sm_<capability>; for kernels that
+        overlap their predecessor, also reads and writes before pdl_wait."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -100,7 +100,7 @@ class Launch:
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
-    """The launches that `call` would do."""
+    """The launches that `call` would make."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -117,13 +117,13 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 
 def launch_op(op: str, *args: Any, **kwargs: Any) -> Any:
-    """In the place of `ops.call`: the op's launcher itself, where the dispatcher would only ask for shapes."""
+    """Replaces `ops.call`: runs the op's launcher itself, where the dispatcher would only compute shapes."""
     return importlib.import_module(f"coconut_fast.kernels.{op}")._launch(*args, **kwargs)
 
 
 def capabilities(label: str) -> tuple[int, ...]:
-    """What a case is compiled for: data centres' cards; passes of several rows also for those with 99 KB of shared
-    memory a block."""
+    """Architectures a case is compiled for: data-centre GPUs, and for passes of several rows also those with 99 KB of
+    shared memory per block."""
     if "bfloat16" not in label:
         return (90,)
     tight = label.startswith("fused_pass") and "/1/" not in label and not label.endswith("prefill")

@@ -22,7 +22,7 @@ SHAPES = {
     "llama1b": (32, 8, 64, 2048, 8192, 128256),
     "qwen3": (16, 8, 128, 1024, 3072, 151936),
 }
-# Attention's alone: phi-2's heads, whose width is no power of two.
+# For attention only: phi-2's heads, whose width is not a power of two.
 ATTENTION_SHAPES = SHAPES | {"phi2": (32, 32, 80, 2560, 10240, 51200)}
 PASS_SHAPES = {
     "gpt2": ("gpt2", {"vocab_size": 50260, "n_layer": 2}),
@@ -82,7 +82,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
                         f"decode_attention/{label}/{length}/{kind}",
                         lambda q=query, s=store, t=layout, o=given: decode_attention._launch(q, *s, *t, **o),
                     )
-            if heads > kv_heads:  # of many rows, one program has the heads that share keys
+            if heads > kv_heads:  # for many rows, one program handles all heads that share keys
                 fused = empty(64, heads + 2 * kv_heads, head_dim, dtype=dtype)
                 query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
                 layout = (indices(64, 32), indices(64), indices(64))
@@ -262,8 +262,8 @@ def dense_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def pass_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Whole fused passes over two layers, as infer/fused.py launches them: "fused_pass/shape/dtype/rows/kind"; prompts
-    as infer/fused_prefill.py reads them: "fused_pass/shape/dtype/tokens/prefill"."""
+    """Whole fused passes over two layers, as infer/fused.py launches them: "fused_pass/shape/dtype/rows/kind"; and
+    prefills as in infer/fused_prefill.py: "fused_pass/shape/dtype/tokens/prefill"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from coconut_fast import Coconut, LatentTokens

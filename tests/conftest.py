@@ -1,4 +1,4 @@
-"""Shared fixtures: where the optional test data lies, and seeds."""
+"""Shared fixtures: paths of the optional test data, and seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, which torch alone does not do
-if not os.access(Path.home(), os.W_OK):  # triton makes ~/.triton, and compiles nothing where it cannot
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which importing torch does not do
+if not os.access(Path.home(), os.W_OK):  # triton compiles nothing where it cannot make ~/.triton
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def _seed() -> None:
 
 @pytest.fixture(params=["eager", "chosen"])
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test twice: on the eager runner, and on the one the engine chooses (the native chain where it can)."""
+    """Runs a test twice: on the eager runner, and on the one the engine chooses (the native chain where possible)."""
     if request.param == "eager":
         from coconut_fast.infer import engine
         from coconut_fast.infer.eager import EagerRunner
@@ -61,7 +61,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call leases the model's graph runner, as on a GPU."""
+    """Every call acquires the model's graph runner, as on a GPU."""
     from coconut_fast.infer import engine, runner_cache
 
     monkeypatch.setattr(engine, "choose_runner", lambda model: (runner_cache.acquire, "asked for"))

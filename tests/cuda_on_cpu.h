@@ -1,10 +1,10 @@
 // Enough of CUDA for csrc/cuda/persistent.cu to run on a CPU: g++ -include tests/cuda_on_cpu.h -x c++ persistent.cu.
 //
-// Every CUDA thread of the grid is a fiber with a stack of its own; one OS thread runs them in turn. A fiber gives way
-// where CUDA threads wait for each other (__syncthreads, a shuffle, the grid barrier), and only there: so what one
-// block writes before a barrier is seen behind it, and a barrier that not all threads reach hangs here as it does on a
+// Every CUDA thread of the grid is a fiber with its own stack; one OS thread runs them in turn. A fiber yields where
+// CUDA threads wait for each other (__syncthreads, a shuffle, the grid barrier), and only there: so what one block
+// writes before a barrier is visible after it, and a barrier that not all threads reach hangs here as it does on a
 // device. Blocks run in the order of their numbers up to their next wait; COCONUT_FAST_REVERSED in the environment
-// turns it round.
+// reverses it.
 #pragma once
 
 #include <setjmp.h>
@@ -55,7 +55,7 @@ namespace cuda_on_cpu {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 << 10;
 
-// Threads that wait for each other: `size` of them must come before any goes on.
+// Threads that wait for each other: `size` of them must arrive before any continues.
 struct Meeting {
   int size = 0, here = 0;
   unsigned round = 0;
@@ -64,7 +64,7 @@ struct Meeting {
 struct Block {
   Meeting all;
   std::vector<Meeting> warps;
-  std::vector<float> exchanged;  // (2, threads): what lanes hand each other; with two, one meeting a shuffle is enough
+  std::vector<float> exchanged;  // (2, threads): values lanes exchange; with two, one meeting per shuffle is enough
   std::unique_ptr<float4[]> shared;
 };
 
@@ -103,7 +103,7 @@ inline void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
-// Runs a fiber until it gives way. Contexts are switched by the kernel's leave (two system calls) only to start one.
+// Runs a fiber until it yields. Only starting one switches contexts through the kernel (two system calls).
 __attribute__((noinline)) inline void resume(Fiber& fiber) {
   current = &fiber;
   if (_setjmp(scheduler)) return;
@@ -174,7 +174,7 @@ inline float __shfl_xor_sync(unsigned all, float x, int mask) {
   return __shfl_sync(all, x, int(threadIdx.x % cuda_on_cpu::kWarp) ^ mask);
 }
 
-// ---- the host's half ----------------------------------------------------------------------------------------------
+// ---- the host's side ----------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -187,7 +187,7 @@ inline int shared_limit() {
   return asked ? std::atoi(asked) : 227 << 10;
 }
 
-// An error stays until somebody asks for it, and a launch finds it.
+// An error stays until it is read, and makes a launch fail.
 inline cudaError_t last_error = cudaSuccess;
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid value" : "no error"; }

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_distributed.py: trains the tiny run in fp64 and writes what came out.
+"""Run by torchrun from test_distributed.py: trains the tiny run in fp64 and writes its results.
 
 torchrun --nproc-per-node N tests/distributed_worker.py FOLDER OUT [key=value ...]
 """
@@ -24,7 +24,7 @@ from tests.runs import MODEL, NO_DROPOUT, chains, tiny
 
 
 def train(folder: Path, *overrides: str) -> dict[str, Any]:
-    """What came out, in the first process."""
+    """Trains -> the results, as the first process has them."""
     changes = {"model": {**MODEL, **NO_DROPOUT}, "num_epochs": 3, "uniform_prob": 0.3, **parse_overrides(overrides)}
     settings = tiny(folder, **changes)
     train, val = chains(37), chains(8, seed=1)
@@ -53,6 +53,6 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     leave_group()
     left = [name for name in threads() if "gloo" in name]
-    assert "fsdp=true" in sys.argv or not left, f"threads of the group outlive it: {left}"  # FSDP's do, idle
+    assert "fsdp=true" in sys.argv or not left, f"threads of the group outlive it: {left}"  # FSDP's do, but are idle
     if rank == 0:
         torch.save(result, sys.argv[2])

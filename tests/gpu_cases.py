@@ -121,7 +121,7 @@ def _ragged(
 
 
 def _one_query(rows: int) -> Callable[..., Case]:
-    """A latent pass of which a first pass adds dK and dV of the positions before."""
+    """A latent pass that leaves dK and dV of earlier positions to the first pass."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Case:
         lengths = [(1, 70, 64, 333 if CUDA else 33)[b % 4] for b in range(rows)]
@@ -343,7 +343,7 @@ def function_of(op: str) -> Callable[..., Any]:
 
 
 def assert_compiles(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Traced as one graph, with its writes made functional and put back (what Inductor is handed): the same bits."""
+    """Traced as one graph with its writes functionalized (what Inductor gets), it gives the same bits."""
     case = CASES[name](dtype, device)
     function = function_of(case.op)
     given = case.start()

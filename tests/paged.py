@@ -73,5 +73,5 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 
 def view(x: torch.Tensor) -> torch.Tensor:
-    """The same values as a part of wider rows, which lie apart while a row's elements do not."""
+    """The same values as a slice of wider rows: contiguous within a row, with gaps between rows."""
     return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]

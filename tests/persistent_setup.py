@@ -22,11 +22,11 @@ from tests.test_native import chains
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 2, 0]
-MODELS = ("gpt2", "llama", "llama-biased", "mistral", "qwen2", "qwen3")  # of test_native's
+MODELS = ("gpt2", "llama", "llama-biased", "mistral", "qwen2", "qwen3")  # some of test_native's
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++20", "-O1", "-g", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
-# A GPU faults on a 16-byte access at another address; x86 does not, and has to be told.
+# A GPU faults on misaligned 16-byte accesses; x86 does not, so a sanitizer has to check.
 FLAGS += ["-fsanitize=alignment,signed-integer-overflow,shift", "-fno-sanitize-recover=all"]
 SETTERS = """
 #include "cuda/program.h"
@@ -40,7 +40,7 @@ extern "C" bool give_number(Arguments* a, const char* name, double x) { return s
 
 @dataclass
 class Start:
-    """Prompts read into a cache, and a batch that is about to think."""
+    """Prefilled prompts in a cache, and a batch that is about to think."""
 
     cache: KVCache
     batch: StaticBatch
@@ -54,7 +54,7 @@ def start(
     size: int = 4,
     room: int = 64,
 ) -> Start:
-    """Rows behind their prompts, with pages for the thoughts; slots without a token hold NaN."""
+    """Rows with prefilled prompts and pages for the thoughts; slots without a token hold NaN."""
     plan = plan_of(model)
     cache = KVCache(plan.layers, num_slots=room * size, max_rows=size, max_length=room, device=model.device)
     example = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=model.dtype, device=model.device)
@@ -78,7 +78,7 @@ def plan_of(model: Coconut) -> ModelPlan:
 
 
 def machine(model: Coconut, program: torch.Tensor, at: Start, rescale: float = 0.0, rows: int | None = None) -> Machine:
-    """The batch's state and cache, and the model's weights, in the Python machine: fp32, or fp64 for an fp64 model."""
+    """A Python machine with the batch's state and cache and the model's weights: fp32, or fp64 for an fp64 model."""
     cache, batch, rows = at.cache, at.batch, rows or at.rows
     dtype = torch.promote_types(model.dtype, torch.float32)
     table = cache.page_table[batch.rows[:rows].long()].long()

@@ -1,10 +1,10 @@
 """Runs the persistent kernel's instruction lists in plain Python, and proves what the kernel takes for granted.
 
-Memory remembers, element by element, who wrote and who read it last, and behind how many barriers. An access is ordered
-behind another block's only where a barrier lies between them: then the other block had arrived `a + 1` times, and this
-one waited for at least as many. Anything else is a `Race`, in whatever order the blocks happened to run here. A count
-that only grows makes the order irrelevant for deadlock as well: if one order of running the blocks comes to the end,
-all do.
+Memory records, for every element, which block wrote and read it last, and after how many barriers `a`. An access is
+ordered after another block's only if a barrier separates them: the other block arrives for the `a + 1`-th time after
+its access, and this one has waited for at least as many arrivals. Anything else is a `Race`, in whatever order the
+blocks happened to run here. As barrier counts only grow, the order is irrelevant for deadlock as well: if one order of
+running the blocks finishes, all do.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from coconut_fast.model.plan import LayerPlan, ModelPlan
 
 
 class Race(Exception):
-    """Two blocks touch one element, one of them writing, with no barrier between; or nobody has written it."""
+    """Two blocks access one element, at least one writing, with no barrier in between; or it was never written."""
 
 
 class Deadlock(Exception):
-    """Some blocks wait for ever, or a count does not tell that everybody has arrived."""
+    """Some blocks wait for ever, or a count does not prove that all blocks have arrived."""
 
 
 @dataclass
 class Instruction:
-    """One entry of the list, and who runs it."""
+    """One entry of the list, and the block that runs it."""
 
     block: int
     arrived: int  # barriers this block has arrived at before
@@ -43,7 +43,7 @@ class Instruction:
 
 
 class Memory:
-    """Named tensors in which every access is checked against all earlier ones. Starts as NaN that nobody may read."""
+    """Named tensors in which every access is checked against all earlier ones. Starts as NaN that must not be read."""
 
     def __init__(self, dtype: torch.dtype, **shapes: Sequence[int]) -> None:
         self.data = {n: torch.full(tuple(s), float("nan"), dtype=dtype) for n, s in shapes.items()}
@@ -52,7 +52,7 @@ class Memory:
         self.now: Instruction | None = None
 
     def preset(self, name: str, index: object, value: torch.Tensor) -> None:
-        """What is there before the launch."""
+        """Sets what is there before the launch."""
         self.data[name][index] = value
         self.log[name]["wrote"][index] = -2
 
@@ -63,7 +63,7 @@ class Memory:
             raise Race(f"{now}: reads {name}{list(index)}, which nobody has written")
         if ((wrote >= now.waited) & (writer != now.block)).any():
             raise Race(f"{now}: reads {name}{list(index)} beside its writer")
-        # Of several readers behind the same barrier it is enough to know that there are others: -2.
+        # -2: several blocks read it after the same barrier; which ones makes no difference.
         reader, read = log["reader"][index], log["read"][index]
         others = (read == now.arrived) & (reader != now.block)
         mine = torch.where(others, -2, now.block)
@@ -89,10 +89,10 @@ class Memory:
 
 
 def validate(program: torch.Tensor) -> None:
-    """Whether a count of `w * blocks` means that every block has arrived w times, in this pass and the next.
+    """Checks that a count of `w * blocks` means that every block has arrived w times, in this pass and the next.
 
-    It does where nobody arrives twice without waiting in between for all others: then the first to arrive for the
-    (w + 1)-th time had seen w * blocks arrivals, at most w from each. Raises Deadlock.
+    It does if no block arrives twice without waiting for all others in between: the first one to arrive for the
+    (w + 1)-th time has then seen w * blocks arrivals, at most w from each. Raises Deadlock.
     """
     blocks, phases, _ = program.shape
     for block, instructions in enumerate(program.tolist()):
@@ -123,12 +123,12 @@ class Machine:
         values: torch.Tensor,
         rescale: float = 0.0,
     ) -> None:
-        """keys and values: (layers, B, positions, Hkv, K), with room for the thoughts; what lies beyond is not read."""
+        """keys and values: (layers, B, positions, Hkv, K), including those of the thoughts; later ones are not read."""
         self.plan, self.program, self.rescale = plan, program, rescale
         self.layers = [plan.layer(i) for i in range(plan.layers)]
         self.lengths, self.remaining = list(lengths), list(remaining)
         self.dtype = hidden.dtype
-        self.at, self.arrived = [0] * len(program), [0] * len(program)  # of each block: its instruction, its arrivals
+        self.at, self.arrived = [0] * len(program), [0] * len(program)  # per block: its next instruction, its arrivals
         batch, positions = len(self.lengths), keys.shape[2]
         self.splits = -(-positions // SPLIT)
         self.ways = ways_of(plan, batch, len(program), self.splits)
@@ -150,9 +150,9 @@ class Machine:
                 self.memory.preset(name, (slice(None), row, slice(length)), given[:, row, :length])
 
     def run(self, passes: int, order: Sequence[int] | None = None, end: int | None = None) -> torch.Tensor:
-        """`passes` thoughts of all rows that have so many left -> states (B, D).
+        """Up to `passes` thoughts of every row, as many as it has left -> states (B, D).
 
-        order: of the blocks, where several can run. end: stop before this instruction; a later call goes on from there.
+        order: order of the blocks, where several can run. end: stop before this instruction; a later call continues.
         """
         self.passes = passes
         blocks, phases, _ = self.program.shape
@@ -233,7 +233,7 @@ class Machine:
             raise ValueError(f"unknown opcode {op}")
 
     def _splits(self, position: int, index: int) -> tuple[int, range]:
-        """The first position that is seen, and the splits from there on."""
+        """The first position attended to, and the splits from there on."""
         window = self.plan.window[index]
         low = max(0, position + 1 - window) if window else 0
         return low, range(low // SPLIT, position // SPLIT + 1)
@@ -285,7 +285,7 @@ class Machine:
         return y if bias is None else y + bias.to(self.dtype)
 
     def _rotate(self, x: torch.Tensor, norm: torch.Tensor | None, position: int) -> torch.Tensor:
-        if norm is not None:  # the family that has these uses RMSNorm
+        if norm is not None:  # the family with these norms uses RMSNorm
             x = self._norm(x, norm, None)
         if self.plan.inv_freq is None:
             return x

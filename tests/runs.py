@@ -17,7 +17,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def chains(count: int, seed: int = 0) -> list[Example]:
-    """Who is k steps after someone in the circle of names: steps walk there one by one."""
+    """Problems: who is k steps after someone in a circle of names? The reasoning steps walk there one by one."""
     rng = random.Random(seed)
     problems = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""accept_tokens: what a token pass leaves behind, against the reference."""
+"""accept_tokens: the state after a token pass, against the reference."""
 
 from __future__ import annotations
 

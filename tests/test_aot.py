@@ -1,8 +1,8 @@
-"""What the assembler makes of every Triton kernel for sm_80 and sm_90: no spills, bounded registers, wide loads; passes
-of several rows also where a block has less shared memory.
+"""Resources of every Triton kernel as compiled for sm_80 and sm_90: no spills, bounded registers, wide loads; passes of
+several rows also for GPUs with less shared memory per block.
 
 The bounds are the ones the kernel files state: a docstring that says "Registers at most N" or "128-bit" is held to it.
-The compilation runs in a process of its own, since this one may have loaded triton as an interpreter.
+The compilation runs in a separate process, since this one may have loaded triton as an interpreter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [p for p in (ROOT / "kernels").glob("*.py") if "@triton.jit" in p.read_text()]
 OPS = sorted(p.stem for p in KERNELS if p.stem != "common")
-# bytes of shared memory that a block of an A100, a 4090, an H100, a 5090 may have
+# bytes of shared memory per block: A100, 4090, H100, 5090
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
-LINEAR = {1: "_linear", 8: "_linear_dot", 64: "_linear_wide"}  # by rows
+LINEAR = {1: "_linear", 8: "_linear_dot", 64: "_linear_wide"}  # by the number of rows
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_resources(compiled, op) -> None:
         assert found["spilled"] == 0, found
         assert found["registers"] <= int(bound[1]), found
         assert found["shared"] <= SHARED[found["capability"]], found
-    if "128-bit" in doc:  # of the launches of a case, the one that streams; a reduction of partial results may not
+    if "128-bit" in doc:  # the streaming launch of a case; a reduction of partial results may do without
         for case in {found["case"] for found in mine}:
             assert any(found["vector_loads"] for found in mine if found["case"] == case), case
 
@@ -75,7 +75,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
     layer = [LINEAR[rows], "_decode", LINEAR[rows], LINEAR[rows], LINEAR[rows]]
     if rows > 16 and shape == "gpt2":
         layer = ["_norm", "_linear_wide", "_decode", "_linear_wide", "_norm", "_linear_wide", "_linear_wide"]
-    elif rows > 16:  # two products of a layer are the library's, which is not recorded
+    elif rows > 16:  # two products of a layer go to cuBLAS, whose launches are not recorded
         layer = ["_norm", "_linear_wide", "_decode_group", "_linear_wide", "_norm", "_activate"]
     last = [] if rows <= 16 else ["_norm"]
     assert names["think"] == [*["_feed", *layer, *layer, *last] * 2, "_feed"]
@@ -83,7 +83,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
     built = [found for found in mine if "kernel" in found]
     assert {found["capability"] for found in built} == ({80, 90} if rows == 1 else {80, 89, 90, 120})
     for found in built:
-        # on 120 the compiler spills 8 bytes to stay within 56 registers, of its own accord
+        # on sm_120 the compiler itself chooses to spill 8 bytes and stay within 56 registers
         assert found["spilled"] <= (8 if found["capability"] == 120 else 0) and found["registers"] <= 255, found
         assert found["shared"] <= SHARED[found["capability"]], found
         assert found["overlaps"] == found["waits"] == (found["capability"] >= 90), found
@@ -100,7 +100,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
 def test_reading_prompts(compiled, shape, tokens) -> None:
     mine = [found for found in compiled if found["case"] == f"fused_pass/{shape}/bfloat16/{tokens}/read"]
     names = next(found["launches"] for found in mine if "launches" in found)
-    few = "_decode_group" if shape == "llama1b" and tokens > 64 else "_decode"  # by the rows: 64 tokens are one
+    few = "_decode_group" if shape == "llama1b" and tokens > 64 else "_decode"  # by rows: 64 tokens are one row
     first, last = (["_norm", "_append", attend, "_norm", "_activate"] for attend in ("_forward", few))
     assert names == ["_feed", *first, *last, "_norm", "_norm"]
     for found in mine:

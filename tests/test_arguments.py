@@ -111,7 +111,7 @@ def test_a_flag_that_would_leave_no_method_is_refused() -> None:
 
 @pytest.mark.parametrize("text", ["no", "off", "yes", "true", "2026-11-26", "007", "1.10", "12:30", "1_000", "0x10"])
 def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
-    """YAML 1.1 would make False of `no`, a date of 2026-11-26, 7 of 007, 750 of 12:30."""
+    """YAML 1.1 would turn `no` into False, 2026-11-26 into a date, 007 into 7 and 12:30 into 750."""
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"name: {text}  # of today\nsave_path: {text}\nmodel_id: {text}\nreset_optimizer: no\nreport_to: [a]\n"
@@ -192,7 +192,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_a_process_has_one_gpu_of_several(monkeypatch) -> None:
-    """Else transformers wraps the model in DataParallel, which hands every replica the one ragged batch."""
+    """Otherwise transformers wraps the model in DataParallel, which hands every replica the one ragged batch."""
 
     def finds_four(self: TrainingArguments) -> torch.device:
         self._n_gpu = 4

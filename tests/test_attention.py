@@ -118,7 +118,7 @@ def dense_with_grads(case: Case, grad_out: Tensor) -> dict[str, Tensor]:
 
 
 def run(case: Case, grad_out: Tensor, backend: str = "cpu") -> dict[str, Tensor]:
-    """The op and its derivative; the gradient buffers start at 1, not at 0, where rows have tokens, else at NaN."""
+    """The op and its derivative; gradient buffers start at 1 (not 0) in slots with tokens, at NaN elsewhere."""
     args = (case.query, case.keys, case.values)
     forward = {name: value for name, value in case.keywords.items() if name != "grads_from"}
     out, lse = ops.call("ragged_attention", *args, *case.where(), backend=backend, **forward)
@@ -227,7 +227,7 @@ def test_random_calls_agree_with_fp64():
     for _ in range(40):
         queries = [choose([0, 1, 2, 5, 17, 64, 140]) for _ in range(choose([1, 3]))] + [choose([1, 31])]
         lengths = [n + choose([0, 1, 15, 63, 64, 65, 200]) for n in queries]
-        lengths[-1] += 15  # with nothing but rows of one token all true gradients of scores are 0
+        lengths[-1] += 15  # if every row had one token, all true gradients of scores would be 0
         options = {"window": choose([0, 0, 2, 13, 64]), "softcap": choose([0.0, 0.0, 4.0])}
         options |= {"dropout": choose([0.0, 0.0, 0.2]), "seed": choose([0, 1, -3, 2**62])}
         heads, dims = choose([(1, 1), (2, 1), (4, 4), (5, 1), (9, 3)]), (choose([4, 16, 24, 64]), choose([4, 16, 40]))
@@ -298,7 +298,7 @@ def test_rows_may_share_pages():
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("queries", [1, 60])
 def test_dropout_drops_what_dropout_keep_says(backend, queries):
-    """With values that are unit vectors an output is the row of weights itself."""
+    """With unit vectors as values, an output is the row of attention weights itself."""
     case = make([queries], [60], heads=(2, 1), dims=(16, 60), dropout=0.4, seed=11)
     case.values[case.slots(0), 0] = torch.eye(60)
     out, lse = ops.call(

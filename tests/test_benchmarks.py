@@ -1,7 +1,7 @@
 """The GPU benchmarks' own code, run once at tiny shapes, so that it cannot rot where there is no GPU.
 
-bench_graph and bench_persistent by their `measure`, bench_ops by its works and its gate; what only a device can do, to
-capture and to time a graph of single launches, is left out.
+bench_graph and bench_persistent run through their `measure`, bench_ops through its works and its gate. Capturing and
+timing a graph of single launches needs a device and is left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_graph_benchmark(family: str, dtype: torch.dtype, device, monkeypatch) -
     found = bench_graph.measure(model, 2, rounds=1)
     assert len(found) == 10 and all(seconds > 0 for seconds in found.values())
     answers = [bench_graph.Timed(model, 2, body).answer() for body in ("fused", "hugging face")]
-    assert answers[0] == answers[1] or dtype == torch.bfloat16  # where a close call may fall either way
+    assert answers[0] == answers[1] or dtype == torch.bfloat16  # where near-ties may go either way
     assert [len(a) for a in (*answers[0], *answers[1])] == [bench_graph.TOKENS] * 4
     body, head = bench_graph.weight_bytes(describe(model.hf))
     size = dtype.itemsize
@@ -136,7 +136,7 @@ def test_persistent_benchmark_refuses_a_wrong_result(launch: Launch, monkeypatch
 
 
 def test_the_gate_passes_right_states_of_a_deep_model_and_none_without_an_mlp(monkeypatch) -> None:
-    """Random weights drive right states apart, thought by thought: those of this model to 0.2 after six."""
+    """With random weights correct states drift apart with every thought: in this model to 0.2 after six."""
     monkeypatch.setattr(bench_graph, "PROMPT", 5)
     monkeypatch.setattr(bench_graph, "ROOM", 32)
     settings = FAMILIES["llama"] | {"num_hidden_layers": 16, "intermediate_size": 128, "initializer_range": 0.16}

@@ -1,5 +1,5 @@
-"""What the C++ module refuses instead of reading or running it: tensors whose values are not in their memory, chains
-that cannot be, more threads than there can be."""
+"""What the C++ module refuses instead of reading or running it: tensors whose values are not in their memory,
+impossible chains, impossible numbers of threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _C = ops.extension()
 
 
 class Wrapper(Tensor):
-    """Has sizes and no memory, as a DTensor."""
+    """Has sizes but no memory, like a DTensor."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def fake(like: Tensor) -> Tensor:
 
 ABSENT = {"wrapper": Wrapper, "fake": fake, "functional": torch._to_functional_tensor, "negated": torch._neg_view}
 MATRIX, CACHE, SLOTS, INTS = torch.ones(4, 4), torch.ones(4, 1, 4), torch.arange(4), torch.zeros(1, dtype=torch.int32)
-# What is refused: the call with that tensor as the function given makes it.
+# Calls that are refused when `absent` takes a tensor's memory away.
 CALLS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
     "gelu: x": lambda absent: _C.gelu(absent(MATRIX)),
     "gelu_backward: grad": lambda absent: _C.gelu_backward(absent(MATRIX), MATRIX),

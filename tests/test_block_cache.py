@@ -1,4 +1,4 @@
-"""Freed memory that waits for its next use: nobody's content changes, sizes fit, and the total stays bounded."""
+"""Freed memory kept for reuse: no tensor's content changes, sizes fit, and the total stays bounded."""
 
 from __future__ import annotations
 

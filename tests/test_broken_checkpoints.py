@@ -44,7 +44,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("change, message", UNFIT.values(), ids=UNFIT)
 def test_weights_that_do_not_fit_are_never_drawn_at_random(change, message: str, tmp_path) -> None:
-    """As transformers does, with a warning."""
+    """transformers does so, with a warning."""
     make_hf("gpt2").save_pretrained(tmp_path)
     save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"^{tmp_path}: the weights do not fit config.json: {message}"):
@@ -61,7 +61,7 @@ def test_a_missing_shard_is_named(tmp_path) -> None:
 
 def test_a_file_that_does_not_open_hides_no_other_reason(tmp_path) -> None:
     make_hf("gpt2").save_pretrained(tmp_path)
-    (tmp_path / "adapter.safetensors").symlink_to("nothing")  # what a cache leaves that was cleaned up
+    (tmp_path / "adapter.safetensors").symlink_to("nothing")  # as left by a cache that was cleaned up
     load(tmp_path, tokens=TOKENS)
     _edited(tmp_path, "config.json", n_head=3)
     with pytest.raises(ValueError, match="does not load as a causal language model: .*must be divisible by num_heads"):
@@ -108,7 +108,7 @@ def test_places_that_hold_no_model_are_refused(tmp_path, monkeypatch) -> None:
         with pytest.raises(ValueError, match=f"^{device} is a device, expected a model directory"):
             load(device)
     with pytest.raises(ValueError, match="^no such file or directory: Tom is a terpus"):
-        load("Tom is a terpus. " * 100)  # a prompt in the place of a model
+        load("Tom is a terpus. " * 100)  # a prompt instead of a model
     make_hf("gpt2").save_pretrained(tmp_path / "closed")
     monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may read anything
     with pytest.raises(ValueError, match="closed may not be read, expected a model directory"):
@@ -116,7 +116,7 @@ def test_places_that_hold_no_model_are_refused(tmp_path, monkeypatch) -> None:
 
 
 def test_a_model_that_half_replaced_another_one_is_refused(tmp_path, monkeypatch) -> None:
-    """As when the power goes in between: its weights are the new ones, and its settings the old."""
+    """As after a power failure half-way: its weights are the new ones, its settings the old ones."""
     for number in range(2):
         Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection").save_pretrained(tmp_path)
     assert load(tmp_path).tokens == TOKENS

@@ -48,7 +48,7 @@ def test_loss_and_gradients_stay_the_same(shapes: list, family: str, detach_afte
 
 @pytest.mark.parametrize("shapes", BATCHES.values(), ids=BATCHES)
 def test_rows_are_found_again(shapes: list) -> None:
-    """Every row is there, all have equally many passes, and no position is one that the rows have not."""
+    """Every row is there, all have the same number of passes, and no position exceeds those of the rows."""
     plain, filled = both(shapes)
     assert filled.num_targets == plain.num_targets
     assert sum(int((p.targets != IGNORE).sum()) for p in filled.passes) == plain.num_targets
@@ -77,7 +77,7 @@ def test_batches_of_like_rows_have_one_signature_and_what_it_stands_for() -> Non
 
 
 def test_one_long_answer_has_another_signature_than_many_short_ones() -> None:
-    """Sums are alike and the longest is not; a graph of the one has too small a grid for the other."""
+    """Their totals agree but the longest row does not: a graph of one has too small a grid for the other."""
     found: dict[tuple, set[tuple]] = {}
     for long in range(60, 131):
         for short in (3, 4, 5):

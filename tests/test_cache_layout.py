@@ -38,7 +38,7 @@ def refused(layout, operation: Callable, *args, match: str = "") -> None:
 
 
 class LayoutMachine(RuleBasedStateMachine):
-    """Random operations on a layout, a storage that does as `append` says, and {row: tokens} as the truth."""
+    """Random operations on a layout, a storage that follows `append`, and {row: tokens} as the truth."""
 
     @initialize(
         num_pages=st.integers(1, 24),

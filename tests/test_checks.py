@@ -1,4 +1,4 @@
-"""What load refuses: models whose own code cannot run ragged, which would answer wrongly without a word."""
+"""What load refuses: models whose own code cannot run ragged and would silently answer wrongly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINEAR_HEADS = {f"linear_{kind}": n for kind, n in (("num_key_heads", 2), ("num_
 LINEAR_DIMS = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "is_decoder": True}
-# An architecture, what its configuration needs, and the word of the refusal that says why.
+# An architecture, what its configuration needs, and the word in the error message that says why.
 REFUSED = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "interface"),
     "qwen3_next": ({**LINEAR_HEADS, **LINEAR_DIMS, **MOE}, "layers without attention"),

@@ -160,7 +160,7 @@ def test_only_eval(
         "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2, "num_epochs": 9, "resume": 3, "name": "only",
         "save_path": str(tmp_path), "val_path": str(trained / "val.json"), "bf16": False, "reset_optimizer": True,
     }  # fmt: skip
-    # As official checkpoints come: nothing says how many thoughts they were trained with.
+    # Like official checkpoints: nothing says how many thoughts they were trained with.
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -178,7 +178,7 @@ def test_only_eval(
     monkeypatch.undo()
     call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1")
     assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 1
-    monkeypatch.setenv("RANK", "1")  # the official way is through torchrun, whose other processes leave it to the first
+    monkeypatch.setenv("RANK", "1")  # the official code runs under torchrun; all processes but the first do nothing
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert call(capsys, "train", tmp_path / "eval.yaml") == ""
 

@@ -1,6 +1,6 @@
-"""The graph runner: the same answers as the eager runner's, captured once; test_runner_cache.py has what stays of it.
+"""The graph runner: the same answers as the eager runner's, captured once; test_runner_cache.py tests what is kept.
 
-On a CPU its passes run launch by launch; `-m gpu` captures and replays them.
+On a CPU its passes run eagerly; `-m gpu` captures and replays them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from coconut_fast.model.cache import KVCache
 from tests.families import FAMILIES, make_pair, make_row
 
 PROMPTS = [make_row(n, k, 0, seed) for seed, (n, k) in enumerate([(5, 2), (12, 1), (3, 19), (30, 6), (4, 6)])]
-# no thoughts, tokens behind them that are prefilled, thoughts in two places, thoughts at the end
+# without thoughts, with prefilled tokens after them, with thoughts in two places, with thoughts at the end
 OTHERS = [[4, 5, 6], [7, 94, 8, 9], make_row(6, 0, 0, 9), [5, 94, 94, 6, 94, 8, 4], [3, 94, 8, 94, 94]]
 
 
@@ -45,7 +45,7 @@ def test_replayed_passes_write_what_eager_ones_write(family: str, options: dict,
 
 
 def test_a_batch_of_any_prompts_thinks_by_replay(monkeypatch) -> None:
-    """Rows without thoughts stand still, and more rows than the largest static batch holds go in parts."""
+    """Rows without thoughts are idle, and more rows than the largest static batch holds are split into parts."""
     model, _ = make_pair("llama")
     prompts = PROMPTS + OTHERS
     expected = generate(model, prompts, max_new_tokens=3).token_ids
@@ -128,7 +128,7 @@ def test_stats_know_how_near_a_pass_came_to_the_memory(kept, monkeypatch) -> Non
 
 
 def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
-    """Between two looks nothing of the device's is read: a row that ends early is found at the next one."""
+    """Between two checks nothing is read from the device: a row that ends early is found at the next one."""
     model, _ = make_pair("gpt2")
     looks, replays = [], []
     write, replay = GraphRunner._write, GraphRunner.replay
@@ -153,10 +153,10 @@ def test_a_look_that_changes_no_row_fills_nothing(kept, monkeypatch) -> None:
 
 
 def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
-    """Rows that end early are not followed one by one: every group's thoughts hold up all others."""
+    """Rows that end early are not replaced one by one: all running rows pause while a group thinks."""
     model, _ = make_pair("llama")
     prompts = [make_row(5 + n % 7, n % 3, 0, n) for n in range(30)]
-    limits = [8 * (1 + n % 12) for n in range(30)]  # one row ends between two looks
+    limits = [8 * (1 + n % 12) for n in range(30)]  # one row ends between two checks
     expected = [generate(model, [p], max_new_tokens=m).token_ids[0] for p, m in zip(prompts, limits, strict=True)]
     groups = []
     read = GraphRunner.read
@@ -182,7 +182,7 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
 
 
 def test_prompts_that_fused_kernels_have_begun_to_read_are_read_from_their_start(kept, monkeypatch) -> None:
-    """The first of these kernels moves positions on by one, and Hugging Face's body would do so again."""
+    """The first of these kernels advances positions by one, which Hugging Face's body would do again."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
     runner_cache._kept.clear()
@@ -199,7 +199,7 @@ def test_prompts_that_fused_kernels_have_begun_to_read_are_read_from_their_start
 
 
 def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) -> None:
-    """While weights are packed Hugging Face's body needs none; later there is no other way."""
+    """If packing the weights runs out of memory, Hugging Face's body needs none for it; later there is no fallback."""
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
     runner_cache._kept.clear()
@@ -220,7 +220,7 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
 
 
 def test_the_cache_has_its_memory_before_weights_are_packed(monkeypatch) -> None:
-    """Packing may fail for want of memory, and Hugging Face's body does without; nothing does without the cache."""
+    """Packing may run out of memory, as Hugging Face's body works without it; nothing works without the cache."""
     model, _ = make_pair("llama")
     cache = KVCache(model.num_layers, num_slots=64)
 
@@ -244,7 +244,7 @@ class Stream:
 
 @pytest.fixture
 def streams(monkeypatch) -> SimpleNamespace:
-    """What only a GPU has, as far as warm-ups and captures use it; `capture` may be replaced."""
+    """Stand-ins for what warm-ups and captures use of a GPU; `capture` may be replaced."""
     device = torch.device("cuda", 1)
     state = SimpleNamespace(device=device, now=Stream(device), made=[], capture=lambda graph, pool, stream: None)
 
@@ -343,7 +343,7 @@ def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torc
     ],
 )
 def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
-    """Bit for bit: tokens and states, of a chain that replays its graph twice, and of batches of several sizes."""
+    """Tokens and states are equal bit for bit, for a chain that replays its graph twice and for several batch sizes."""
     prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
     runs, begun = [], GraphRunner.first
     for pool in (True, False):

@@ -1,4 +1,4 @@
-"""What nvcc makes of every CUDA source for sm_80 and sm_90a: no spills, no more registers than its launch bound."""
+"""Every CUDA source as compiled for sm_80 and sm_90a: no spills, no more registers than its launch bound allows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = sorted(CUDA.glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a")
-REGISTERS = 65536  # of an SM, on both
+REGISTERS = 65536  # per SM, on both
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc to compile CUDA sources with")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
-    """What the assembler says of (source, architecture). All are compiled side by side, 13 s of one core each."""
+    """The assembler's report by (source, architecture). All are compiled in parallel, 13 s of one core each."""
     folder = tmp_path_factory.mktemp("cuda")
     runs = {}
     for source in SOURCES:
@@ -62,7 +62,7 @@ def test_cuda_sources_know_neither_torch_nor_python(file: str) -> None:
 
 @needs_nvcc
 def test_the_binding_compiles_as_in_a_cuda_build(tmp_path: Path) -> None:
-    """Against this torch's headers, which a CPU build has too but for one made at configuration."""
+    """Against this torch's headers; a CPU build has all but one, which is generated at configuration."""
     plan = subprocess.run([str(NVCC), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     found = re.search(r"TOP=(\S+)", plan)
     assert found, plan

@@ -1,4 +1,4 @@
-"""Curriculum rows: equal to the official code's where it has the method, and as the papers say where it has not."""
+"""Curriculum rows: equal to the official code's for the methods it has, and as in the papers for the others."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_uniform_prob_draws_from_all_stages_of_the_example():
 
 def test_replay_draws_from_earlier_stages():
     used = stages_used(CurriculumConfig(replay_prob=0.4, max_latent_stage=2), 9)
-    # past the last stage two thoughts stand too, so stage 2 and stage 9 count together here
+    # rows past the last stage have two thoughts as well, so stages 2 and 9 count together here
     assert sorted(used) == [0, 1, 2]
     for slots in range(2):
         assert abs(used[slots] - 0.4 / 3) < 4 * math.sqrt(0.4 / 3 * (1 - 0.4 / 3) / 3000)
@@ -225,7 +225,7 @@ def test_a_negative_stage_is_refused():
 
 
 def test_defaults_never_change() -> None:
-    """A checkpoint keeps what differs from them: another default would read all older ones otherwise than they were."""
+    """A checkpoint stores only what differs from them: another default would change the meaning of all older ones."""
     found = asdict(CurriculumConfig())
     assert found == {
         "method": "coconut",

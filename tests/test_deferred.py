@@ -47,7 +47,7 @@ def test_autocast_gradients_are_as_good_as_autograds(family: str) -> None:
 
 
 def test_gradients_repeat_bit_for_bit_on_several_threads() -> None:
-    """Some ways to add up the gradients of a token that comes often are atomic, and add in any order."""
+    """Some ways to sum the gradients of a frequent token use atomics, which add in any order."""
     model, _ = make_pair("gpt2")
     rows = [make_row(60, 2, 3, seed) for seed in range(40)]
     labels = [[IGNORE] * (len(row) - 3) + row[-3:] for row in rows]
@@ -80,7 +80,7 @@ def test_passes_that_backward_never_reaches_lose_nothing(detach_after: int) -> N
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_a_backward_that_ends_at_a_thought_leaves_nothing_to_the_next(defer: bool) -> None:
-    """It makes gradients of later passes' weights, keys and values, and never comes to where those are collected."""
+    """It computes gradients of later passes' weights, keys and values, but never reaches where those are collected."""
     model, _ = make_pair("gpt2", torch.float64)
     expected = _gradients(model, defer)
     model.zero_grad()
@@ -94,7 +94,7 @@ def test_a_backward_that_ends_at_a_thought_leaves_nothing_to_the_next(defer: boo
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_token_gradients_join_the_heads(tied: bool) -> None:
-    """One weight under the embedding and the head, or two; and a frozen embedding, which gets no gradient."""
+    """With tied or separate weights of embedding and head, and with a frozen embedding, which gets no gradient."""
     model, _ = make_pair("gpt2", torch.float64, tie_word_embeddings=tied)
     expected, found = _gradients(model, False), _gradients(model, True)
     assert found.keys() == expected.keys() and ("hf.lm_head.weight" in found) != tied
@@ -127,12 +127,12 @@ def test_neither_normed_inputs_nor_gelus_outputs_are_kept(monkeypatch) -> None:
     monkeypatch.setattr(deferred, "SMALL", 0)
     tokens = sum(map(len, ROWS))
     layers, width = model.num_layers, model.config.n_embd
-    # per layer two norms of (T, D) and one GELU of (T, 4 D), and this small model's attention has others' share
+    # per layer two norms of (T, D) and one GELU of (T, 4 D)
     assert everything - _kept(model, True) >= 0.9 * layers * tokens * width * 6 * 4
 
 
 def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
-    """What can be computed again is known by its memory: a later write into it must be noticed."""
+    """A result that can be recomputed is recognised by its memory: a later write into it must be noticed."""
     weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
     bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     x = torch.randn(deferred.SMALL + 1, 4, dtype=torch.float64, requires_grad=True)
@@ -149,7 +149,7 @@ def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
 
 
 def test_other_than_a_parameters_products_are_left_to_autograd() -> None:
-    """Biases that live for one product and share an address, or have a value for each row; and keyword arguments."""
+    """Temporary biases that share an address, biases with a value for each row, and keyword arguments."""
     weight, table = (torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
     bias = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
     wide = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What a training step does on a GPU alone (norms with a rounded copy, partial sums), here by the plain ops."""
+"""What a training step does only on a GPU (norms with a rounded copy, partial sums), here with the plain ops."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_backward_that_ends_at_a_thought_leaves_nothing_to_the_next(as_on_a_gp
 
 @pytest.mark.parametrize("readers", [1, 2])
 def test_the_streams_gradient_is_rounded_once(as_on_a_gpu, monkeypatch, readers: int) -> None:
-    """A sum with another reader than the norm and the next sum has a gradient that no norm has seen."""
+    """A sum used by more than the norm and the next sum has a gradient that no norm has seen."""
     rounded: list[bool] = []
     take = layer_norm.Added.round
     monkeypatch.setattr(layer_norm.Added, "round", lambda s, g: rounded.append(s.noted is not None) or take(s, g))
@@ -73,7 +73,7 @@ def test_the_streams_gradient_is_rounded_once(as_on_a_gpu, monkeypatch, readers:
 
 
 def test_what_else_reads_a_norm_reads_it_in_fp32(as_on_a_gpu) -> None:
-    """Two products, a residual, and a product behind a change in place: the gradients are autograd's, to rounding."""
+    """Two products, a residual, and a product after an in-place change: gradients are autograd's, up to rounding."""
     norm = torch.nn.LayerNorm(8)
     first, second = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2))
     bias = torch.nn.Parameter(torch.randn(8))

@@ -97,7 +97,7 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
 
 @pytest.mark.slow
 def test_a_feedback_that_the_model_brings_trains_together(tmp_path: Path) -> None:
-    """Steps without thoughts give its weights no gradient, which DDP has to be told of."""
+    """Steps without thoughts give its weights no gradient, which DDP has to be told."""
     model = build(tiny(tmp_path, feedback="projection"), chains(40))
     model.save_pretrained(tmp_path / "model")
     settings = tiny(tmp_path, model=str(tmp_path / "model"), tokenizer=None, num_epochs=2).to_dict()
@@ -110,7 +110,7 @@ def test_a_feedback_that_the_model_brings_trains_together(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_sharded_run_without_validation_leaves_its_last_model(tmp_path: Path) -> None:
-    """The first process alone writes it, with the weights spread over both."""
+    """Only the first process writes it, though the weights are sharded over both."""
     settings = tiny(tmp_path, val_path=None, num_epochs=2, fsdp=True).to_dict()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))

@@ -1,4 +1,4 @@
-"""What `coconut-fast doctor` says: here, of a device that is not here, and without the C++ module."""
+"""The output of `coconut-fast doctor`: for this machine, for an absent device, and without the C++ module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_doctor_without_the_cpp_module(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CUDA build on a GPU machine, of which this has only the answers."""
+    """As with a CUDA build on a GPU machine, whose answers are faked here."""
     monkeypatch.setattr(ops, "extension", lambda: SimpleNamespace(build_info=lambda: {"cuda": True}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", _get_device_index)
@@ -44,7 +44,7 @@ def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_backend_by_name_is_taken_or_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the environment, by a block, by the call: each overrules the one before; none is passed over in silence."""
+    """Named by the environment, a block or the call, each overruling the one before; none is silently ignored."""
     cpu = torch.device("cpu")
     monkeypatch.setenv("COCONUT_FAST_BACKEND", "torch")
     assert ops.choose("gelu", cpu) == ("torch", "asked for")

@@ -166,7 +166,7 @@ def test_generate_asks_a_question_as_evaluation_does(tmp_path: Path, method: str
 
 
 def test_the_loss_of_an_evaluation_is_the_mean_over_labelled_tokens(tmp_path: Path) -> None:
-    """Of the stage's rows of the held-out problems, whatever their lengths."""
+    """Over the held-out problems' rows at the current stage, whatever their lengths."""
     settings = tiny(tmp_path, num_epochs=2, batch_size_training=3)
     folder = run(settings)
     model = load(folder)

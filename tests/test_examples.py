@@ -117,7 +117,7 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         write_json(path, {"not": object()})
     assert path.read_text() == "old"
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"), write_atomically(path):
-        raise OSError(28, "No space left on device")  # as a full disk says it, without a name
+        raise OSError(28, "No space left on device")  # as raised on a full disk, without a file name
     with write_atomically(path, binary=True) as file:
         file.write(b"\0\1")
     assert path.read_bytes() == b"\0\1"
@@ -146,7 +146,7 @@ def test_a_link_is_written_through(tmp_path):
 
 
 class LetterTokenizer:
-    """A tokenizer that shows what it was asked: one id per character, 1 in front where special tokens are asked for."""
+    """A tokenizer that shows how it was called: one id per character, after a 1 if special tokens are requested."""
 
     eos_token_id = 0
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_without_end_of_text_is_refused():
 
 
 def words_only(unk_token: str | None = None) -> PreTrainedTokenizerFast:
-    """A user's own tokenizer, of a few words; others are an error, or one token."""
+    """A user's own tokenizer, of a few words; other words are an error, or all one token."""
     known = ["<eos>", "is", "Tom", "a", "cat?", "###", "True", *filter(None, [unk_token])]
     words = {word: number for number, word in enumerate(known)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=unk_token or "none"))

@@ -1,4 +1,4 @@
-"""Fused passes, their kernels in the interpreter, against Hugging Face's body; launches; rows that stand still."""
+"""Fused passes, with their kernels in the interpreter, against Hugging Face's body; launches; idle rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.compare import assert_as_good_as_torch
 from tests.families import FAMILIES, make_hf, make_pair
 
-# A sliding window of 7, biases, QK norm and grouped heads are among them.
+# They include a sliding window of 7, biases, QK norm and grouped heads.
 KNOWN = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 STEPS = 2
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -32,8 +32,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 class Bench:
-    """Rows of one model behind their prompts, and a batch over them. One row in three has no pass before it, and the
-    first is long enough for its attention to be split."""
+    """Rows of one model with prefilled prompts, and a batch over them. One row in three has no thoughts, and the first
+    is long enough for its attention to be split."""
 
     def __init__(
         self, model: Coconut, rows: int, make: Callable[..., Passes], sampling: Sampling | None = None
@@ -108,7 +108,7 @@ def launches() -> Iterator[list[str]]:
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("family", KNOWN)
 def test_kernels_agree_with_hugging_face(family: str, rows: int, device) -> None:
-    """Thoughts, a token whose state is wanted, and answer tokens, of ragged rows of which some stand still."""
+    """Thoughts, a fed token and answer tokens, for ragged rows of which some are idle."""
     model, twin = make_pair(family)
     model.to(device)
     plain, ours = Bench(model, rows, hugging_face), Bench(model, rows, FusedPasses)
@@ -150,8 +150,8 @@ def test_bf16_states_on_a_gpu(family: str, rows: int, device) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 20])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_kernels_that_overlap_change_no_bit(family: str, rows: int, monkeypatch) -> None:
-    """A kernel that read too early, or a line of L1 older than what was written, would: by replay, where kernels follow
-    each other at once, in models deep and small enough for several of them to be under way together."""
+    """A kernel that read too early, or a stale line of L1, would change bits. By replay, where kernels follow
+    each other immediately, in models deep and small enough for several kernels to be in flight together."""
     depth = {"gpt2": "n_layer", "llama": "num_hidden_layers"}[family]
     prompts = [[(7 * r + i) % 90 + 1 for i in range(9 + r)] + [94] * (1 + 5 * r % 17) + [95] for r in range(rows)]
     states: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ def test_launches(family: str, rows: int, device) -> None:
     bench, few = Bench(model, rows, FusedPasses), rows <= SKINNY_ROWS
     bench.counts = [2] * rows
     bench.batch.fill(bench.rows, bench.lengths, bench.counts)
-    per_layer = 5 if few else 4  # beyond, two norms, the attention and the activation; four products are the library's
+    per_layer = 5 if few else 4  # many: two norms, attention and activation; the library does the four products
     with ops.use("triton"), launches() as names:
         bench.think()
     between = [i for i, name in enumerate(names) if name == "_feed"]
@@ -228,14 +228,14 @@ def test_a_row_that_stands_still_writes_nothing_to_the_cache(device) -> None:
         for p in range(length, length + count):
             written[int(table[row, p // page]) * page + p % page] = True
     for store, old in zip((*bench.cache.keys, *bench.cache.values), before, strict=True):
-        # as bits: slots that nobody wrote hold whatever the memory held, NaN included
+        # compared as bits: unwritten slots hold whatever the memory held, NaN included
         changed = (store.cpu().view(torch.int32) != old.cpu().view(torch.int32)).flatten(1).any(1)
         assert torch.equal(changed, written)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
 def test_golden_tokens(golden: Path, architecture: str, monkeypatch) -> None:
-    """The official code's greedy answers, by replayed passes; in groups that hold prompts of one form."""
+    """The official code's greedy answers, by replayed passes, in groups of prompts of one form."""
     monkeypatch.setattr(engine, "choose_runner", lambda model: (runner_cache.acquire, "asked for"))
     _assert_golden_tokens(golden / architecture, "cpu")
 
@@ -277,7 +277,7 @@ def test_reasons() -> None:
         FusedPasses(make_pair("gpt2", torch.float64)[0], KVCache(2, num_slots=16), Sampling())
 
 
-@pytest.mark.parametrize("through_data", [False, True])  # as an average of weights is swapped in: no version counts it
+@pytest.mark.parametrize("through_data", [False, True])  # as averaged weights are swapped in: versions stay the same
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_weights_written_in_place_are_taken_up_at_the_same_addresses(family: str, through_data: bool) -> None:
     model = make_pair(family)[0]

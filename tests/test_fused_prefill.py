@@ -1,4 +1,4 @@
-"""Prompts read by the fused kernels, in the interpreter, against Hugging Face's body: states, cache, padding."""
+"""Prompts prefilled by the fused kernels, in the interpreter, against Hugging Face's body: states, cache, padding."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.families import make_pair
 from tests.test_fused import KNOWN, launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
-# The second call goes on behind the first, as the tokens behind thoughts do; one row has no such.
+# The second call continues the first one's rows, as tokens after thoughts do; one row has none.
 FIRST, THEN = [[5, 6, 7], [8], [9] * 21, [3, 4]], [[11, 12], [13] * 9, [14]]
 
 
 class Reader:
-    """Rows of a cache whose unwritten slots hold NaN, read by fused passes at the sizes of graphs, or by `prefill`."""
+    """Rows of a cache whose unwritten slots hold NaN, prefilled by fused passes at graphs' sizes, or by `prefill`."""
 
     def __init__(self, model: Coconut, fused: bool) -> None:
         self.model = model
@@ -101,7 +101,7 @@ def test_what_pads_a_bucket_changes_no_bit(device) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_launches(family: str, device) -> None:
-    """Five of ours a layer (and four products); in front the embeddings, behind the last norm."""
+    """Five of our kernels per layer (and four products), between the embeddings and the last norm (two launches)."""
     model = make_pair(family)[0].to(device)
     reader = Reader(model, True)
     reader.read(FIRST)

@@ -39,7 +39,7 @@ def test_gelu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_gelu_far_out() -> None:
     x = torch.tensor([-1e4, -30.0, -12.0, 0.0, 12.0, 1e4, -3e38, float("inf"), float("-inf"), float("nan")])
     torch.testing.assert_close(ops.gelu(x), reference.gelu_ref(x), equal_nan=True, rtol=1e-6, atol=1e-6)
-    x = torch.tensor([-1e15, -1e12, *x[:6]])  # of the former two a cube, so that a gate that is not quite 0 shows
+    x = torch.tensor([-1e15, -1e12, *x[:6]])  # the first two are cubed, so that a gate that is not quite 0 shows
     torch.testing.assert_close(ops.gelu_backward(torch.ones(8), x), (x > 0).float() + 0.5 * (x == 0), atol=1e-6, rtol=0)
 
 

@@ -51,7 +51,7 @@ def test_thoughts_in_several_places_and_at_the_end() -> None:
 
 
 def test_returned_thoughts_are_the_hidden_states_fed_back() -> None:
-    # fp64 is the eager runner's alone; the native chain is held to the same in test_native.py
+    # only the eager runner computes in fp64; test_native.py tests the same of the native chain
     model, plain = make_pair("gpt2", torch.float64)
     output = generate(model, PROMPTS, max_new_tokens=2, return_thoughts=True)
     assert output.thoughts is not None
@@ -129,7 +129,7 @@ def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
-    """Weights packed for an engine are packed again; a fused optimizer writes behind their version counters."""
+    """Weights packed for an engine are packed again; a fused optimizer does not raise their version counters."""
     model, _ = make_pair("gpt2")
     row, options = make_row(9, 3, 0, 1), {"return_thoughts": True, "max_new_tokens": 1}
     before = generate(model, [row], **options)
@@ -151,7 +151,7 @@ def test_tensors_are_prompts_and_numbers_may_be_large(model) -> None:
 
 
 def test_rows_of_longrope_end_at_its_original_length() -> None:
-    """A longer row would have the others rotated by other frequencies (transformers looks at the longest of a call)."""
+    """A longer row would change the others' rotation frequencies (transformers goes by the longest row of a call)."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 5.0, 6.0, 9.0]}
     model, plain = make_pair("phi3", rope_parameters=rope, original_max_position_embeddings=32)
@@ -243,7 +243,7 @@ def test_words_that_become_the_unknown_token_are_told_of(tmp_path) -> None:
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # 2: the token itself, as the caller wants it
+        # 2: the unknown token itself, given on purpose
         generate(model, ["go on from ada", [2, 2]], num_thoughts=0, max_new_tokens=1)
 
 

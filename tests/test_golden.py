@@ -53,14 +53,14 @@ def test_forward_and_gradients(golden: Path, architecture: str, case: str) -> No
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.usefixtures("runner")
 def test_greedy_tokens(golden: Path, architecture: str, batch_size: int | None) -> None:
-    """Every row of every case in one call, mixed thought counts and all; the same for any batch size."""
+    """Every row of every case in one call, with mixed thought counts; the same for any batch size."""
     meta, _, model = _golden(golden / architecture)
     rows = [row for case in meta["cases"].values() for row in case["generate"]]
     answers = generate(model, [r["prompt"] for r in rows], max_new_tokens=24, batch_size=batch_size).token_ids
     for row, answer in zip(rows, answers, strict=True):
         expected = row["tokens"][len(row["prompt"]) :]
-        # The official loop does not look at the first new token: it writes on behind an end-of-text there. An answer
-        # ends at end-of-text for us, wherever it comes.
+        # The official loop does not check the first new token: it continues after an end-of-text there. Our answers
+        # end at an end-of-text wherever it comes.
         expected = expected[: expected.index(meta["eos_id"])] if meta["eos_id"] in expected else expected
         assert answer == expected
 

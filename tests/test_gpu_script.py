@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh, run with a stub in the place of python3: its steps, its time, its table, its exit code."""
+"""benchmarks/gpu.sh, run with a stub for python3: its steps, its time, its table, its exit code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess
     (stubs / "stub.py").write_text(STUB.format(python=sys.executable))
     scripts = dict.fromkeys(("python3", "compute-sanitizer"), f'exec "{sys.executable}" "{stubs}/stub.py" "$@"')
     scripts["timeout"] = f'echo "$*" >>"{tmp_path}/limits"\nexec {shutil.which("timeout")} "$@"'
-    for name, script in scripts.items():  # by a shell: the path of an interpreter may hold a space
+    for name, script in scripts.items():  # through a shell, as an interpreter's path may contain a space
         (stubs / name).write_text(f"#!/bin/sh\n{script}\n")
         (stubs / name).chmod(0o755)
     calls = tmp_path / "calls"

@@ -1,4 +1,4 @@
-"""A step of training on a GPU against one on the CPU by the plain mathematics of every op.
+"""A training step on a GPU against one on the CPU that uses the plain mathematics of every op.
 
 The same tests run on the CPU with the ops chosen there, which checks the tests where there is no GPU.
 """
@@ -21,7 +21,7 @@ from tests.families import TOKENS, make_pair, make_row
 
 ROWS = [make_row(9, 3, 5, 1), make_row(20, 1, 4, 2), make_row(6, 0, 7, 3)]
 JOINED = [make_row(9, 8, 5, 1), make_row(20, 6, 4, 2), make_row(6, 9, 7, 3)]  # five passes of one token a row
-MANY = [make_row(5 + i % 9, 2 + i % 2, 4, i) for i in range(130)]  # backward of few queries a row is another kernel's
+MANY = [make_row(5 + i % 9, 2 + i % 2, 4, i) for i in range(130)]  # few queries a row have another backward kernel
 ATTENTION = {"cpu": "cpu", "cuda": "triton"}
 Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,7 +29,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def where(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device, with fp32 products in fp32: some images of CUDA turn TF32 on."""
+    """The device, with fp32 products in fp32: some CUDA images turn TF32 on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     for op in ("ragged_attention", "ragged_attention_backward", "kv_append"):
@@ -53,7 +53,7 @@ def step(model: Coconut, where: str, backend: str | None = None, autocast: bool 
 @pytest.mark.parametrize("rows", [ROWS, JOINED], ids=["apart", "joined"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_loss_and_gradients_are_the_plain_ones(monkeypatch, family: str, rows, where: str) -> None:
-    """In fp32 they differ by the order of sums alone: on the CPU by 2e-7 of the loss, 1e-6 of a largest gradient."""
+    """In fp32 they differ only by the order of sums: on the CPU by 2e-7 of the loss, 1e-6 of a largest gradient."""
     model = make_pair(family)[0]
     monkeypatch.setitem(attention.WORTH_JOINING, "cpu", 3)
     assert num_joined(collate(rows, TOKENS.thought).to(where), True) == (5 if rows is JOINED else 0)

@@ -1,6 +1,6 @@
 """Steps by shape: what is launched, captured and replayed, and that gradients are those of plain steps.
 
-On a CPU a "graph" is the step itself, run again from the same static batch; on a GPU it is one.
+On a CPU a "graph" is the step itself, run again from the same static batch; on a GPU it is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[py
 
 
 class Plain:
-    """A step launch by launch."""
+    """A step without a graph."""
 
     def __init__(self, model: Coconut) -> None:
         self.model = model
@@ -38,7 +38,7 @@ def model_on(device: str, **overrides) -> Coconut:
 
 
 def plain_gradients(model: Coconut, device: str, *shapes: list) -> list[torch.Tensor]:
-    """Of steps launch by launch, added up."""
+    """Gradients of steps without graphs, added up."""
     model = copy.deepcopy(model)
     model.zero_grad()
     for shape in shapes:
@@ -57,7 +57,7 @@ def test_every_use_of_a_shape_gives_the_plain_step(device: str) -> None:
         expected = plain_gradients(model, device, EQUAL, MIXED)
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True)), number
         assert torch.isfinite(loss)
-        with torch.no_grad():  # what was captured reads the weights as they are then
+        with torch.no_grad():  # a replay uses the weights as they are then
             for p in model.parameters():
                 p.add_(p.grad, alpha=-1e-2)
     assert step.captures == 2
@@ -69,7 +69,7 @@ def test_dropout_differs_from_replay_to_replay_and_follows_the_seed(device: str)
     model = model_on(device, attn_pdrop=0.2, resid_pdrop=0.2)
     step = GraphedStep(Plain(model), model.parameters(), torch.device(device))
     losses = []
-    for seed in (1, 1, 1, 2):  # launched, captured, replayed twice
+    for seed in (1, 1, 1, 2):  # run eagerly, captured, replayed twice
         torch.manual_seed(seed)
         losses.append(step(both(EQUAL)[1], 7)[0].item())
     losses.append(step(both(EQUAL)[1], 7)[0].item())
@@ -127,7 +127,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(device: str, monkeypatch) 
 
 @where
 def test_gradients_of_other_steps_are_added_to(device: str) -> None:
-    """An accumulated step may be launched in part and replayed in part."""
+    """Of an accumulated step, some batches may run eagerly and others be replayed."""
     model = model_on(device)
     step = GraphedStep(Plain(model), model.parameters(), torch.device(device))
     for _ in range(2):

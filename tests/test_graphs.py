@@ -26,7 +26,7 @@ from coconut_fast.data.graphs import (
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.train.problems import graphs_of
 
-#     0 -> 2 -> 4 -> 6      6 is three hops from 0, by two shortest paths; 5 leads nowhere; 1 -> 3 is the other part
+#     0 -> 2 -> 4 -> 6      6 is three hops from 0, by two shortest paths; 5 is a dead end; 1 -> 3 is the other part
 #     0 -> 2 -> 5 -> 6 -> 7
 DIAMOND = Graph(9, ((0, 2), (2, 4), (2, 5), (4, 6), (5, 6), (6, 7), (2, 8), (1, 3)), root=0, target=6, neg_target=3)
 

@@ -19,7 +19,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.reports import draw_curve
 from tests.runs import MODEL, tiny
 
-#   0 -> 1 -> 2 -> 5        3 -> 4 is the other part; 6 stands alone
+#   0 -> 1 -> 2 -> 5        3 -> 4 is the other component; 6 is isolated
 #        1 -> 5
 GRAPH = Graph(7, ((0, 1), (1, 2), (2, 5), (1, 5), (3, 4)), root=0, target=5, neg_target=4)
 NAMES = ("$_$", *"bcdefg")

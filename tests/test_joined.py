@@ -1,4 +1,4 @@
-"""Latent passes whose dK and dV of the prompt the first pass adds, against the same passes that add their own."""
+"""Latent passes that leave dK and dV of the prompt to the first pass, against the same passes adding their own."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_autocast_gradients_are_as_good_as_without(joined, monkeypatch) -> None:
 
 @pytest.mark.parametrize("worth", [2, 10**9], ids=["joined", "apart"])
 def test_a_backward_that_ended_at_a_thought_leaves_nothing_behind(worth: int, monkeypatch) -> None:
-    """What waits for the first pass, or for all uses of a weight, must not keep the graph, which keeps it."""
+    """Gradients that wait for the first pass, or for all uses of a weight, must not keep the graph that keeps them."""
     monkeypatch.setitem(attention.WORTH_JOINING, "cpu", worth)
     caches = []
     make = coconut.Storage
@@ -98,7 +98,7 @@ def test_a_backward_after_one_that_ended_at_a_thought(joined, monkeypatch) -> No
 
 
 def test_only_the_feedback_is_trained(joined, monkeypatch) -> None:
-    """Then the first pass has no backward, and nobody asks for gradients of what it wrote."""
+    """Then the first pass has no backward, and no gradients of its keys and values are requested."""
     model, _ = make_pair("gpt2", torch.float64)
     model.requires_grad_(False)
     model.feedback = torch.nn.Linear(model.config.hidden_size, model.config.hidden_size).double()
@@ -115,4 +115,4 @@ def test_few_passes_are_not_joined() -> None:
     worth = attention.WORTH_JOINING["cpu"]
     assert count((5, worth, 3)) == 0 and count((5, worth + 1, 3)) == worth
     assert count((5, worth + 3, 3), (9, 0, 2)) == worth + 2
-    assert count((5, worth + 3, 3), (9, 2, 2)) == 0  # that row's tail comes early
+    assert count((5, worth + 3, 3), (9, 2, 2)) == 0  # the second row's tail comes early

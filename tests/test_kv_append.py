@@ -137,7 +137,7 @@ def test_append_on_the_cpu(dtype, cache_dtype):
         keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
         ops.call("kv_append", key, value, slots, keys, values, backend=backend)
         made.append((keys, values))
-    # heads apart, as they come out of a rotation, and a part of a fused projection
+    # strided heads, as a rotation returns them, and a slice of a fused projection
     keys, values = torch.zeros(80, 3, 10, dtype=cache_dtype), torch.zeros(80, 3, 7, dtype=cache_dtype)
     apart = key.transpose(0, 1).contiguous().transpose(0, 1)
     fused = torch.cat([value, value, value], dim=1)[:, 3:6]

@@ -1,4 +1,4 @@
-"""latent_feedback: next inputs and the rows' places, against the reference."""
+"""latent_feedback: next inputs, positions and lengths, against the reference."""
 
 from __future__ import annotations
 

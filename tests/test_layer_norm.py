@@ -15,7 +15,7 @@ from tests.paged import truth_of
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "dim", "shares"), [(1, 17, 4), (3, 100, 4), (11, 768, 4)])
 def test_against_the_reference(rows, dim, shares, bias, dtype, device) -> None:
-    # Of fewer components subtraction leaves little of the gradient: of one nothing, and a fused multiply's rounding.
+    # With fewer components the gradient nearly cancels: with one it is 0, apart from a fused multiply-add's rounding.
     x, weight = (torch.randn(rows, dim) * 3 + 5).to(device), (torch.rand(dim) + 0.5).to(device)
     b = torch.randn(dim).to(device) if bias else None
     grads = [torch.randn(rows, dim).to(device), torch.randn(rows, dim).to(device, dtype)]

@@ -103,12 +103,12 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights(monke
     ],
 )
 def test_small_probabilities_have_gradients(monkeypatch, op, dtype: torch.dtype, n: int, device) -> None:
-    """A sure model's gradients are below what fp16 holds until the loss is scaled."""
+    """A confident model's gradients are too small for fp16 until the loss is scaled."""
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 24)
     monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", 64 * 2 * 24)
     g = torch.Generator().manual_seed(n)
     targets, weight = torch.randint(0, 5, (n,), generator=g), torch.eye(37, 40)
-    hidden = 18.0 * weight[targets] + torch.randn(n, 40, generator=g) / 2  # other tokens have some 1e-8 each
+    hidden = 18.0 * weight[targets] + torch.randn(n, 40, generator=g) / 2  # other tokens: about 1e-8 each
 
     def grads(op, of: torch.dtype) -> list[torch.Tensor]:
         where = device if op is _on_device else torch.device("cpu")
@@ -121,7 +121,7 @@ def test_small_probabilities_have_gradients(monkeypatch, op, dtype: torch.dtype,
     ours, plain = grads(op, torch.float32), grads(linear_cross_entropy_ref, torch.float32)
     truth = grads(linear_cross_entropy_ref, torch.float64)
     for name, *tensors in zip(["dhidden", "dweight"], ours, plain, truth, strict=True):
-        small = [x[5:] for x in tensors] if name == "dweight" else tensors  # of tokens that are no target
+        small = [x[5:] for x in tensors] if name == "dweight" else tensors  # rows of tokens that are no target
         errors = [((x.double() - small[2]).norm() / small[2].norm()).item() for x in small[:2]]
         assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps, name
 
@@ -153,7 +153,7 @@ def test_wrong_shapes_are_refused() -> None:
 @pytest.mark.parametrize("n", [0, 1, 64])  # 64: several chunks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_on_a_device(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softcap: float, device) -> None:
-    """The way of a GPU, whose weight is padded from 37 rows to 64."""
+    """The GPU's code path, which pads the weight from 37 rows to 64."""
     monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", 64 * dtype.itemsize * 25)
     options = {"scale": 0.6, "softcap": softcap}
     inputs = _inputs(n, bias, dtype)
@@ -168,7 +168,7 @@ def test_on_a_device(monkeypatch, dtype: torch.dtype, n: int, bias: bool, softca
 
 @pytest.mark.parametrize("chunk", [1 << 20, 64 * 4 * 3])
 def test_a_second_backward_on_a_device_gives_the_same(monkeypatch, chunk: int, device) -> None:
-    """The first one writes over the logits."""
+    """The first one overwrites the logits."""
     monkeypatch.setattr(kernel, "DEVICE_CHUNK_BYTES", chunk)
     hidden, weight, _, targets = (x if x is None else x.detach().to(device) for x in _inputs(7, False, torch.float32))
     loss = _on_device(hidden.requires_grad_(), weight.requires_grad_(), None, targets)

@@ -31,7 +31,7 @@ def test_greedy_takes_the_lowest_of_the_largest(batch, dim, vocabulary, dtype, d
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_ids_of_a_model_that_has_diverged_are_still_ids(batch, device) -> None:
-    """The next pass reads the embedding table at them."""
+    """The next pass uses them as indices into the embedding table."""
     hidden, weight = head(batch, 16, 37)
     ids = ops.lm_head_sample((hidden * float("nan")).to(device), weight.to(device), backend="triton")
     assert ((ids >= 0) & (ids < 37)).all()

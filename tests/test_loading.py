@@ -80,7 +80,7 @@ def test_a_feedback_without_its_weights_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["some-org/Model-2.5-0.5B", "model"])
 def test_a_hub_id_loads_whole(name: str, tmp_path) -> None:
-    """From the cache of the hub, laid out as a download leaves it; in a process of its own, which reads where it is."""
+    """From the hub's cache, laid out as after a download; in a separate process, which looks up the cache's path."""
     hf = make_hf("gpt2")
     model = Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings()))
     cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
@@ -97,7 +97,7 @@ torch.save(load({name!r}).state_dict(), {str(tmp_path / "state")!r})"""
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_rescale_gives_the_mean_norm_of_the_embeddings(family: str) -> None:
-    """As they enter the body: Gemma's embedding module multiplies those of its table by sqrt(D)."""
+    """As they enter the body: Gemma's embedding module multiplies the rows of its table by sqrt(D)."""
     embedding = make_hf(family).get_input_embeddings()
     feedback = make_feedback("rescale", embedding)
     expected = embedding(torch.arange(VOCAB)).norm(dim=-1).mean().detach()
@@ -109,7 +109,7 @@ def test_rescale_gives_the_mean_norm_of_the_embeddings(family: str) -> None:
 
 @pytest.mark.parametrize("official", [False, True])
 def test_frequencies_of_rotations_stay_what_they_are_in_16_bits(official: bool, tmp_path) -> None:
-    """Rounded to bf16, position 1,000 is turned 0.4 radians too far; and packed weights would never be known again."""
+    """In bf16 they would rotate position 1,000 by 0.4 radians too much, and packed weights would never be reused."""
     hf = make_hf("llama")
     expected = hf.model.rotary_emb.inv_freq.clone()
     Coconut(hf, TOKENS).save_pretrained(tmp_path)
@@ -139,7 +139,7 @@ def test_nothing_of_an_older_model_stays_beside_a_newer_one(tmp_path) -> None:
 
 
 def test_a_feedback_in_place_of_a_trained_one_is_told_of(tmp_path) -> None:
-    """Its weights fit no other; a wrapper around it, which adds noise for one, would start at random."""
+    """Its weights fit no other; a wrapper around it, one that adds noise say, would start with random weights."""
     hf = make_hf("gpt2")
     Coconut(hf, TOKENS, feedback="projection").save_pretrained(tmp_path)
     for other in ("rescale", torch.nn.Sequential(make_feedback("projection", hf.get_input_embeddings()))):
@@ -207,7 +207,7 @@ def test_reference_checkpoints_of_either_kind_load(tmp_path) -> None:
 
 
 def test_weights_named_as_a_hub_names_them_are_whole(tmp_path) -> None:
-    """openai-community/gpt2: names of the body alone, its constant masks among them, and no head."""
+    """openai-community/gpt2: names without the body's prefix, constant masks included, and no head."""
     hf = make_hf("gpt2")
     hf.save_pretrained(tmp_path)
     kept = {k.removeprefix("transformer."): v.clone() for k, v in hf.state_dict().items() if k != "lm_head.weight"}
@@ -254,7 +254,7 @@ def test_trained_rows_of_special_tokens_survive_a_tokenizer_without_them(tmp_pat
     hf.config.vocab_size = len(tokenizer)
     hf.config.save_pretrained(tmp_path / "before")  # as the base is published
     tokenizer.save_pretrained(tmp_path / "before")
-    torch.save(hf.state_dict(), tmp_path / "plain_7")  # of a run without thoughts
+    torch.save(hf.state_dict(), tmp_path / "plain_7")  # as from a run without thoughts
     for name, base in (("checkpoint_7", "base"), ("checkpoint_7", "before"), ("plain_7", "before")):
         model = load(tmp_path / name, base=tmp_path / base)
         assert torch.equal(model.hf.get_input_embeddings().weight, hf.get_input_embeddings().weight)

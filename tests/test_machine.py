@@ -41,7 +41,7 @@ def test_threads_are_torchs_within_the_process_and_its_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model, before = wrap(random_model("gpt2")), torch.get_num_threads()
-    monkeypatch.setattr(machine, "CONTAINER", tmp_path)  # none
+    monkeypatch.setattr(machine, "CONTAINER", tmp_path)  # without limits
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
     try:
         torch.set_num_threads(3)
@@ -51,7 +51,7 @@ def test_threads_are_torchs_within_the_process_and_its_container(
         two = native.packed(model)
         assert two.chain.threads == 2 and torch.equal(native_chains(two), native_chains(three))
         torch.set_num_threads(8)
-        assert machine.cpus() == 4  # it may run on
+        assert machine.cpus() == 4  # CPUs it may run on
         for file, text, count in (
             ("cpu.max", "250000 100000\n", 2),
             ("cpu.max", "max 100000\n", 4),
@@ -60,7 +60,7 @@ def test_threads_are_torchs_within_the_process_and_its_container(
             (tmp_path / file).write_text(text)
             assert machine.cpus() == count, text
         (tmp_path / "cpu.max").unlink()
-        (tmp_path / "cpu").mkdir()  # version 1
+        (tmp_path / "cpu").mkdir()  # cgroups version 1
         (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
         for quota, count in (("300000\n", 3), ("-1\n", 4)):
             (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)

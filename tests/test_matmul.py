@@ -40,7 +40,7 @@ def test_matmul(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], l
 
 @pytest.mark.parametrize("layout", ["n", "t", "g"])
 def test_onednn_sees_no_gaps_and_no_needless_copy(layout: str, monkeypatch) -> None:
-    """With gaps it takes a loop that is a thousand times slower."""
+    """With gaps oneDNN falls back to a loop that is a thousand times slower."""
     seen, linear = [], matmul._linear
     monkeypatch.setattr(matmul, "_linear", lambda a, w, *rest: seen.append(w) or linear(a, w, *rest))
     b = lay(torch.randn(6, 8), layout)

@@ -233,7 +233,7 @@ def test_a_step_leaves_nothing_behind(checkpointed: bool, rounds: int | None, mo
 
 
 def test_another_attention_is_refused_with_advice() -> None:
-    """It would take all rows of a batch for one, and no call would say so."""
+    """It would silently treat all rows of a batch as one."""
     ours, _ = make_pair("gemma3_text")
     ours.hf.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"^hf: its attention is 'sdpa', expected 'coconut_fast'; model\.hf\.set_attn"):
@@ -275,7 +275,7 @@ def test_what_the_model_has_not_is_refused(keywords, message):
     ],
 )
 def test_queries_that_nobody_reads_are_not_made(family: str, made: dict, monkeypatch) -> None:
-    """Products of the first pass by rows and width: 48 tokens, of which 11 are read."""
+    """Products of the first pass by rows and width: 48 tokens, of which 11 are used."""
     products: Counter[tuple[int, int]] = Counter()
     times = Weight.times
 
@@ -291,7 +291,7 @@ def test_queries_that_nobody_reads_are_not_made(family: str, made: dict, monkeyp
 
 
 def test_the_last_layer_takes_the_weights_that_are_there_when_it_runs():
-    """FSDP puts the whole ones into a layer as that begins."""
+    """FSDP puts the unsharded weights into a layer when its forward begins."""
     model, _ = make_pair("gpt2")
     rows, labels = _batch()
     batch = collate(rows, TOKENS.thought, labels)
@@ -352,7 +352,7 @@ def test_second_derivatives_are_refused():
 
 def test_dropout_of_attention_differs_from_step_to_step_and_layer_to_layer(monkeypatch) -> None:
     """One mask for a whole run, or for all layers, would train as well as any and regularise less."""
-    ours, _ = make_pair("gpt2", attn_pdrop=0.5)  # and no other
+    ours, _ = make_pair("gpt2", attn_pdrop=0.5)  # and no other dropout
     ours.train()
     rows, labels = _batch()
     batch = collate(rows, TOKENS.thought, labels)
@@ -372,7 +372,7 @@ def test_dropout_of_attention_differs_from_step_to_step_and_layer_to_layer(monke
     assert all(len(set(of)) == ours.num_layers for of in seeds), "a seed for every layer"
     assert len({tuple(of) for of in seeds[: 2 * len(batch.passes)]}) == 2, "one for all passes of a step"
     states = []
-    for changed in (0, 1):  # of the second layer alone
+    for changed in (0, 1):  # the second layer's seed only
 
         def other(self, embeds_TD, positions_T, ragged):
             ragged.seeds[1] += changed  # noqa: B023

@@ -1,4 +1,4 @@
-"""The native chain: families, formats, instruction sets against Hugging Face in fp64; exact where it is due."""
+"""The native chain: families, formats, instruction sets against Hugging Face in fp64; exact where it must be."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def wrap(hf: nn.Module, **options: object) -> Coconut:
 
 
 def chains(hf: nn.Module, prompts: list[list[int]] = PROMPTS, counts: list[int] = COUNTS) -> torch.Tensor:
-    """What Hugging Face's own code makes of it, without a cache: every state of every row's chain, end to end."""
+    """Hugging Face's own result, without a cache: every state of every row's chain, concatenated."""
     states = []
     with torch.no_grad():
         for prompt, count in zip(prompts, counts, strict=True):
@@ -84,7 +84,7 @@ def native_chains(
 
 
 def quantised(hf: nn.Module) -> nn.Module:
-    """The model with its matrices as int8 weights hold them."""
+    """The model with its matrices rounded to what int8 weights represent."""
     hf = copy.deepcopy(hf)
     ends = (hf.get_input_embeddings(), hf.get_output_embeddings())
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("COCONUT_FAST_ISA", isa)
     hf = random_model("qwen3-wide", torch.bfloat16 if weights != "fp32" else torch.float32)
-    # So many rows that products fetch keys and values ahead, from several pages a row.
+    # Enough rows that products prefetch keys and values, from several pages per row.
     prompts = [[(7 * i + j) % 99 for j in range(1 + 7 * i % 37)] for i in range(21)]
     counts = [i % 4 for i in range(21)]
     together = native_chains(native.NativeModel(wrap(hf), weights=weights, threads=3), prompts, counts)

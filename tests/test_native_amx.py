@@ -27,7 +27,7 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
 EMULATED = ["-include", str(TESTS / "amx_on_cpu.h")]
-SEGMENT = 256  # of pack.cpp
+SEGMENT = 256  # as in pack.cpp
 REFUSED = "COCONUT_FAST_ISA is amx, but this machine runs at most avx512_bf16"
 ASK = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).chosen_isa; f.restype = ctypes.c_char_p; print(f().decode())"
 
@@ -85,10 +85,10 @@ def test_bf16_products(library: Path, rows: int, n: int, k: int, wide: int) -> N
     x, w = x.bfloat16(), w.bfloat16()
     assert_as_good_as_torch(ours, x.float() @ w.float().T, x.double() @ w.double().T)
     chunks, tiles, steps = ceil(n / 16 / wide), ceil(rows / 16), 2 * ceil(k / 64)
-    pairs = chunks * ceil(wide / 2)  # of blocks, which share a load of inputs; two tiles of inputs share one of weights
+    pairs = chunks * ceil(wide / 2)  # two blocks share a load of inputs, two tiles of inputs one of weights
     loads = tiles * pairs + ceil(tiles / 2) * chunks * wide
     assert counts[:3] == [wide, loads * steps, tiles * chunks * wide * steps]
-    lines = chunks * wide * steps * 16  # of all weights: as many are fetched, each tile's share rounded up
+    lines = chunks * wide * steps * 16  # cache lines of all weights; prefetches round each tile's share up
     assert lines <= counts[3] <= 1.25 * lines
 
 

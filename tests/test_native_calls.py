@@ -40,7 +40,7 @@ class Watched:
 
 @pytest.fixture
 def patient():
-    """The interpreter changes threads only where one lets go of it."""
+    """The interpreter switches threads only where one releases the GIL."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     yield
@@ -79,11 +79,11 @@ PROMPTS = [make_row(9, 3, 1, seed=i) for i in range(4)]
 
 @pytest.mark.parametrize("runner", ["native", "eager"])
 def test_passes_are_counted_that_ran(runner: str, monkeypatch) -> None:
-    """An answer that ends at once costs no more of them, however many tokens were asked for."""
+    """An answer that ends early takes no further passes, however many tokens were asked for."""
     model, _ = make_pair("gpt2")
     if runner == "eager":
         monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
-    ask = functools.partial(generate, model, [[3, 4, 5]], temperature=2.0, seed=0)  # tokens that differ
+    ask = functools.partial(generate, model, [[3, 4, 5]], temperature=2.0, seed=0)  # sampled, so that the tokens differ
     first = ask(max_new_tokens=3)
     assert first.stats.backend == runner and first.stats.token_passes == 2, "the first token is the prompt's"
     model.tokens = replace(model.tokens, eos=first.token_ids[0][1])
@@ -95,7 +95,7 @@ def test_stats_say_who_ran_and_where_the_time_went(monkeypatch: pytest.MonkeyPat
     model = make_pair("gpt2")[0]
     stats = generate(model, PROMPTS, max_new_tokens=5).stats
     assert (stats.backend, stats.reason) == ("native", "this family has a native chain on the CPU")
-    # A prompt has nine words, two markers and one more word; its third thought is fed with what follows it.
+    # A prompt has nine words, two markers and one more word; its third thought is fed with the tokens after it.
     assert (stats.prompt_tokens, stats.thoughts, stats.latent_passes) == (4 * 12, 4 * 3, 3)
     assert 4 <= stats.new_tokens <= 4 * 5 and 1 <= stats.token_passes <= 5
     chain = native.packed(model).chain
@@ -129,7 +129,7 @@ def test_int8_is_what_one_asks_for() -> None:
 
 @pytest.mark.parametrize("how", ["made in inference mode", "shared"])
 def test_weights_whose_versions_say_nothing_are_known_by_their_bits(how: str) -> None:
-    """Another process may write shared ones, which counts no version here, as a write through `.data` does not."""
+    """Another process may write shared ones, which raises no version here; nor does a write through `.data`."""
     with torch.inference_mode(how == "made in inference mode"):
         model, other = make_pair("llama")[0], make_pair("llama")[0]
         for p in other.parameters():
@@ -158,14 +158,14 @@ def test_embeddings_that_the_chain_reads_stay_where_a_parameter_gets_other_stora
 
 
 def test_a_forked_process_generates() -> None:
-    """Of a size for which PyTorch's own loops use several threads, which a child has not."""
+    """At a size for which PyTorch's own loops use several threads, which a child does not have."""
     model = make_pair("gpt2", n_embd=768, n_head=12)[0]
     expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
     ours, theirs = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("fork")
     child = context.Process(
         target=lambda: theirs.send(generate(model, PROMPTS, max_new_tokens=4).token_ids),
-        daemon=True,  # one that hangs fails the test, and not the end of the run
+        daemon=True,  # one that hangs fails the test but does not block the end of the run
     )
     child.start()
     theirs.close()
@@ -221,7 +221,7 @@ def test_a_changed_model_answers_with_its_new_weights(change) -> None:
 
 
 def test_code_of_the_users_own_is_not_passed_over() -> None:
-    """A hook on the feedback is how one intervenes on a thought."""
+    """A hook on the feedback is the way to intervene on a thought."""
     model, _ = make_pair("gpt2")
     assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
     hook = model.feedback.register_forward_hook(lambda module, inputs, thought: thought * 0)

@@ -1,5 +1,5 @@
-"""500 random ragged batches, native against reference.py: greedy answers token for token (but for ties of
-fp32), and a row's bits whatever it is batched with."""
+"""500 random ragged batches, native against reference.py: greedy answers token for token (except for fp32 near-ties),
+and a row's bits whatever it is batched with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODELS = {
     "qwen3": ("qwen3", {}),
     "qwen3-wide": ("qwen3", {"head_dim": 56}),
 }
-BATCHES = 50  # of each model
+BATCHES = 50  # per model
 
 
 def make_prompt(draw: random.Random) -> list[int]:
@@ -39,7 +39,7 @@ def make_prompt(draw: random.Random) -> list[int]:
 
 
 def chains(model: native.NativeModel, prompts: list[list[int]], counts: list[int]) -> torch.Tensor:
-    """The states of the rows after their prompts and so many thoughts."""
+    """The states of the rows after their prompts and `counts` thoughts."""
     cache = model.make_cache(num_slots=80 * len(prompts), max_rows=len(prompts))
     for side in (*cache.keys, *cache.values):
         side.fill_(float("nan"))
@@ -51,7 +51,7 @@ def chains(model: native.NativeModel, prompts: list[list[int]], counts: list[int
 
 @torch.no_grad()
 def is_near_tie(plain: torch.nn.Module, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether the first tokens that differ are as close in fp64 as PyTorch's own fp32 is off."""
+    """Whether the first tokens that differ are no further apart in fp64 than the error of PyTorch's own fp32."""
     ours, theirs = ([*tokens, TOKENS.eos] for tokens in (ours, theirs))
     at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     ids, exact = torch.tensor(prompt + ours[:at]), copy.deepcopy(plain).double()

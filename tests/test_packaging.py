@@ -196,7 +196,7 @@ def test_build_info_names_this_torch():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of what git knows about, built without isolation."""
+    """A wheel of the files that git does not ignore, built without isolation."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: which files belong to the package is not known")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")

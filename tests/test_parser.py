@@ -1,4 +1,4 @@
-"""The command line's own: what --help says and costs, where options may stand, how progress and warnings look."""
+"""The command line itself: what --help says and costs, where options may stand, how progress and warnings look."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_spelled_out_choices_are_complete() -> None:
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and those below it."""
+    """A parser and its subparsers."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

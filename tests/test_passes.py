@@ -1,4 +1,4 @@
-"""Passes can be captured: while they run nothing is read from the device, and nothing is sent to it."""
+"""Passes can be captured: while they run, nothing is copied between host and device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coconut_fast.model.cache import KVCache
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback
 from tests.families import FAMILIES, make_pair
 
-# What reads a value, what makes a tensor of the host's numbers, and what has a shape that depends on values.
+# Operations that read a value, make a tensor from the host's numbers, or have a data-dependent shape.
 WORDS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "lift_fresh", "nonzero", "masked_select", "_unique2",
     "unique_consecutive", "repeat_interleave", "bincount",
@@ -21,7 +21,7 @@ WORDS = {
 
 
 class Listener(TorchDispatchMode):
-    """Which operations within the block are words between host and device."""
+    """Notes which operations within the block synchronise host and device."""
 
     def __init__(self) -> None:
         super().__init__()

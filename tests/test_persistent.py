@@ -49,8 +49,8 @@ def loud(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn
 
 
 def build(name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """As test_native's, but for GPT-2 a head of 16 dimensions: bf16 in 16-byte loads wants a multiple of 8."""
-    torch.manual_seed(0)  # the same model whenever it is asked for
+    """As in test_native, but with GPT-2 heads of 16 dimensions: 16-byte loads of bf16 need a multiple of 8."""
+    torch.manual_seed(0)  # the same model in every call
     return loud(gpt2(n_embd=64), dtype) if name == "gpt2" else random_model(name, dtype)
 
 
@@ -59,7 +59,7 @@ def chain_of(model: Coconut, at: Start, launch: Launch, blocks: int = 3, threads
 
 
 def think(model: Coconut, at: Start, launch: Launch, count: int = 3, blocks: int = 3, threads: int = 64):
-    """The states after `count` passes, of the rows that there are."""
+    """The states after `count` passes, of the rows in use."""
     chain_of(model, at, launch, blocks, threads).think(at.batch, count)
     return at.batch.hidden[: at.rows].clone()
 
@@ -97,7 +97,7 @@ def test_a_layer_of_gpt2_with_as_many_threads_as_on_a_gpu(batch: int, launch: La
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_every_phase_by_itself(name: str, launch: Launch) -> None:
-    """Launched one by one, the phases leave what the Python machine leaves, and together what one launch leaves."""
+    """Launched one by one, each phase gives what the Python machine gives, and all together what one launch gives."""
     hf = build(name, torch.float32)
     model = wrap(hf)
     together = think(model, start(model), launch)
@@ -168,7 +168,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_prompts_are_attended_to_in_splits(name: str, launch: Launch) -> None:
-    """Two and three splits of 256 positions, and a window that begins inside of one."""
+    """Two and three splits of 256 positions, and a window that begins inside one."""
     hf = loud(LONG[name]())
     model = wrap(hf)
     prompts = [[(3 * i + j) % 90 + 3 for j in range(n)] for i, n in enumerate((255, 300, 520))]
@@ -338,7 +338,7 @@ def test_gpu_chains_repeat_bit_for_bit_phase_by_phase_and_under_a_graph(size: in
     chain, at = fresh()
     remaining = at.batch.remaining.clone()
     at.batch.remaining.zero_()
-    chain.think(at.batch, 3)  # makes program and scratch, changes nothing
+    chain.think(at.batch, 3)  # builds program and scratch, changes nothing
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         chain.think(at.batch, 3)
@@ -349,7 +349,7 @@ def test_gpu_chains_repeat_bit_for_bit_phase_by_phase_and_under_a_graph(size: in
 
 @pytest.mark.gpu
 def test_gpu_sanitizer_persistent() -> None:
-    """Small enough for compute-sanitizer: one layer's worth of every phase, two splits, rows that rest."""
+    """Small enough for compute-sanitizer: one layer's worth of every phase, two splits, idle rows."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     model = wrap(loud(llama_like("Mistral", max_position_embeddings=700, sliding_window=270), torch.bfloat16)).cuda()

@@ -1,4 +1,4 @@
-"""The persistent kernel's schedule, run in Python: it thinks as the model does, without races, and comes to its end."""
+"""The persistent kernel's schedule, run in Python: it thinks as the model does, without races, and terminates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def swap_phases(program: torch.Tensor) -> None:
 
 
 BROKEN = {
-    # what is done to the list, and what has to be said about it
+    # the change to the program, and the error that must follow
     "a block waits for a phase too many": (lambda p: p[1, 3, field("wait")].add_(1), Deadlock),
     "a block never arrives": (lambda p: p[2, 4, field("arrive")].zero_(), Deadlock),
     "a block arrives twice": (lambda p: p[0, 5, field("arrive")].fill_(2), Deadlock),

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "cache_layout.cpp"]
 DRIVER = Path(__file__).with_name("chain_driver.cpp")
 CHAINS = [f"{family}-{weights}" for family in ("gpt2", "llama") for weights in ("fp32", "bf16", "int8")]
-# Largest difference, of the largest value. Compilers contract other sums to FMA on Arm: 1e-6 was seen after five
-# thoughts. Where a value is rounded to bf16 it may then fall to the other side: 4e-4 was seen, a tenth of a unit.
+# Largest difference, relative to the largest value. Compilers contract other sums to FMA on Arm: 1e-6 was seen after
+# five thoughts. A value may then round to the other side in bf16: 4e-4 was seen, a tenth of a unit.
 BOUNDS = {"fp32": 1e-5, "int8": 1e-5, "bf16": 4e-3, "attention": 1e-6}
 ARM, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 

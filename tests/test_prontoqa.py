@@ -46,7 +46,7 @@ def sentences(text: str) -> list[str]:
 
 
 def check(example, hops: int) -> dict:
-    """All that must hold for one problem; returns what the shares are counted on."""
+    """Checks all that must hold for one problem; returns what the shares are computed from."""
     assert example.extra == {} and len(example.steps) == hops + 1
     context, query = example.question.split(" True or false: ")
     context = sentences(context)
@@ -68,7 +68,7 @@ def check(example, hops: int) -> dict:
     assert parse(query)[::2] == final[::2]
     assert example.answer == str(parse(query) == final)
 
-    # each rule of the way has a rule beside it that leads nowhere; every property but one is of a family of its own
+    # each rule on the way has a sibling that leads nowhere; two properties share a family, all others have their own
     chain = [parse(s)[2] for s in proof[0:-1:2]]
     up = {c: [what for subject, _, what in rules if subject == c and what in CONCEPTS] for c in CONCEPTS}
     for concept in chain:
@@ -109,7 +109,7 @@ def test_every_problem_holds_and_shares_are_right():
     for name, (trials, p) in expected.items():
         share = sum(f[name] for f in found) / COUNT / trials
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / COUNT / trials), f"{name}: {share:.4f}, expected {p:.4f}"
-    # of 600 problems of the authors' generator: 299 conclusions and 2432 of 7200 properties were negated
+    # in 600 problems of the authors' generator, 299 conclusions and 2432 of 7200 properties were negated
     assert abs(_NEGATED_AT_THE_END - 299 / 600) < 4 * math.sqrt(0.25 / 600)
     properties = (2 * _NEGATED * 3 + 4 * _NEGATED_ON_THE_WAY + 1) / 12
     assert abs(properties - 2432 / 7200) < 4 * math.sqrt(0.25 / 7200)

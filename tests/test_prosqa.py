@@ -100,7 +100,7 @@ def statistics(example: Example) -> dict[str, float]:
     first_option = example.question.rsplit(" Is ", 1)[1].split()[2]
     found["target is the first option"] = first_option == symbols[graph.target]
     sentences = example.question.rsplit(" Is ", 1)[0].split(". ")
-    # the place of the sentence about the first edge: order and edge list are independent
+    # where the sentence about the first edge is: sentence order is independent of the edge list
     first = symbols[graph.edges[0][0]], symbols[graph.edges[0][1]]
     place = next(i for i, s in enumerate(sentences) if s.rstrip(".").split()[-1] == first[1] and f"{first[0]} is" in s)
     found["place of the first edge's sentence"] = place / len(sentences)
@@ -161,7 +161,7 @@ def test_printed_algorithm_before_graphs_without_a_question_are_drawn_again():
         pools += [graph.parents[2] == [0], graph.parents[2] == [1], len(graph.parents[2]) == 2]
     none, one = math.exp(-1.5), 1.5 * math.exp(-1.5)
     assert abs(parentless / COUNT / 21 - none) < 4 * math.sqrt(none * (1 - none) / COUNT / 21)
-    assert 0.34 < neither / COUNT / 21 < 0.38  # another simulation, written apart from this one, gave 36%
+    assert 0.34 < neither / COUNT / 21 < 0.38  # a simulation written independently gave 36%
     # node 2: one root alone, from its own pool (.35), or by a single draw from both (.3)
     for found, p in zip(pools / COUNT, [0.35 * (1 - none) + 0.15 * one] * 2 + [0.3 * (1 - none - one)], strict=True):
         assert abs(found - p) < 4 * math.sqrt(p * (1 - p) / COUNT)

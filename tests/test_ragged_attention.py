@@ -32,11 +32,11 @@ CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
         {"window": 33, "softcap": 3.0, "dropout": 0.3, "seed": 7},
     ),
 }
-FEW = ("prompts", "one query a row, with dropout", "few, everything")  # of a large batch one launch takes these
+FEW = ("prompts", "one query a row, with dropout", "few, everything")  # in a large batch one launch handles these
 
 
 def _as_in_a_large_batch(monkeypatch) -> list[int]:
-    """The backward takes few queries in one launch, however many rows there are; lists such launches."""
+    """Makes the backward handle few queries in one launch whatever the number of rows; lists such launches."""
     from coconut_fast.kernels import ragged_attention_few
 
     tiles, launched = ragged_attention_few._few_tiles, []

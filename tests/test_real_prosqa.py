@@ -1,4 +1,4 @@
-"""The released ProsQA sets on the command line: train some hundred steps, kill, go on, evaluate all 500 questions."""
+"""The released ProsQA sets on the command line: train some hundred steps, kill, resume, evaluate all 500 questions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Nothing is lost: kill -9 anywhere, a full disk, broken and foreign checkpoints. A run that goes on ends bit for bit
-where an undisturbed one ends."""
+"""Nothing is lost: kill -9 anywhere, a full disk, broken and foreign checkpoints. A resumed run ends bit for bit where
+an undisturbed one ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where a process kills itself: what is called, and at which call of it.
+# Where a process kills itself: in which function, and at which call of it.
 SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 2),  # before the first checkpoint
     ("coconut_fast.train.trainer", "CoconutTrainer.training_step", 6),  # in the middle of an epoch
@@ -49,13 +49,13 @@ CHANGES = {"num_epochs": 4, "save_steps": 2, "keep_last": 2, "uniform_prob": 0.3
 
 
 def child(settings: dict[str, Any], spot: tuple[str, str, int] | None, file_limit: int | None, pipe: Any) -> None:
-    """Runs in a process of its own; sends the error's type and text, or None."""
+    """Runs in a separate process; sends the error's type and text, or None."""
     torch.set_num_threads(1)
     from coconut_fast.train.run import run
 
     if spot:
         _kill_at(*spot)
-    if file_limit:  # what a full disk does: a write fails
+    if file_limit:  # a write fails, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     try:
@@ -84,7 +84,7 @@ def _kill_at(module: str, name: str, call: int) -> None:
 def start(
     folder: Path, spot: tuple[str, str, int] | None = None, file_limit: int | None = None, **changes: Any
 ) -> tuple[str, str] | None:
-    """One process that trains; "killed" where it was."""
+    """Trains in another process -> the error's type and text, ("killed", ""), or None."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["coconut_fast.train.run"])
     ours, theirs = context.Pipe(duplex=False)
@@ -256,7 +256,7 @@ def test_settings_of_another_run_are_named(stopped: Path, changes: dict[str, Any
 
 
 def test_other_data_are_named(stopped: Path) -> None:
-    """As many problems, of as many tokens."""
+    """The same numbers of problems and of tokens."""
     write_examples(stopped.parents[1] / "train.json", read_examples(stopped.parents[1] / "train.json")[::-1])
     error = start(stopped.parents[1])
     assert error is not None and error[0] == "CheckpointError" and "another run: train_path_digest was" in error[1]
@@ -270,7 +270,7 @@ def test_a_run_may_be_made_longer_and_cut_otherwise(stopped: Path) -> None:
 
 
 def test_a_linked_checkpoint_goes_without_what_it_points_to(tmp_path: Path) -> None:
-    """As where one was moved to another disk."""
+    """As when one was moved to another disk."""
     run, disk = tmp_path / "run", tmp_path / "disk"
     for folder in (run / "checkpoint-2", disk):
         folder.mkdir(parents=True)
@@ -288,7 +288,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Pat
 
 
 def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
-    """A feedback, and an auxiliary head with a loss of its own, which is saved and is no part of what `load` makes."""
+    """A feedback, and an auxiliary head with its own loss, which is saved but is not part of what `load` returns."""
 
     class Scaled(torch.nn.Module):
         def __init__(self) -> None:
@@ -311,7 +311,7 @@ def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
     def trained(epochs: int, last: Path | None = None) -> CoconutTrainer:
         settings = tiny(tmp_path, num_epochs=epochs, val_path=None)
         problems = read_examples(settings.train_path)
-        torch.manual_seed(len(str(last)))  # what is read back is not what a fresh model happens to have
+        torch.manual_seed(len(str(last)))  # so that a fresh model does not happen to have the saved weights
         model = WithHead(build(settings, problems))
         trainer = CoconutTrainer(model, settings, DataSet(problems, model.tokenizer))
         trainer.train(resume_from_checkpoint=last)
@@ -329,7 +329,7 @@ def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
 
 
 def test_adapters_are_refused_before_a_checkpoint_is_lost(tmp_path: Path) -> None:
-    """Laid out as peft's; the wrapper that it puts around a model is taken off."""
+    """Adapters laid out as peft's; the wrapper that peft puts around a model is removed."""
 
     class Adapted(torch.nn.Module):
         def __init__(self, base_layer: torch.nn.Module) -> None:

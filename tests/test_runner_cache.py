@@ -1,4 +1,4 @@
-"""What lives of the graph runner from one `generate` call to the next, and when nothing may."""
+"""What is kept of the graph runner from one `generate` call to the next, and when nothing may be."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_a_later_call_replays_what_the_first_one_captured(family: str) -> None:
     first = generate(model, PROMPTS, max_new_tokens=11)
     runner = runner_cache._kept[model]
     assert runner.captures == len(runner.graphs) > 0
-    captured = runner.captures + (family == "gpt2")  # packed weights are written again from the second call on
+    captured = runner.captures + (family == "gpt2")  # from the second call on, a graph packs weights again
     for prompts in (PROMPTS[::-1], PROMPTS):  # the same shapes in another order
         again = generate(model, prompts, max_new_tokens=11)
         assert runner_cache._kept[model] is runner and runner.captures == captured
     assert again.token_ids == first.token_ids
     assert again.stats.latent_passes == first.stats.latent_passes, "the clock starts anew with every call"
-    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket: a chain of thoughts, feed, begin, write
+    generate(model, [PROMPTS[0]], max_new_tokens=2)  # a new bucket: a chain of thoughts, feed, begin, decode
     assert runner_cache._kept[model] is runner and runner.captures == captured + 4
 
 
@@ -67,7 +67,7 @@ def test_what_makes_a_new_runner(family: str) -> None:
 
 @pytest.mark.parametrize("free", [0, 1])
 def test_room_for_larger_calls_is_taken_where_there_is_memory(free: int, monkeypatch) -> None:
-    """A call that just fits must not fail for the rounding."""
+    """A call that just fits must not fail because capacity is rounded up."""
     model, _ = make_pair("llama")
     room = {"num_slots": 16 * 33, "max_rows": 3, "max_length": 300, "sampling": engine.Sampling()}
     needed = machine.cache_bytes(model, runner_cache._rounded_up(16 * 33))
@@ -76,7 +76,7 @@ def test_room_for_larger_calls_is_taken_where_there_is_memory(free: int, monkeyp
 
 
 class Scaled(torch.nn.Module):
-    """A feedback of the user's own, whose number no address tells."""
+    """A user's own feedback, whose factor is a Python number, not a tensor with an address."""
 
     factor = 1.0
 
@@ -212,7 +212,7 @@ def test_the_runner_goes_when_the_model_goes(family: str) -> None:
     assert runner_cache.held_bytes(model) > 0
     del runner
     gc.collect()
-    gc.disable()  # no cycle may be needed to be found
+    gc.disable()  # freeing must not depend on the cycle collector
     try:
         del model
         assert alive() is None and cache() is None

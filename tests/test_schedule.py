@@ -114,7 +114,7 @@ def test_refuses(wrong: dict, message: str) -> None:
     ("kind", "behind"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
 )
 def test_learning_rates_of_steps(kind: str, behind: list[float]) -> None:
-    """Warm-up ends at the whole rate; behind it: at its end, half-way, and at the run's end."""
+    """Warm-up ends at the full rate; `behind`: the factor at its end, half-way, and at the run's end."""
     settings = SimpleNamespace(warmup_steps=3, lr_schedule=kind)
     factor = learning_rate_factor(SimpleNamespace(settings=settings), 23)
     assert [factor(step) for step in (0, 1, 2)] == [0.25, 0.5, 0.75]

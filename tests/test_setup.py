@@ -38,7 +38,7 @@ def toolkit(folder: Path, release: str, headers: str | None) -> None:
 
 def test_reasons(why: Callable[[], str], tmp_path: Path) -> None:
     assert why() == "there is no nvcc (set CUDA_HOME)"
-    toolkit(tmp_path, "13.1", None)  # as where /usr/local/bin/nvcc calls the one of the toolkit
+    toolkit(tmp_path, "13.1", None)  # as when /usr/local/bin/nvcc calls the toolkit's
     assert why() == f"{tmp_path} has an nvcc and no cuda_runtime.h (set CUDA_HOME to the toolkit itself)"
     toolkit(tmp_path, "12.8", "include")
     assert why() == "nvcc is 12.8, torch is built for CUDA 13.0"

@@ -111,7 +111,7 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
 def test_graphed_steps_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, uniform: float
 ) -> None:
-    """In buckets and by replay, as on a GPU; what is logged says nothing of the tokens between the rows."""
+    """In buckets and by replay, as on a GPU; padding tokens do not affect what is logged."""
     results, records = [], []
     mixed = {"pad_latent_to_max": False, "uniform_prob": uniform, "logging_steps": 1}
     size = {"batch_size_training": 16 // accumulation, "gradient_accumulation_steps": accumulation}
@@ -221,7 +221,7 @@ def test_a_run_that_saves_improvements_alone_knows_its_end(tmp_path: Path, monke
 
 
 def test_the_best_of_an_earlier_stage_is_not_the_result(tmp_path: Path) -> None:
-    """Where a run goes on without validation, the last model is."""
+    """If a run is resumed without validation, the last model is."""
     run(tiny(tmp_path, num_epochs=2))
     folder = run(tiny(tmp_path, num_epochs=4, val_path=None))
     model, last = load(folder), load(folder / "checkpoint-12")
@@ -251,7 +251,7 @@ def test_every_precision_trains_and_keeps_its_weights_dtype(tmp_path: Path, prec
 
 
 def test_halves_are_computed_in_halves(tmp_path: Path) -> None:
-    """accelerate goes on in fp32 where it has no scaler for a device."""
+    """accelerate falls back to fp32 where it has no scaler for a device."""
     losses = {}
     for precision in ("fp32", "bf16", "fp16"):
         trainer = make_trainer(tmp_path, **EXACT, precision=precision)

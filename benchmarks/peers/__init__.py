@@ -1,4 +1,4 @@
-"""What we are measured against. Each peer runs the same weights and the same rows as we do."""
+"""The peers we are measured against. Each runs the same weights and the same rows as we do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def llama_cpp(model: Path, *, weights: str, prompts: list[list[int]], thoughts: 
 
 
 def _run(program: str, python: str, job: dict[str, Any]) -> dict[str, Any]:
-    """A program of this folder under another interpreter: a job in, its last line out, both JSON."""
+    """Runs a program of this folder under another interpreter: a job in, its last line out, both JSON."""
     path = Path(__file__).with_name(program)
     done = subprocess.run([python, str(path)], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:

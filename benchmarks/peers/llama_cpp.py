@@ -2,7 +2,7 @@
 
     COCONUT_LLAMA_PYTHON=python-with-llama_cpp-gguf-and-safetensors pytest benchmarks/bench_latent_pass.py
 
-Run by benchmarks/peers/__init__.py as a program of its own; imports nothing of ours. Hidden states enter through
+Run by benchmarks/peers/__init__.py as a separate program; imports nothing of ours. Hidden states enter through
 `llama_batch.embd` and come back as embeddings (after the final norm: Coconut's feedback). llama.cpp computes the LM
 head wherever an embedding is asked for, so a latent pass is timed twice: as it is, and in a model whose vocabulary is
 cut to the prompt's few ids, where the head costs next to nothing.
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-# As a program of this folder, whose llama_cpp.py would otherwise be taken for the package.
+# A program's folder is on the path: this file would be imported instead of the package.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 import gguf
@@ -85,7 +85,7 @@ def add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, format: str) -> 
 
 
 class Context:
-    """A loaded model behind the prompts of a job, one sequence per prompt."""
+    """A loaded model and the prompts of a job, one sequence per prompt."""
 
     def __init__(self, path: Path, job: dict) -> None:
         self.prompts, self.thoughts, self.rounds = job["prompts"], job["thoughts"], job["rounds"]
@@ -110,7 +110,7 @@ class Context:
         self.states = llama_cpp.llama_batch_init(self.rows, self.dim, 1)
 
     def think(self) -> tuple[float, np.ndarray]:
-        """Seconds of a latent pass (the least of some rounds) and the states after the last one, (rows, D)."""
+        """Seconds of a latent pass (of the fastest round) and the states after the last one, (rows, D)."""
         prompt_states = self.read()
         best = float("inf")
         for _ in range(self.rounds + 1):  # the first one warms up
@@ -140,7 +140,7 @@ class Context:
         return best
 
     def read(self) -> np.ndarray:
-        """Reads every prompt -> the state of its last position, (rows, D)."""
+        """Prefills every prompt -> the state of its last position, (rows, D)."""
         states = np.empty((self.rows, self.dim), dtype=np.float32)
         for row, prompt in enumerate(self.prompts):
             for i, token in enumerate(prompt):
@@ -151,7 +151,7 @@ class Context:
         return states
 
     def run(self, batch: "llama_cpp.llama_batch", rows: "range | list[int]", position: int) -> None:
-        """One forward: the i-th place of the batch belongs to rows[i]; places of one row follow each other."""
+        """One forward: the i-th token of the batch belongs to rows[i]; tokens of one row have consecutive positions."""
         batch.n_tokens = len(rows)
         for i, row in enumerate(rows):
             batch.pos[i] = position + (i if rows[0] == rows[-1] else 0)
@@ -163,7 +163,7 @@ class Context:
         return np.stack([np.ctypeslib.as_array(get(self.context, i), (width,)) for i in range(self.rows)])
 
     def rewind(self) -> None:
-        """Forgets everything behind the prompts."""
+        """Removes everything after the prompts from the cache."""
         memory = llama_cpp.llama_get_memory(self.context)
         for row in range(self.rows):
             llama_cpp.llama_memory_seq_rm(memory, row, self.length, -1)

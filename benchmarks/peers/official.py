@@ -2,7 +2,7 @@
 
     COCONUT_REFERENCE=checkout COCONUT_REFERENCE_PYTHON=python-with-transformers-4.46.2 pytest benchmarks/
 
-Run by benchmarks/peers/__init__.py as a program of its own; imports nothing of ours.
+Run by benchmarks/peers/__init__.py as a separate program; imports nothing of ours.
 """
 
 import json
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def give_up(seconds: float) -> None:
-    """Ends the program in the middle of its first step, which takes longer than this."""
+    """Ends the program in the middle of its first step, which has taken longer than `seconds`."""
     print(json.dumps({"seconds": seconds, "losses": [], "ended": False, "peak_bytes": 0}), flush=True)
     os._exit(0)
 
@@ -67,7 +67,7 @@ def generate(model: torch.nn.Module, job: dict) -> dict:
 
 
 def train(model: torch.nn.Module, job: dict) -> dict:
-    """Seconds of one step: forward, backward, AdamW. All rows have one length, so its collator would add no pad."""
+    """Seconds of one step: forward, backward, AdamW. All rows have one length, so its collator would add no padding."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
     ids = torch.tensor(job["rows"], device=job["device"])

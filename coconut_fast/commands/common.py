@@ -23,23 +23,23 @@ BASE_HELP = "directory or hub id with the configuration and tokenizer of a check
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes a command's options in front of, between and behind its other arguments.
+    """Accepts a command's options before, between and after its other arguments.
 
-    Up to Python 3.12.6 argparse takes an argument that may be absent for absent once an option comes first, as in
+    Up to Python 3.12.6 argparse treats an optional positional argument as absent once an option precedes it, as in
     `generate MODEL --num-thoughts 6 PROMPT`.
     """
 
-    _alone = False  # within parse_known_intermixed_args, which asks for options alone, then for the rest
+    _alone = False  # within parse_known_intermixed_args, which parses options first, then the rest
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        if self._alone or self._subparsers is not None:  # what follows a command's name is its own parser's
+        if self._alone or self._subparsers is not None:  # a command's own parser takes what follows its name
             return super().parse_known_args(args, namespace)
         self._alone = True
         try:
             found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._alone = False
-        if unknown:  # said here, below the usage of this command
+        if unknown:  # reported here, below this command's usage
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
@@ -81,7 +81,7 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
 
 
 def find_model(path: str) -> str | Path:
-    """A run's directory that has checkpoints but is not finished stands for its stage's best one, else its last."""
+    """What to load for `path`: for an unfinished run's directory, its stage's best checkpoint, else its last."""
     from coconut_fast.train import checkpoints
 
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
@@ -90,7 +90,7 @@ def find_model(path: str) -> str | Path:
 
 
 def tell_of_hub(path: str) -> None:
-    """A word where a model is not here: without a network transformers tries for half a minute."""
+    """Prints a line where a model is not local: without a network transformers tries for half a minute."""
     from coconut_fast.model.loading import check_path
 
     if not os.path.exists(path):
@@ -99,9 +99,9 @@ def tell_of_hub(path: str) -> None:
 
 
 def set_progress_bars() -> None:
-    """Bars, ours and those of libraries (downloads): after two seconds, of one process; few lines in a log file.
+    """Progress bars, ours and libraries' (downloads): after two seconds, in one process, few lines in a log file.
 
-    tqdm reads this when it is first imported. Whoever has set the same variables knows better.
+    tqdm reads these variables when it is first imported. Those that the user has set stay.
     """
     os.environ.setdefault("TQDM_DELAY", "2")
     if not sys.stderr.isatty():
@@ -113,14 +113,14 @@ def set_progress_bars() -> None:
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Warnings of ours are a line; those of libraries look as ever."""
+    """Our own warnings take one line; those of libraries look as usual."""
     if filename.startswith(os.path.dirname(coconut_fast.__file__)):
         return f"coconut-fast: warning: {message}\n"
     return _format_warning(message, category, filename, lineno, line)
 
 
 def quiet() -> None:
-    """No chatter of libraries between our own lines."""
+    """Silences libraries between our own lines."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -66,7 +66,7 @@ def _model(arguments: argparse.Namespace) -> int:
     model = load(find_model(arguments.source), base=arguments.base)
     if arguments.num_thoughts is not None:
         model.settings.num_thoughts = arguments.num_thoughts
-        model.settings.curriculum = model.settings.stage = None  # which would say another number
+        model.settings.curriculum = model.settings.stage = None  # these would give another number
     model.save_pretrained(arguments.target)
     return _wrote(arguments.target)
 

@@ -80,7 +80,7 @@ def _graphs(arguments: argparse.Namespace) -> int:
 
 
 def _count(arguments: argparse.Namespace) -> int:
-    """--count, once it is certain that the problems can be written."""
+    """--count, after checking that the problems can be written."""
     from coconut_fast.files import check_file
 
     if arguments.count < 1:

@@ -83,7 +83,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 weights=arguments.weights,
                 where=arguments.data,
             )
-    finally:  # what is known of the first models is not lost with a later one
+    finally:  # an error in a later model does not lose earlier results
         if results:
             show(results, arguments.json, arguments.out, {"data": arguments.data})
     return 0

@@ -67,7 +67,7 @@ def read_prompts_file(path: str) -> list[str]:
 
     if path.endswith((".json", ".jsonl")):
         return read_questions(path)
-    # Not splitlines(), which also cuts at characters that may stand in a prompt (form feeds, U+2028).
+    # Not splitlines(), which also splits at characters that a prompt may contain (form feeds, U+2028).
     prompts = [
         line.removesuffix("\r") for line in read_text(Path(path), "a file of prompts").split("\n") if line.strip()
     ]

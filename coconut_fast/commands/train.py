@@ -1,4 +1,4 @@
-"""coconut-fast train: run a recipe, or go on with it."""
+"""coconut-fast train: run a recipe, or resume it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     settings = read_recipe(arguments.recipe, arguments.override)
     quiet()
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    first = os.environ.get("RANK", "0") == "0"  # among torchrun's processes
     if settings.only_eval:
         if first:
             _evaluate(settings)

@@ -1,9 +1,9 @@
 """The curriculum as pure functions: (example, stage, CurriculumConfig) -> token ids and labels.
 
 A training row is question, start marker, slots, end marker, remaining steps, answer. At stage s the first s reasoning
-steps are gone and s * c_thought slots stand in their place; past the last stage all steps are gone. A slot is a thought
-(a hidden state fed back) or, in the pause rows of the paper's Table 1, a pause token. Labels are -100 on question,
-markers and slots. Rows equal the official code's for coconut, no_thoughts, cot and no_cot.
+steps are replaced by s * c_thought slots; past the last stage all steps are gone. A slot is a thought (a hidden state
+fed back) or, in the pause rows of the paper's Table 1, a pause token. Labels are -100 on question, markers and slots.
+Rows equal the official code's for coconut, no_thoughts, cot and no_cot.
 
     method                      slots           steps removed by      Table 1 of arXiv 2412.06769
     coconut                     thoughts        stage                 Coconut
@@ -38,7 +38,7 @@ class Method:
 
     slot: str | None  # "thought", "pause" or None
     stages: str  # "all": as scheduled; "first": the whole chain throughout; "last": no chain throughout
-    markers: bool  # whether <|start-latent|> and <|end-latent|> stand around the slots by default
+    markers: bool  # whether <|start-latent|> and <|end-latent|> frame the slots by default
 
 
 METHODS = {
@@ -62,15 +62,15 @@ class CurriculumConfig:
     method: a key of METHODS.
     c_thought: slots per removed reasoning step.
     max_latent_stage: the last stage with language; a stage past it drops all remaining steps.
-    pad_latent_to_max: past the last stage (and in question rows) a row gets max_latent_stage * c_thought slots even
-        where its chain is shorter; otherwise as many as its chain has steps.
+    pad_latent_to_max: past the last stage (and in question rows) a row gets max_latent_stage * c_thought slots even if
+        its chain is shorter; otherwise c_thought per step of its chain, up to that number.
     uniform_prob: probability that a training row uses a stage drawn from 0..number of steps (paper, section 5: 0.3).
     replay_prob: probability that a training row uses a stage drawn from the earlier ones (superposition paper: 0.1).
     target: what a training row is asked for. "chain": remaining steps and answer. "next_node": the next step alone;
         "random_frontier": one node of `example.frontiers[stage]`; both ask for the answer once the chain is used up.
-    markers: whether the two markers stand around the slots; None: as the method does, where the model has them.
+    markers: whether the two markers frame the slots; None: as the method does, if the model has them.
     tokens_per_stage: icot only: leading tokens of the chain removed per stage.
-    removal_smoothing: icot only: o tokens more are removed with probability proportional to exp(-removal_smoothing * o)
+    removal_smoothing: icot only: o more tokens are removed with probability proportional to exp(-removal_smoothing * o)
         (Deng et al.: 4); inf: none.
     """
 
@@ -119,7 +119,7 @@ class CurriculumConfig:
 
 
 def saved_curriculum(saved: Mapping[str, Any]) -> CurriculumConfig:
-    """What a checkpoint's coconut.json says of its training. ValueError where another version, or a hand, wrote it."""
+    """The curriculum of a checkpoint's coconut.json. ValueError for unknown names or invalid values."""
     unknown = [name for name in saved if name not in CurriculumConfig.__dataclass_fields__]
     if unknown:
         raise ValueError(f"coconut.json: curriculum: {unknown[0]!r} is unknown to this version of coconut_fast")
@@ -130,7 +130,7 @@ def saved_curriculum(saved: Mapping[str, Any]) -> CurriculumConfig:
 
 
 def row_rng(seed: int, epoch: int, idx: int) -> random.Random:
-    """The generator of one row in one epoch: the same in any process, order of rows, and after a resume."""
+    """The generator of one row in one epoch: the same in any process, for any order of rows, and after a resume."""
     return random.Random(f"{seed}/{epoch}/{idx}")
 
 
@@ -141,7 +141,7 @@ def training_row(
     tokens: LatentTokens,
     rng: random.Random | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of `example` at `stage`, equally long; labels are -100 where nothing is asked.
+    """(input_ids, labels) of `example` at `stage`, equally long; labels are -100 where there is no target.
 
     `rng` (see row_rng) is needed where `config.random`; ValueError where it is missing, the stage is negative, or
     `tokens` lacks a token that the method needs.
@@ -178,7 +178,7 @@ def num_slots(example: TokenizedExample, stage: int, config: CurriculumConfig) -
 
 
 def method_stage(stage: int, config: CurriculumConfig) -> int:
-    """The stage whose rows a method has at a stage of the schedule: some have those of the first or the last one."""
+    """The stage whose rows a method uses at a scheduled stage: some always use the first or the last one."""
     if stage < 0:
         raise ValueError(f"stage: found {stage}, expected 0 or more")
     stages = METHODS[config.method].stages
@@ -230,7 +230,7 @@ def _slots(count: int, config: CurriculumConfig, tokens: LatentTokens) -> list[i
 
 
 def _node(example: TokenizedExample, stage: int, target: str, rng: random.Random | None) -> list[int]:
-    """What a row of the superposition paper (arXiv 2505.12514) is asked for after `stage` steps' thoughts."""
+    """The target of a row in the superposition paper (arXiv 2505.12514) after the thoughts of `stage` steps."""
     if target == "next_node":
         return example.steps_ids[stage]
     if example.frontiers is None or len(example.frontiers) <= stage or not example.frontiers[stage]:

@@ -1,6 +1,6 @@
 """Problems as the field stores them: a question, reasoning steps and an answer, in a JSON list or in JSON lines.
 
-Reading checks everything before anything runs: a problem in a file is one ValueError that names the file, the record
+Reading checks everything before anything runs: an error in a file is one ValueError that names the file, the record
 (counted from 1), the field, what was found and what was expected.
 """
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from coconut_fast.files import write_atomically
 
-AT_ONCE = 4096  # problems tokenized in one call: enough for a tokenizer's threads, and a progress bar moves
+AT_ONCE = 4096  # problems tokenized in one call: enough for a tokenizer's threads, few enough to move a progress bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Example:
 class TokenizedExample:
     """Token ids of one problem. `answer_ids` ends with end-of-text; `idx` is its place in the data set.
 
-    Graph problems may carry two things more: `frontiers[k]`, the ids of the nodes that are right after k + 1 hops, for
-    targets that name one node of a frontier; and `cue`, how many leading answer tokens such targets give for free
-    (the "[A]" that says: answer now).
+    Graph problems may carry two more fields: `frontiers[k]`, the ids of the nodes that are correct after k + 1 hops,
+    for targets that name one node of a frontier; and `cue`, the number of leading answer tokens that targets other than
+    "chain" put into the prompt (the "[A]" that asks for the answer).
     """
 
     question_ids: list[int]
@@ -65,7 +65,7 @@ def read_examples(path: str | os.PathLike[str]) -> list[Example]:
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[str]:
-    """The questions of such a file, whose records need no more than that."""
+    """The questions of such a file; its records need no other field."""
     questions = []
     for where, record in _records(Path(path)):
         if not isinstance(record, dict) or "question" not in record:
@@ -75,7 +75,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:
-    """(where it stands, decoded JSON) of every record."""
+    """(location, decoded JSON) of every record."""
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; expected a JSON list of records, or one record per line")
@@ -117,9 +117,9 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any, where: str = 
     """Tokenize as the official code does, with any Hugging Face tokenizer.
 
     The question and "\\n" with the tokenizer's special tokens; each step and "\\n" without; "### " and the answer
-    without, then end-of-text. The pieces are tokenized apart, so a tokenizer that merges across them is fine.
-    where: the file the problems are from. ValueError where the tokenizer has no end-of-text token, or none for a word;
-    a warning where it reads words as its unknown token.
+    without, then end-of-text. The pieces are tokenized separately, so a tokenizer that merges across them is fine.
+    where: the file the problems are from. ValueError if the tokenizer has no end-of-text token, or no token for a word;
+    a warning if it maps words to its unknown token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -134,7 +134,7 @@ def tokenize_examples(examples: Sequence[Example], tokenizer: Any, where: str = 
                 answers = _encode(tokenizer, ["### " + example.answer for example in some], special=False)
             except Exception as error:
                 if type(error) is not Exception:
-                    raise  # tokenizers raises the bare class, for a word where no token stands for unknown ones
+                    raise  # tokenizers raises the bare class for an unknown word, if it has no unknown token
                 raise _unreadable(some, tokenizer, start, where) from error
             steps = iter(chains)
             tokenized += [
@@ -166,13 +166,14 @@ def _unreadable(examples: Sequence[Example], tokenizer: Any, start: int, where: 
 def warn_of_unknown(
     tokenizer: Any, read: Iterable[tuple[str, Iterable[Sequence[int]]]], where: str, each: str, start: int
 ) -> None:
-    """A warning where words of a text stand among its token ids as the unknown one: how many do, and the first.
+    """Warns if words of a text became the unknown token: how many did, and the first of them.
 
-    read: (a text, its token ids in pieces), numbered from `start` in the message, as `each` ("record") of `where`.
+    read: pairs of a text and its token ids in pieces; the message numbers them from `start`, as `each` ("record") of
+    `where`.
     """
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        return  # GPT-2 calls its end-of-text so, too, and knows all bytes
+        return  # GPT-2 uses its end-of-text as the unknown token, too, and knows all bytes
     count, first = 0, ""
     for number, (text, pieces) in enumerate(read, start):
         found = sum(ids.count(unknown) for ids in pieces)
@@ -263,7 +264,7 @@ def _checked_text(value: Any, where: str, *, empty: bool = False) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in words, with a glimpse of it."""
+    """The kind of a JSON value, in words, with the start of its text."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     shown = json.dumps(value, ensure_ascii=True)
     name = names.get(type(value), "a number")

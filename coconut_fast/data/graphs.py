@@ -3,8 +3,8 @@
     <eos> s d | s d | ... | s d [Q] a b [R] root     then thoughts, then     [A] target <eos>
 
 The vocabulary has 40 tokens: nodes 0 to 30, the latent markers, "|", [Q], [R], [A], <eos> and <|no-answer|>. Edges and
-the two options are shuffled anew in every epoch. A problem's frontiers (the nodes k hops away) are what a thought may
-be asked for; see `target` in curriculum.py.
+the two options are reshuffled in every epoch. A problem's frontiers (the nodes k hops away) can be the
+training targets; see `target` in curriculum.py.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Graph:
             raise ValueError(f"frontier: found {kind!r}, expected one of {', '.join(FRONTIERS)}")
         return self._frontiers[kind]
 
-    @functools.cached_property  # training asks in every epoch: a quarter of a small model's step before it was kept
+    @functools.cached_property  # used in every epoch; uncached it took a quarter of a small model's step
     def _frontiers(self) -> dict[str, list[list[int]]]:
         hops, back = self.hops(self.root), self.hops(self.target, backwards=True)
         length = hops[self.target]
@@ -117,7 +117,7 @@ class Graph:
 
 
 def graph_of(example: Example, where: str = "the record") -> Graph:
-    """The graph that a ProsQA record carries. ValueError, opened by `where`, if a key is missing or makes no sense."""
+    """The graph of a ProsQA record. ValueError, starting with `where`, if a key is missing or makes no sense."""
     extra = example.extra
     missing = [name for name in ("edges", "root", "target", "neg_target") if name not in extra]
     if missing:
@@ -218,9 +218,10 @@ def layered_trees(
 ) -> list[Graph]:
     """Small problems for a demonstration: two random trees, `depth` layers of `width` nodes below each root.
 
-    Every node has one parent in the layer above; `extra_edges` more edges between neighbouring layers of a tree give it
-    several, so that trees become DAGs and targets have several shortest paths. Layer k is the frontier after k hops.
-    The root is either tree's, the target a node of its last layer, the other option one of the other tree's.
+    Every node has one parent in the layer above; `extra_edges` more edges between neighbouring layers of a tree give
+    nodes more parents, so that trees become DAGs and targets have several shortest paths. Layer k is the frontier after
+    k hops. The root is that of either tree, the target a node in its last layer, the other option one in the other
+    tree's.
     Nodes are numbered at random. 2 + 2 * depth * width nodes, at most 31.
     """
     num_nodes = 2 + 2 * depth * width

@@ -1,17 +1,17 @@
 """ProntoQA problems (arXiv 2210.01240) as Coconut uses them: is a statement about an entity true, by a chain of rules?
 
-A problem of h hops is about concepts c_0 .. c_h, and reads, rules in random order, then the two facts in random order:
+A problem of h hops has concepts c_0 .. c_h. It lists the rules in random order, then the two facts in random order:
 
-    every c_i is a c_(i+1)                      the way to go, i = 0 .. h - 1
-    every c_i is a d_i                          at every hop, one that leads nowhere
+    every c_i is a c_(i+1)                      the chain to follow, i = 0 .. h - 1
+    every c_i is a d_i                          a distractor at every hop, which leads nowhere
     every c_i is P_i, every d_i is Q_i          properties, each perhaps negated
     every x_0 is a x_1, every x_0 is R          another ontology
     every y is (not) P_(h-1)                    a rule with the opposite of the conclusion
     E is a c_0; E is a x_0                      the facts
 
-The conclusion is that E has P_(h-1) (negated or not); the query states it or its opposite. All of 600 problems measured
-from the authors' generator with the official settings (5 hops, fictional ontology, random order, relevant distractors)
-have this form, and the shares below are its.
+The conclusion is that E has P_(h-1) (negated or not); the query states it or its opposite. All 600 problems drawn from
+the authors' generator with the official settings (5 hops, fictional ontology, random order, relevant distractors) have
+this form, and the probabilities below are the generator's.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ PROPERTIES = [
         "windy sunny overcast rainy snowy",
     )
 ]
-# The chance that a property is negated: a third, but the authors' proof stops at a concept the sooner (0.7 : 1) where
-# its property is negated (0.3 : 1 where not), so it is rarer on the way and more common at the end.
+# The probability that a property is negated: a third, but the authors' proof is more likely to stop at a concept whose
+# property is negated (odds 0.7 : 1) than at another (0.3 : 1), so negation is rarer on the way and more common at the
+# end.
 _NEGATED = 1 / 3
 _NEGATED_ON_THE_WAY = (1 / 3 / 1.7) / (1 / 3 / 1.7 + 2 / 3 / 1.3)
 _NEGATED_AT_THE_END = (1 / 3 * 0.7 / 1.7) / (1 / 3 * 0.7 / 1.7 + 2 / 3 * 0.3 / 1.3)

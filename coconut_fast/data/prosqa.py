@@ -11,8 +11,8 @@ is labelled by the roots it descends from (1, 2, both: 3, none: 0). Nodes withou
               2 with .65 * .7, all with the rest; nodes of label 3 weigh 1. The target is a deepest leaf of label 1 or
               2, so the root is node 1 in 63% of the problems; the other option is any leaf of the other label.
 
-Every record has a generator of its own, seeded by (seed, split, number): the first 100 records of 10,000 are the 100 of
-100, and splits are independent.
+Every record has its own generator, seeded by (seed, split, number): the first 100 records of 10,000 equal those of a
+set of 100, and splits are independent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONCEPTS = (  # noqa: SIM905
     "vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
 ).split()
 
-# algorithm -> nodes drawn, hops from root to target allowed (other graphs are drawn again)
+# algorithm -> nodes drawn, allowed hops from root to target (other graphs are redrawn)
 ALGORITHMS = {"calibrated": (28, (3, 6)), "printed": (23, (1, 40))}
 
 _POISSON = list(accumulate(exp(-1.5) * 1.5**k / factorial(k) for k in range(24)))
@@ -58,7 +58,7 @@ class _Pool:
         self.sums.append((self.sums[-1] if self.sums else 0.0) + weight)
 
     def draw(self, count: int, rng: random.Random) -> list[int]:
-        """`count` different nodes, or all there are; drawing again what was drawn is drawing without replacement."""
+        """`count` different nodes, or all there are; redrawing duplicates equals drawing without replacement."""
         count = min(count, len(self.nodes))
         drawn: list[int] = []
         while len(drawn) < count:

@@ -3,9 +3,9 @@
 Both are Hugging Face fast tokenizers: `save_pretrained` writes them, `AutoTokenizer` reads them. They know the latent
 markers, and a pause token where the vocabulary is built from data.
 
-A word is one token, wherever it stands: the space before it belongs to it, and the start of a text or line counts as
-one ("Tom" opening a step is the "Tom" of the question). Digits are single, punctuation is single, "<<", ">>" and "###"
-are whole, a newline is a token. So decoding gives back the text to the letter, where every word is known.
+A word is the same token wherever it stands: it includes the space before it, and the start of a text or line counts as
+a space ("Tom" opening a step is the "Tom" of the question). Digits and punctuation marks are one token each; "<<", ">>"
+and "###" are whole, and a newline is a token. So decoding restores the text exactly, if every word is known.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def word_tokenizer(examples: Iterable[Example]) -> PreTrainedTokenizerFast:
 
 
 def symbolic_tokenizer() -> PreTrainedTokenizerFast:
-    """The 40 symbols of graph problems, separated by spaces; a text with any other is an error of the tokenizer."""
+    """The 40 symbols of graph problems, separated by spaces; the tokenizer raises an error for any other."""
     ids = {token: number for number, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="none"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

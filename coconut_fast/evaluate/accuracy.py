@@ -22,10 +22,10 @@ def evaluate(
     weights: str | None = None,
     where: str = "the data",
 ) -> Evaluation:
-    """Accuracy of a model on problems, greedily.
+    """Accuracy of a model on problems, by greedy decoding.
 
     num_thoughts: for every question; None: as the checkpoint was trained (coconut.json). It is never derived from
-    anything else, so ValueError where a model that thinks does not say. method: how prompts are made, where the
+    anything else: ValueError if a thinking model's checkpoint does not say. method: how prompts are made, where the
     checkpoint does not know (a plain Hugging Face model evaluated as "cot", say). weights: see `generate`.
     where: the file the problems are from, for errors.
     """
@@ -45,7 +45,7 @@ def evaluate(
 def trained_curriculum(
     model: Coconut, method: str | None = None, num_thoughts: int | None = None
 ) -> tuple[CurriculumConfig, int]:
-    """The curriculum and the stage a checkpoint was trained with; ValueError where nobody says how many thoughts."""
+    """The curriculum and the stage a checkpoint was trained with; ValueError if the number of thoughts is unknown."""
     saved = model.settings
     if method is not None and method not in METHODS:
         raise ValueError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")

@@ -14,7 +14,7 @@ from coconut_fast.train.problems import read_file, tokenize
 
 
 def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
-    """The model that training would start from, greedily. ValueError for settings or data that make no sense."""
+    """Evaluates the model that training would start from, greedily. ValueError for invalid settings or data."""
     _, limit = settings.limits()
     examples = read_file(settings.val_path, "val_path", limit)
     train = read_file(settings.train_path, "train_path") if settings.tokenizer == "words" else []
@@ -34,10 +34,10 @@ def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
 
 
 def thoughts_of_recipe(settings: CoconutArguments, model: Coconut) -> tuple[int, CurriculumConfig, int | None]:
-    """(stage, curriculum, thoughts where they are said explicitly).
+    """(stage, curriculum, number of thoughts if given explicitly).
 
-    The checkpoint says, or num_thoughts does. An official checkpoint does not; then all stages' thoughts are used where
-    `resume` agrees with that, and ValueError where the official code would silently take another number from it.
+    The checkpoint says, or num_thoughts does. Official checkpoints do not; then all stages' thoughts are used if
+    `resume` agrees, with a ValueError where the official code would silently take another number from it.
     """
     if model.settings.curriculum is not None and model.settings.stage is not None:
         return model.settings.stage, saved_curriculum(model.settings.curriculum), settings.num_thoughts

@@ -1,8 +1,8 @@
 """Capturing launches as a CUDA graph: the stream for it, and one capture at a time.
 
-Within a capture nothing may be compiled, loaded or allocated but from the graph's own pool, and nothing may wait for
-the device. So whoever captures runs the same launches once before, on the same stream: kernels are then compiled and
-loaded, and cuBLAS has its workspace, of which it keeps one a stream.
+During a capture nothing may be compiled or loaded, memory may come only from the graph's own pool, and nothing may
+synchronise with the device. So callers run the same launches once before, on the same stream: kernels are then compiled
+and loaded, and cuBLAS has its workspace, of which it keeps one per stream.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from contextlib import contextmanager
 
 import torch
 
-# One warm-up or capture at a time, for all threads; what other threads do meanwhile does not end a capture.
+# One warm-up or capture at a time across threads; other work of other threads does not invalidate a capture.
 _capturing = threading.Lock()
 
 
 @contextmanager
 def capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-    """Within the block work goes to a stream of the device that can be captured; elsewhere than on a GPU, None.
+    """Work in the block goes to a side stream that can be captured; yields None where the device is not a GPU.
 
-    The device's own: torch's default stream for captures belongs to the device that captured first, and launches of
-    another one would run instead of being captured. The block may leave a capture that failed behind: the stream that
-    was current before is current again all the same.
+    Each device has its own: torch's default stream for captures belongs to the device that captured first, and launches
+    on another device would run instead of being captured. After the block the previous stream is current again, even if
+    a capture in it failed.
     """
     with _capturing:
         if device.type != "cuda":
@@ -45,7 +45,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture_graph(launches: Callable[[], None], stream: torch.cuda.Stream, pool: object) -> Callable[[], None]:
-    """What replays the launches. RuntimeError where they cannot be captured."""
+    """Captures the launches -> a callable that replays them. RuntimeError where they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         launches()

@@ -1,10 +1,10 @@
 """The graph runner: the chain of thoughts as one CUDA graph, and decoding as graphed steps.
 
 The host fills `StaticPrompts` or a `StaticBatch` (infer/passes.py), reserves pages for what the passes will append,
-replays, and goes on without waiting: what one graph leaves on the device the next one takes. It looks at the results
-once, behind the last replay: end-of-text is found on the device, and a row that met it stands still until then.
-`choose_passes` says what a pass is made of. First use of a shape captures, later uses replay, in later `generate` calls
-too (infer/runner_cache.py).
+replays, and continues without waiting: each graph uses what the one before left on the device. It synchronises once, to
+read the results after the last replay: end-of-text is detected on the device, and a row that reached it stays inactive
+until then. `choose_passes` decides how passes are implemented. A shape is captured on first use and replayed from then
+on, in later `generate` calls too (infer/runner_cache.py).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from coconut_fast.infer.stats import copy_bandwidth
 from coconut_fast.model.cache import PAGE_SIZE, KVCache
 from coconut_fast.model.coconut import Coconut
 
-LONGEST_CHAIN = 16  # passes of one graph; a longer chain replays it
+LONGEST_CHAIN = 16  # most passes in one graph; a longer chain takes several replays
 
 
 def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
-    """What the passes of this model are made of: the one place that decides it."""
+    """The implementation of this model's passes; nothing else decides it."""
     reason = fused.reason_not(model)
     if reason is not None:
         return HuggingFacePasses(model, cache, sampling, reason)
@@ -47,11 +47,11 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
 
 
 def prompt_sizes(tokens: int, rows: int, longest: int) -> tuple[int, int, int]:
-    """Sizes of StaticPrompts to hold so many: up to twice the tokens (beyond 1,024 up to 1.5 times), up to four
+    """Sizes of the StaticPrompts for these numbers: up to twice the tokens (beyond 1,024 up to 1.5 times), up to four
     times the rows.
 
-    The longest row sizes the grid of attention, where a program without a query costs little but is not free; of few
-    tokens it is 256 at least.
+    The longest row sets the grid of attention, where a program without a query costs little but is not free; it is at
+    least 256, or all the tokens where they are fewer.
     """
     size = 16
     while size < tokens:
@@ -60,7 +60,7 @@ def prompt_sizes(tokens: int, rows: int, longest: int) -> tuple[int, int, int]:
 
 
 class GraphRunner(EagerRunner):
-    """Prompts, thoughts and tokens by replay. Keeps no model alive: it may outlive a call.
+    """Prefills, thinks and decodes by replay. Does not keep the model alive, since it may outlive a call.
 
     captures: how often something was captured.
     """
@@ -79,7 +79,7 @@ class GraphRunner(EagerRunner):
         self.passes = choose_passes(model, self.cache, sampling)
         self.reason = self.passes.reason
         if isinstance(self.passes, HuggingFacePasses) and fused.reason_not(model) is None:
-            self.fallback_reason = self.reason  # there was no memory for better ones
+            self.fallback_reason = self.reason  # no memory for the fused passes
         if isinstance(self.passes, fused.FusedPasses):
             self.bytes_per_pass = self.passes.bytes_per_pass
             self.measure_bandwidth = partial(copy_bandwidth, model.device)
@@ -88,9 +88,9 @@ class GraphRunner(EagerRunner):
         self.graphs: dict[tuple[object, str, tuple[int, ...]], Callable[[], None]] = {}
         # Answers whose first token is still to be chosen, and their last hidden states.
         self.awaiting_first: tuple[torch.Tensor, Sequence[ActiveAnswer]] | None = None
-        self.resident: list[ActiveAnswer] = []  # in the static batch since the last decode, if nothing came between
+        self.resident: list[ActiveAnswer] = []  # in the static batch since the last decode, if nothing else used it
         self.captures = 0
-        # Elsewhere there is nothing to capture, and prompts lie as they are.
+        # On other devices there is nothing to capture, and prompts are not padded to buckets.
         self.bucketed = model.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.bucketed else None
 
@@ -105,7 +105,7 @@ class GraphRunner(EagerRunner):
         self._model = weakref.ref(model)
 
     def refresh(self) -> None:
-        """Takes up weights that were written in place since the last call, by replay: it is a launch a matrix."""
+        """Picks up weights written in place since the last call; a replay, since it takes up to a launch per matrix."""
         key = ((), "refresh", ())
         if not isinstance(self.passes, fused.FusedPasses):
             return
@@ -120,7 +120,7 @@ class GraphRunner(EagerRunner):
     def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
-        """As EagerRunner's, in at least fp32; a single token after the thoughts, as prompts usually end, replays."""
+        """As EagerRunner's, in at least fp32; one token after the thoughts, the usual end of a prompt, is a `feed`."""
         if len(rows) > BUCKETS[-1]:
             parts = [slice(start, start + BUCKETS[-1]) for start in range(0, len(rows), BUCKETS[-1])]
             return torch.cat(
@@ -144,7 +144,7 @@ class GraphRunner(EagerRunner):
     def _prefill(
         self, batch: StaticBatch, into: Sequence[int], rows: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> None:
-        """`tokens[i]` at the end of `rows[i]`, and its last hidden state to row `into[i]` of the batch."""
+        """Prefills `tokens[i]` at the end of `rows[i]`; the last hidden state goes to row `into[i]` of the batch."""
         start = 0
         while start < len(rows):
             stop, total = start + 1, len(tokens[start])
@@ -173,10 +173,10 @@ class GraphRunner(EagerRunner):
         tails: Sequence[tuple[int, ...]],
         thoughts: list[list[torch.Tensor]] | None,
     ) -> None:
-        """Each row's `counts` thoughts, then its token in `tails`, if it has one; states are the batch's."""
+        """Thinks each row's `counts` thoughts, then feeds its token in `tails`, if any; states stay in the batch."""
         batch.fill(rows, self._lengths(rows), counts, [tail[0] if tail else None for tail in tails])
         self.cache.reserve(rows, [count + len(tail) for count, tail in zip(counts, tails, strict=True)])
-        longest = LONGEST_CHAIN if thoughts is None else 1  # whoever wants the thoughts has them one by one
+        longest = LONGEST_CHAIN if thoughts is None else 1  # thoughts to keep are copied before each pass
         done = 0
         with self.clock("think", passes=max(counts)):
             while done < max(counts):
@@ -192,12 +192,12 @@ class GraphRunner(EagerRunner):
                 self.replay(batch, "feed")
 
     def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
-        """The answers' first tokens are chosen by the `decode` that follows, in which they come last."""
+        """Leaves the first tokens to the next `decode`, to which these answers must be passed last."""
         self.awaiting_first = hidden_BD, answers
 
     @torch.inference_mode()
     def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
-        """As EagerRunner.decode, with one look at the device behind `steps` replays; first tokens are written too."""
+        """As EagerRunner.decode, with one host sync after `steps` replays; also chooses first tokens that are due."""
         assert steps <= DECODE_STEPS, f"{steps} tokens between two looks, the static batch holds {DECODE_STEPS}"
         eos = self.model.tokens.eos
         hidden_BD, fresh = self.awaiting_first or (None, ())
@@ -211,7 +211,7 @@ class GraphRunner(EagerRunner):
             self._decode(writing[part], steps, states_BD if states_BD is not None and len(states_BD) else None)
 
     def batch_for(self, rows: int) -> StaticBatch:
-        """The static batch of the smallest bucket that holds so many rows."""
+        """The static batch of the smallest bucket that holds this many rows."""
         size = next(b for b in BUCKETS if b >= rows)
         if size not in self.batches:
             dim = self.model.hf.get_input_embeddings().weight.shape[1]
@@ -220,7 +220,7 @@ class GraphRunner(EagerRunner):
         return self.batches[size]
 
     def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
-        """The static prompts of the smallest buckets that hold so many."""
+        """The static prompts of the smallest buckets that hold these numbers."""
         size = prompt_sizes(tokens, rows, longest)
         if size not in self.prompts:
             self.prompts[size] = self._static_prompts(size)
@@ -232,22 +232,22 @@ class GraphRunner(EagerRunner):
         return StaticPrompts(size, dim, dtype, self.cache.device)
 
     def replay(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
-        """`count` passes of a kind, by their graph, which first use captures."""
+        """Runs `count` passes of a kind by replaying their graph, which is captured on first use."""
         key = (batch.size, kind, count)
         if key not in self.graphs:
             with batch.at_rest(), capture_stream(self.cache.device) as stream:
-                self._run(batch, kind, *count)  # without an active row: compiles kernels and changes nothing else
+                self._run(batch, kind, *count)  # no active row: compiles kernels and changes nothing else
                 self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
             self.captures += 1
         self.graphs[key]()
 
     def _decode(self, answers: list[ActiveAnswer], steps: int, states_BD: torch.Tensor | None) -> None:
-        """states_BD: of the last answers, which have no token yet."""
+        """states_BD: the last hidden states of the last answers, those without a token yet."""
         fresh = 0 if states_BD is None else len(states_BD)
         old = len(answers) - fresh
         begun = int(fresh > 0)
         rows, batch = [a.row for a in answers], self.batch_for(len(answers))
-        left = [a.limit - len(a.tokens) - (i >= old) for i, a in enumerate(answers)]  # behind the first token
+        left = [a.limit - len(a.tokens) - (i >= old) for i, a in enumerate(answers)]  # after the first token
         counts = [min(steps, n) for n in left]
         if fresh or list(map(id, answers)) != list(map(id, self.resident)):
             last = [a.tokens[-1] if a.tokens else 0 for a in answers]
@@ -255,7 +255,7 @@ class GraphRunner(EagerRunner):
             if states_BD is not None:
                 batch.hidden[old : len(answers)] = states_BD
         else:
-            batch.step.zero_()  # all else is on the device as the last look found it
+            batch.step.zero_()  # all else is still on the device from the last call
         if self.sampling.temperature:
             written = [len(a.tokens) - (begun and a.tokens != []) for a in answers]
             numbers = torch.from_numpy(uniform([a.seed for a in answers], written, steps + begun))
@@ -276,11 +276,11 @@ class GraphRunner(EagerRunner):
         return [int(lengths[r]) for r in rows]
 
     def _run(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
-        """Runs the passes launch by launch.
+        """Runs the passes without a graph.
 
-        Fused kernels that fail here give way to Hugging Face's body, and stats say so; want of memory is the caller's.
+        If fused kernels fail, falls back to Hugging Face's body, and stats say so; out-of-memory errors are raised.
         """
-        before = batch.staged.block.clone()  # a pass that fails has moved positions
+        before = batch.staged.block.clone()  # a pass that fails may have advanced positions
         try:
             getattr(self.passes, kind)(batch, *count)
             return
@@ -297,7 +297,7 @@ class GraphRunner(EagerRunner):
         self._run(batch, kind, *count)
 
     def _capture(self, passes: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
-        """What replays the passes; they themselves, run launch by launch, where they cannot be captured."""
+        """A callable that replays the passes, or `passes` itself, which runs eagerly, where they cannot be captured."""
         if stream is None:
             return passes
         try:

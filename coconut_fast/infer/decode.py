@@ -1,4 +1,4 @@
-"""Decode: answer tokens, one ragged pass each, the LM head only where a token is wanted."""
+"""Decode: answer tokens, one ragged pass each; the LM head runs only where a token is wanted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from coconut_fast.infer.sampling import Sampling, sample
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
-DECODE_STEPS = 8  # tokens between two looks at who has finished and who waits: what a static batch has room for
+DECODE_STEPS = 8  # decode steps between two scheduler checks (finished answers, waiting prompts)
 
 
 @dataclass
 class ActiveAnswer:
-    """An answer being written: its cache row, its seed, and its tokens so far (end-of-text included once it came)."""
+    """An answer being written: its cache row, its seed, and its tokens so far, with end-of-text if generated."""
 
     row: int
     seed: int
@@ -25,12 +25,12 @@ class ActiveAnswer:
     tokens: list[int]
 
     def done(self, eos_id: int | None) -> bool:
-        """Whether nothing more is to be written."""
+        """Whether the answer is complete."""
         return len(self.tokens) >= self.limit or bool(self.tokens and self.tokens[-1] == eos_id)
 
 
 def token_passes(answers: Sequence[ActiveAnswer], before: Sequence[int]) -> int:
-    """Token passes that took answers on from so many tokens: one writes at most one token of each."""
+    """Token passes since the answers had `before` tokens: a pass adds at most one token to each."""
     return max((len(a.tokens) - n for a, n in zip(answers, before, strict=True)), default=0)
 
 

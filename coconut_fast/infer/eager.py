@@ -19,14 +19,14 @@ from coconut_fast.model.parallel import refine
 
 
 class EagerRunner:
-    """Reads prompts and writes answers over one cache. The engine (infer/engine.py) decides who runs when."""
+    """Prefills prompts and decodes answers over one cache. The engine (infer/engine.py) schedules them."""
 
     name = "eager"
     bytes_per_pass: tuple[int, int] | None = None  # weights read by a latent pass, by a token pass; None: not known
-    measure_bandwidth: Callable[[], float] | None = None  # bytes a second that a pass could read at most
-    max_prefill_tokens: int | None = PREFILL_TOKENS  # prompt tokens of a call; None: the runner splits them itself
-    reason = ""  # what there is to say of the passes beyond who runs them
-    fallback_reason = ""  # why the passes did not run as they were meant to, if so
+    measure_bandwidth: Callable[[], float] | None = None  # the most bytes a second that a pass could read
+    max_prefill_tokens: int | None = PREFILL_TOKENS  # prompt tokens per call; None: the runner splits them itself
+    reason = ""  # what to report about the passes besides the choice of runner
+    fallback_reason = ""  # why the passes did not run as intended, if they did not
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         self.model = model
@@ -41,7 +41,7 @@ class EagerRunner:
     ) -> torch.Tensor:
         """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D).
 
-        The last thought of a piece is fed in the same pass as the tokens behind it, so k thoughts cost k passes.
+        The last thought of a piece is fed in the same pass as the tokens after it, so k thoughts cost k passes.
         """
         last_BD = None
         for r in range(max(len(p.pieces) for p in prompts)):
@@ -64,19 +64,19 @@ class EagerRunner:
         return last_BD
 
     def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
-        """The first token of each answer, from its prompt's last hidden state."""
+        """Chooses the first token of each answer from its prompt's last hidden state."""
         with self.clock("decode", passes=0):
             choose(self.model, hidden_BD, answers, self.sampling)
 
     def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
-        """Up to `steps` more tokens of each answer."""
+        """Decodes up to `steps` more tokens of each answer."""
         before = [len(a.tokens) for a in answers]
         with self.clock("decode", passes=0):
             decode(self.model, self.cache, answers, steps, self.sampling, self.model.tokens.eos)
         self.clock.passes["decode"] += token_passes(answers, before)
 
     def release(self) -> None:
-        """The engine's call is over and its rows are free; runner_cache.py keeps some runners for the next call."""
+        """Called when all rows are free at the end of a call; runner_cache.py keeps some runners for the next call."""
 
 
 class ParallelRunner(EagerRunner):
@@ -88,7 +88,7 @@ class ParallelRunner(EagerRunner):
     def prefill_and_think(
         self, rows: Sequence[int], prompts: Sequence[Prompt], thoughts: list[list[torch.Tensor]] | None
     ) -> torch.Tensor:
-        """As EagerRunner.prefill_and_think; thoughts are the states in front of them after the last round."""
+        """As EagerRunner.prefill_and_think; a thought is the state at the position before it after the last round."""
         thought = self.model.tokens.thought
         batch = collate([p.ids for p in prompts], thought).to(self.model.device)
         with self.clock("think", passes=self.model.settings.parallel_rounds or 0):

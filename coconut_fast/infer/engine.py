@@ -1,4 +1,4 @@
-"""generate(): prompts in, answers out. One running batch; rows that finish make room for prompts that wait."""
+"""generate(): continuous batching. One running batch; finished rows make room for waiting prompts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ WEIGHTS = ("fp32", "bf16", "int8")
 
 @dataclass
 class GenerateOutput:
-    """One entry per answer; with num_samples = n the n answers to a prompt stand side by side.
+    """One entry per answer; with num_samples = n the n answers to a prompt are adjacent.
 
-    An answer that was not finished when the user interrupted is None (`stats.interrupted` says so).
+    An answer that was unfinished when the user interrupted is None (`stats.interrupted` says so).
     """
 
     texts: list[str | None]  # without special tokens; None for models without a tokenizer
@@ -41,7 +41,7 @@ class GenerateOutput:
     # (k, D) each: the hidden states fed back, one tensor for all samples of a prompt; None unless asked for.
     thoughts: list[torch.Tensor | None] | None = field(repr=False)
     stats: GenerateStats = field(repr=False)
-    # As the model read it, with its thoughts, markers and what else belongs to a question: the answer's tokens follow.
+    # As the model read it, with thoughts, markers and anything else that frames a question: the answer's tokens follow.
     prompt_ids: list[list[int]] = field(repr=False)
 
 
@@ -63,23 +63,22 @@ def generate(
     """Answers to prompts, each after its thoughts (arXiv 2412.06769, section 3, "Inference").
 
     model: a Coconut model, or what `coconut_fast.load` takes. prompts: a string, strings, or lists of token ids.
-    num_thoughts: for all, one per prompt, or None: then the `<|latent|>` tokens of the prompt count, and a string
-    without any is asked as the checkpoint was trained, with its thoughts or pauses; of one that does not say how (an
-    official one) it gets none, with a warning. max_new_tokens: the longest answer, for all or one per prompt.
-    temperature 0 is greedy; otherwise every answer has its own random numbers, made from `seed` and its prompt, so it
-    does not depend on the batch or the order of prompts. num_samples: answers per prompt, from one reading of it and
-    one chain of thoughts; a feedback that draws noise needs the prompt several times instead, and `torch.manual_seed`.
-    return_thoughts: the hidden states that were fed back come along. batch_size: rows at a time. weights: "fp32",
-    "bf16" or "int8", what the native chain on a CPU reads; None: the model's own type. int8 (a scale per output) takes
-    half the time of bf16 for one row, no less from 32 on, and changes answers: measure it with
-    `coconut-fast eval --weights int8`.
+    num_thoughts: for all, one per prompt, or None: the prompt's own `<|latent|>` tokens; a string without any gets the
+    thoughts or pauses its checkpoint was trained with, or none, with a warning, if the checkpoint does not say
+    (official ones). max_new_tokens: the longest answer, for all or one per prompt. temperature 0 is greedy; otherwise
+    every answer has its own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the
+    order of prompts. num_samples: answers per prompt, from one prefill and one chain of thoughts; with a feedback that
+    draws noise pass the prompt several times instead, and call `torch.manual_seed`. return_thoughts: also return the
+    hidden states that were fed back. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", the format of the
+    native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per output) takes half the time of bf16
+    for one row, no less time from 32 rows on, and changes answers: measure it with `coconut-fast eval --weights int8`.
 
-    Any token may be written, `<|latent|>` too, as by the official code; to a later forward it would be a thought.
-    Weights changed between calls are seen, except on the CPU where they were written through `.data`: there
-    `model.load_state_dict(model.state_dict())` afterwards makes the change known.
+    Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
+    Weight changes between calls are seen, except writes through `.data` on the CPU; after those call
+    `model.load_state_dict(model.state_dict())`.
 
     Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
-    id, and for arguments out of range. Ctrl-C returns what is finished.
+    id, and for arguments out of range. Ctrl-C returns the answers finished so far.
     """
     num_samples, top_k = whole("num_samples", num_samples, 1), whole("top_k", top_k, 0)
     batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
@@ -100,7 +99,7 @@ def generate(
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu")) if temperature else 0
-    # Below 1e-30 nothing but the likeliest token has a chance, and 1 / temperature no place in fp32.
+    # Below 1e-30 only the likeliest token can be drawn, and 1 / temperature may overflow fp32.
     sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
     engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts)
     in_training = [module for module in modules_of(model) if module.training]
@@ -117,13 +116,14 @@ def generate(
 
 
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
-    """Who runs the passes of this model on this device, and why."""
+    """The runner for this model and device, and why."""
     rounds = model.settings.parallel_rounds
     if rounds is not None:
         return ParallelRunner, f"all thoughts are refined together in {rounds} rounds, as in training"
     if model.device.type == "cuda":
         hook = runner_cache.hooked(model)
         if hook is None:
+            # a GraphRunner (infer/cuda_graphs.py): the one left by the model's last call where it still fits
             return runner_cache.acquire, "chains of thoughts and tokens replay as CUDA graphs"
         return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
     reason = reason_not(model)
@@ -164,7 +164,7 @@ class Engine:
             machine.check(model, num_slots, batch_size, held=runner_cache.held_bytes(model))
         runner, reason = choose_runner(model)
         if runner is not runner_cache.acquire:
-            runner_cache.drop(model)  # it has left the GPU, or may not use what the last call left there
+            runner_cache.drop(model)  # the model has left the GPU, or may not use its kept runner
         if weights is not None:
             if runner is not NativeRunner:
                 raise ValueError(f"weights: found {weights!r}, but only the native chain packs weights; {reason}")
@@ -177,7 +177,7 @@ class Engine:
             self.stats.measure_bandwidth = self.runner.measure_bandwidth
 
     def run(self) -> None:
-        """Reads prompts while there is room, writes answers, until all are finished."""
+        """Prefills prompts while there is room and decodes answers until all are finished."""
         waiting = deque(range(len(self.prompts)))
         active: dict[int, ActiveAnswer] = {}  # answer number -> answer
         with tqdm(total=len(self.prompts) * self.num_samples, desc="generate", unit="answer", delay=2) as bar:
@@ -194,10 +194,10 @@ class Engine:
         self.runner.release()
 
     def _next(self, waiting: deque[int], room: int) -> list[int]:
-        """The prompts to read now: as many as there is room for, and as one forward takes.
+        """The prompts to prefill now: as many as there is room for and as one forward takes.
 
-        Where passes cost the same for few rows and many, a group waits until a quarter of the batch is free: its
-        thoughts hold up everybody.
+        For graphs, whose passes cost the same for few rows and many, a group waits until a quarter of the batch is
+        free: running rows pause while it thinks.
         """
         group: list[int] = []
         tokens, most = 0, self.runner.max_prefill_tokens
@@ -210,7 +210,7 @@ class Engine:
         return group
 
     def _read(self, group: list[int]) -> dict[int, ActiveAnswer]:
-        """Prompts -> the first token of each of their answers."""
+        """Prefills and thinks a group of prompts -> one new answer per sample, by answer number."""
         prompts = [self.prompts[i] for i in group]
         kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
         rows = self.runner.cache.alloc(len(group))
@@ -237,7 +237,7 @@ class Engine:
         self.finished[number] = tokens
 
     def output(self) -> GenerateOutput:
-        """What is finished, in the order of the prompts."""
+        """The finished answers, in the order of the prompts."""
         self.stats.take(self.runner.clock)
         if self.runner.fallback_reason:
             self.stats.reason = self.runner.fallback_reason
@@ -256,7 +256,7 @@ class Engine:
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:
-    """A seed per answer, from the seed, the prompt and how often it came before: not from where it stands."""
+    """A seed per answer, from `seed`, the prompt and how often it occurred before, but not from its position."""
     seen: Counter[tuple[int, ...]] = Counter()
     seeds = []
     for prompt in prompts:

@@ -1,28 +1,28 @@
 """Passes of GPT-2 and the Llama family from fused kernels, five launches a layer, for graphs to replay.
 
     latent_feedback     ends the pass before and starts this one: final norm, feedback, position, lengths
-    a layer, five times:
+    each layer, five launches:
       skinny_linear     norm, q, k and v
       decode_attention  QK-norm, rotation, append to the cache, attention
       skinny_linear     output product, residual
       skinny_linear     norm, up (and gate) product, activation
       skinny_linear     down product, residual
-    lm_head_sample, accept_tokens      behind a token pass: next tokens, end-of-text
+    lm_head_sample, accept_tokens      after a token pass: next tokens, end-of-text
 
-A latent pass of GPT-2 is so 61 launches, where Hugging Face's body takes several hundred. The residual stream is fp32
-from one thought to the next. Above 8 rows norms are launches of their own, in front of qkv and up, and products of
-large matrices go to the library, with their activation a launch too.
+A latent pass of GPT-2 is thus 61 launches, where Hugging Face's body takes several hundred. The residual stream is fp32
+from one thought to the next. Above 8 rows norms are separate launches, before qkv and up, and products of large
+matrices go to cuBLAS, with their activation as another launch.
 
-On sm_90 the kernels of a pass overlap (kernels/common.py, `overlaps`): each begins while the one before still runs, and
-has weights, keys and values under way when its input comes. What makes that right: latent_feedback, the first of a
-pass, reads nothing and lets nobody begin before all in front of it has ended. So whatever was done before the pass
-(`refresh`, copies of the host's, earlier passes' keys) is there for all its kernels, and within it nobody writes
-weights. Places, which latent_feedback writes, are read ahead by decode_attention alone; the product in front of that
-one lets it begin only when latent_feedback has ended (`early` is for the others).
+On sm_90 the kernels of a pass overlap by programmatic dependent launch (PDL; kernels/common.py, `overlaps`): each
+starts while its predecessor runs and prefetches weights, keys and values before it waits for its input. Why this is
+safe: latent_feedback, the first kernel of a pass, prefetches nothing and releases the next kernel only after its own
+wait, when everything before the pass has finished. So all kernels of the pass may prefetch what was written before it
+(`refresh`, host copies, earlier keys), and none writes weights. Only decode_attention prefetches anything that
+latent_feedback writes; the qkv product before it therefore does not release it `early`.
 
-The description of the weights is the CPU chain's (model/plan.py). Kernels want rows (out, in), contiguous: GPT-2's
-transposed matrices and Llama's merged ones are copies, written again in place before every call, so that captured
-graphs stay valid and see the weights of today. Under autocast all matrices are copies in its dtype.
+The weights are described as for the CPU chain (model/plan.py). Kernels need contiguous (out, in) rows: GPT-2's
+transposed matrices and Llama's merged ones are copies, rewritten in place before every call, so that captured graphs
+stay valid and see the current weights. Under autocast all matrices are copies in its dtype.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import Identity, Projection, Rescale
 from coconut_fast.model.plan import LayerPlan, ModelPlan, describe
 
-SKINNY_ROWS = 8  # of passes whose norms are skinny_linear's too
-OWN_ROWS, OWN_BYTES = 64, 2**24  # of a product that skinny_linear computes; the library has the others
+SKINNY_ROWS = 8  # rows up to which skinny_linear computes the norms too
+OWN_ROWS, OWN_BYTES = 64, 2**24  # rows and weight bytes up to which skinny_linear beats cuBLAS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (activation of the plan, gated) -> of the kernels
+# (the plan's activation, gated) -> the kernels' activation
 ACTIVATIONS = {("gelu_tanh", False): "gelu_tanh", ("gelu", False): "gelu", ("silu", True): "swiglu"}
 
 
 def reason_not(model: Coconut) -> str | None:
-    """Why this model has no fused passes; None where it has."""
+    """Why this model has no fused passes; None where it has them."""
     plan = describe(model.hf)
     if isinstance(plan, str):
         return plan
@@ -67,7 +67,7 @@ def reason_not(model: Coconut) -> str | None:
 
 
 class FusedPasses:
-    """Passes over a StaticBatch and a cache; infer/passes.py says what each does. ValueError where `reason_not`."""
+    """Passes over a StaticBatch and a cache; infer/passes.py describes each. ValueError where `reason_not` has one."""
 
     graphed_tokens = PREFILL_TOKENS
 
@@ -76,7 +76,7 @@ class FusedPasses:
         plan = describe(model.hf)
         if reason or not isinstance(plan, ModelPlan):
             raise ValueError(f"model: has no fused passes: {reason}")
-        self._model = weakref.ref(model)  # whoever keeps the passes does not keep the model
+        self._model = weakref.ref(model)  # keeping the passes does not keep the model alive
         self.plan, self.cache, self.sampling, self.dtype = plan, cache, sampling, compute_dtype(model)
         self.reason = f"passes are fused kernels, five launches a layer (seven or eight above {SKINNY_ROWS} rows)"
         self.activation = ACTIVATIONS[plan.activation, plan.gated]
@@ -86,13 +86,13 @@ class FusedPasses:
         self.limit = cache.page_table.shape[1] * cache.page_size
         self.cos, self.sin = rotations(plan, self.limit)
         like = torch.empty(0, plan.kv_heads, plan.head_dim, dtype=self.dtype, device=cache.device)
-        for index in range(plan.layers):  # memory for the cache first: there are passes without packed weights
+        for index in range(plan.layers):  # the cache first: without memory for packed weights other passes run
             cache.storage(index, like, like)
         self.layers = [_packed(plan.layer(i), self.dtype) for i in range(plan.layers)]
         self.head = plan.head.detach().to(self.dtype)
         body = sum(t.nbytes for layer in self.layers for t in layer.named().values())
         self.bytes_per_pass = (body, body + self.head.nbytes)  # weights read by a latent pass, by a token pass
-        # decode_attention counts with it and leaves it zero; graphs of one runner replay one after the other
+        # decode_attention counts in it and resets it to zero; graphs of one runner never run concurrently
         self.counters = torch.zeros(BUCKETS[-1] * plan.heads, dtype=torch.int32, device=cache.device)
 
     @torch.inference_mode()
@@ -154,7 +154,7 @@ class FusedPasses:
         self._choose(batch, hidden_BD)
 
     def _choose(self, batch: StaticBatch, hidden_BD: torch.Tensor) -> None:
-        """The tokens that follow these states, in the rows with `attended`."""
+        """Chooses the tokens that follow these states, in rows with `attended` above 0."""
         plan, sampling = self.plan, self.sampling
         numbers_B = None if sampling.temperature == 0 else batch.numbers.index_select(1, batch.step)[:, 0]
         ids_B = ops.lm_head_sample(
@@ -179,8 +179,8 @@ class FusedPasses:
         remaining: torch.Tensor | None = None,
         **norm: Any,
     ) -> None:
-        """source[last], through a norm if one is given, becomes the next input of active rows. With `thought`, source
-        is what the layers left: the norm is the final one, and the rows that were in that pass keep the result there.
+        """Makes source[last], normed if a norm is given, the next input of active rows. With `thought`, source is the
+        output of the layers and the norm the final one; its result goes to `thought` in rows that were in that pass.
         """
         plan = self.plan
         if thought is not None:
@@ -200,16 +200,16 @@ class FusedPasses:
         )
 
     def _end_pass(self, batch: StaticBatch, stream_BD: torch.Tensor) -> None:
-        """The final norm of the rows that were in this pass, and no next pass."""
+        """Applies the final norm to the rows that were in this pass, without starting another."""
         self._begin_pass(batch, stream_BD, batch.index, thought=batch.hidden, remaining=batch.none)
 
     def _layers(self, batch: StaticBatch) -> torch.Tensor:
-        """The residual stream behind all layers, (B, D) fp32; rows with attended 0 hold what nobody reads."""
+        """The residual stream after all layers, (B, D) fp32; rows with attended 0 are meaningless."""
         return self._skinny_layers(batch) if batch.size <= SKINNY_ROWS else self._wide_layers(batch)
 
     def _skinny_layers(self, batch: StaticBatch) -> torch.Tensor:
         plan, x_BD = self.plan, batch.stream
-        ahead = {"overlap": True, "early": True}  # the kernel behind reads ahead nothing but weights
+        ahead = {"overlap": True, "early": True}  # the next kernel prefetches only weights
         for index, w in enumerate(self.layers):
             norm1 = {"norm": plan.norm, "norm_weight": w.norm1, "norm_bias": w.norm1_bias, "eps": plan.eps}
             norm2 = {"norm": plan.norm, "norm_weight": w.norm2, "norm_bias": w.norm2_bias, "eps": plan.eps}
@@ -223,7 +223,7 @@ class FusedPasses:
     def _wide_layers(self, batch: StaticBatch) -> torch.Tensor:
         plan, x_BD = self.plan, batch.stream
         kind = {"kind": plan.norm, "eps": plan.eps}
-        delta_BD, bias_D = None, None  # what the layer before adds to the stream
+        delta_BD, bias_D = None, None  # what the previous layer adds to the stream
         for index, w in enumerate(self.layers):
             norm1 = {"norm_bias": w.norm1_bias, **kind}
             if delta_BD is None:
@@ -244,7 +244,7 @@ class FusedPasses:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str = "none",
         early: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """act(x W^T + bias): by skinny_linear where launches cost more than the library's better tiles save."""
+        """act(x W^T + bias): by skinny_linear where launches cost more than cuBLAS's better tiles save."""
         if len(x) <= OWN_ROWS and weight.nbytes <= OWN_BYTES and self.dtype != torch.float32:
             return ops.skinny_linear(x, weight, bias=bias, activation=activation, overlap=True, early=early)
         if activation == "none":
@@ -252,7 +252,7 @@ class FusedPasses:
         return ops.gated_mlp(F.linear(x, weight), activation=activation, bias=bias)
 
     def _attend(self, batch: StaticBatch, index: int, qkv_BX: torch.Tensor) -> torch.Tensor:
-        """(B, (H + 2 Hkv) K), as the projection leaves them -> (B, H K); keys and values go to the cache."""
+        """The projection's (B, (H + 2 Hkv) K) -> attention's (B, H K); keys and values go to the cache."""
         plan, w = self.plan, self.layers[index]
         qkv_BHK = qkv_BX.view(batch.size, plan.heads + 2 * plan.kv_heads, plan.head_dim)
         query, key, value = qkv_BHK.split([plan.heads, plan.kv_heads, plan.kv_heads], dim=1)
@@ -293,13 +293,13 @@ def rotations(plan: ModelPlan, length: int) -> tuple[torch.Tensor | None, torch.
 
 
 def compute_dtype(model: Coconut) -> torch.dtype:
-    """Of the products: autocast's where it is on, else the weights'."""
+    """The dtype of the products: autocast's where it is on, else the weights'."""
     kind = model.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else model.dtype
 
 
 def _packed(layer: LayerPlan, dtype: torch.dtype) -> LayerPlan:
-    """Contiguous, and all but the norms in the dtype of the products."""
+    """The layer with contiguous tensors, all but the norms in the dtype of the products."""
     named = {name: t.contiguous() if "norm" in name else t.to(dtype).contiguous() for name, t in layer.named().items()}
     return replace(layer, **named)

@@ -1,14 +1,14 @@
-"""Reading prompts with the fused passes' kernels and weights: nine launches a layer for any number of tokens.
+"""Prefill with the fused passes' kernels and weights: nine launches a layer for any number of tokens.
 
     latent_feedback     token and position embeddings of all tokens, the fp32 stream
-    a layer, nine times:
-      residual_norm     what the layer before adds, norm              (a product of the library)   q, k and v
-      kv_append         QK-norm, rotation, the cache
-      ragged_attention  over the cache: what it held of the rows, and these tokens
-      (a product)       residual_norm   (a product)   gated_mlp   (a product)
+    each layer, nine launches:
+      residual_norm     adds the previous layer's output, norm        (cuBLAS)   q, k and v
+      kv_append         QK-norm, rotation, append to the cache
+      ragged_attention  over the cache: the rows' earlier tokens and these
+      (cuBLAS)          residual_norm   (cuBLAS)   gated_mlp   (cuBLAS)
 
-The last layer has queries, output product and MLP for each row's last token alone: nothing reads the others' states,
-and one query a row is decode_attention's. GPT-2's matrix products are 6% fewer so.
+The last layer computes attention, output product and MLP only for each row's last token, since no other state is used;
+with one query a row, attention is decode_attention. This saves 6% of the work of GPT-2's matrix products.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def prefill(passes: FusedPasses, prompts: StaticPrompts) -> None:
-    """Appends the keys and values of all tokens; `prompts.hidden` gets each row's last state, behind the final norm."""
+    """Appends the keys and values of all tokens; `prompts.hidden` gets each row's last state, after the final norm."""
     plan = passes.plan
     x_TD = torch.empty(prompts.size[0], plan.dim, dtype=torch.float32, device=prompts.ids.device)
     kind = {"kind": plan.norm, "eps": plan.eps}
     ops.latent_feedback(
         plan.embed, prompts.ids, x_TD, prompts.positions, prompts.unused, position_embedding=plan.positions
     )
-    delta_TD, bias_D = None, None  # what the layer before adds to the stream
+    delta_TD, bias_D = None, None  # what the previous layer adds to the stream
     for index, w in enumerate(passes.layers):
         norm1 = {"norm_bias": w.norm1_bias, **kind}
         if delta_TD is None:
@@ -55,12 +55,12 @@ def prefill(passes: FusedPasses, prompts: StaticPrompts) -> None:
 
 
 def _attend(passes: FusedPasses, prompts: StaticPrompts, index: int, qkv_TX: torch.Tensor) -> torch.Tensor:
-    """(T, (H + 2 Hkv) K), as the projection leaves them -> (T, H K); in the last layer (B, H K)."""
+    """The projection's (T, (H + 2 Hkv) K) -> attention's (T, H K), in the last layer (B, H K)."""
     plan, cache, w = passes.plan, passes.cache, passes.layers[index]
     qkv_THK = qkv_TX.view(len(qkv_TX), plan.heads + 2 * plan.kv_heads, plan.head_dim)
     query_THK, key, value = qkv_THK.split([plan.heads, plan.kv_heads, plan.kv_heads], dim=1)
     keys, values = cache.storage(index, key, value)
-    on_cpu = ops.choose("kv_append", key.device)[0] == "cpu"  # whose kernels turn nothing and take no strided queries
+    on_cpu = ops.choose("kv_append", key.device)[0] == "cpu"  # whose kernels do not rotate and take no strided queries
     turns: dict[str, Any] = {}
     if passes.cos is not None or w.q_norm is not None:
         turns = {"query": query_THK, "query_norm": w.q_norm, "key_norm": w.k_norm, "eps": plan.eps}

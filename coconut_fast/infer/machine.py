@@ -10,7 +10,7 @@ import torch
 
 from coconut_fast.model.coconut import Coconut
 
-CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there, as cgroups of version 1 or 2 write them
+CONTAINER = Path("/sys/fs/cgroup")  # a container sees its own limits there, in the format of cgroups v1 or v2
 _MEMORY = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -21,7 +21,7 @@ _CPU_TIME = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  #
 def check(model: Coconut, num_slots: int, batch_size: int, *, held: int) -> None:
     """ValueError where the cache of this call would not fit into the memory that is free now.
 
-    held: bytes of a cache that the call has, or gives back first.
+    held: bytes of a kept cache, which the call reuses or frees first.
     """
     needed, free = cache_bytes(model, num_slots), free_bytes(model.device) + held
     if needed > free:
@@ -32,7 +32,7 @@ def check(model: Coconut, num_slots: int, batch_size: int, *, held: int) -> None
 
 
 def cache_bytes(model: Coconut, num_slots: int) -> int:
-    """Keys and values of all layers in so many slots."""
+    """Bytes of the keys and values of all layers in `num_slots` slots."""
     config = model.hf.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -40,7 +40,7 @@ def cache_bytes(model: Coconut, num_slots: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU, with what torch has reserved and does not use; else of this machine, or the container if less."""
+    """Free memory of a GPU, with what torch reserves and leaves unused; else of this machine, or container if less."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -49,15 +49,15 @@ def free_bytes(device: torch.device) -> int:
         try:
             kinds = dict(line.split() for line in (CONTAINER / stat).read_text().splitlines())
             left = int((CONTAINER / limit).read_text()) - int((CONTAINER / used).read_text())
-            free = min(free, left + int(kinds[unneeded]))  # files that were read count as used
+            free = min(free, left + int(kinds[unneeded]))  # cached files count as used
         except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
             continue
     return free
 
 
 def cpus() -> int:
-    """As many as torch uses (`torch.set_num_threads`, OMP_NUM_THREADS), this process may run on, and the container's
-    quota of CPU time keeps busy: with more threads all of them are stopped for most of every period."""
+    """The least of torch's threads (`torch.set_num_threads`, OMP_NUM_THREADS), the CPUs this process may run on, and
+    the container's CPU quota: with more threads than the quota, all are stopped for most of every period."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(torch.get_num_threads(), allowed)
     for names in _CPU_TIME:

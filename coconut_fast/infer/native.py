@@ -1,4 +1,4 @@
-"""The native runner: known model families on a CPU, from packed weights, every chain of thoughts one C++ call.
+"""The native runner: known model families on a CPU, with packed weights and one C++ call per chain of thoughts.
 
 `NativeModel` packs a model's weights (csrc/cpu/chain.h) and runs rows of a KVCache with them; `NativeRunner` has the
 interface of `EagerRunner` on top of it. `reason_not` says why a model cannot have one.
@@ -29,8 +29,8 @@ from coconut_fast.model.feedback import Identity, Pause, Rescale
 from coconut_fast.model.plan import ModelPlan, describe, versions
 
 MAX_ROWS = 64  # rows of one C++ call, and prompt tokens of one pass
-THOUGHT = -1  # stands among token ids where a row's thought is fed
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # and "int8", for who asks
+THOUGHT = -1  # among token ids: feed the row's thought here
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # "int8" only on request
 _SHAPE = ("layers", "dim", "heads", "kv_heads", "head_dim", "inner", "vocab", "max_positions")
 _KIND = ("norm", "eps", "activation", "gated", "rope_scaling")
 
@@ -59,7 +59,7 @@ def reason_not(model: Coconut) -> str | None:
 class NativeModel:
     """A Coconut model's weights, packed for the CPU.
 
-    weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen by itself). threads: default
+    weights: "fp32", "bf16" or "int8" (default: the model's dtype; int8 is never chosen automatically). threads: default
     `machine.cpus()`. Raises ValueError where `reason_not` has a reason, and for NaN or infinite weights,
     naming the tensor.
     """
@@ -68,7 +68,7 @@ class NativeModel:
         reason = reason_not(model)
         if reason:
             raise ValueError(f"model: cannot run natively: {reason}")
-        self.fingerprint = fingerprint(model)  # first: what another thread writes while this packs is seen later
+        self.fingerprint = fingerprint(model)  # first, so that a write by another thread during packing is noticed
         check_finite(model, "model")
         plan = describe(model.hf)
         assert isinstance(plan, ModelPlan)
@@ -83,7 +83,7 @@ class NativeModel:
         ends = {"embed": plan.embed, "head": plan.head, "final_norm": plan.final_norm}
         optional = ("positions", "inv_freq", "final_norm_bias", "head_bias")
         ends |= {name: t for name in optional if (t := getattr(plan, name)) is not None}
-        # The chain reads embeddings in place: these keep them alive, also where a parameter is given other storage.
+        # The chain reads embeddings in place: this keeps them alive, even if a parameter is given other storage.
         self.ends = {name: _for_chain(t.float() if name == "inv_freq" else t) for name, t in ends.items()}
         self.chain.set_embeddings(self.ends)
         if isinstance(model.feedback, Rescale):
@@ -102,9 +102,9 @@ class NativeModel:
     def prefill(
         self, cache: KVCache, rows: Sequence[int], ids: Sequence[Sequence[int]], hidden_BD: torch.Tensor
     ) -> None:
-        """Runs `ids[i]` at the end of `rows[i]`; hidden_BD becomes the state of each row's last one.
+        """Runs `ids[i]` at the end of `rows[i]`; hidden_BD becomes the state of each row's last position.
 
-        THOUGHT among the ids feeds the row's hidden state in that place. hidden_BD: fp32, contiguous, written in place.
+        THOUGHT among the ids feeds the row's hidden state there. hidden_BD: fp32, contiguous, written in place.
         """
         counts = [len(row) for row in ids]
         flat = _int32([i for row in ids for i in row])
@@ -121,9 +121,9 @@ class NativeModel:
         hidden_BD: torch.Tensor,
         keep: bool = False,
     ) -> torch.Tensor | None:
-        """`counts[i]` latent passes of `rows[i]` from hidden_BD, which becomes the state after them, in one call.
+        """Runs `counts[i]` latent passes of `rows[i]` from hidden_BD, which becomes the state after them, in one call.
 
-        With `keep`: what was fed back, (sum of counts, D), row after row.
+        With `keep`, returns the states that were fed back, (sum of counts, D), row by row.
         """
         fed = _states(sum(counts), self.plan.dim) if keep else None
         done = 0
@@ -156,10 +156,10 @@ class NativeModel:
         seeds: Sequence[int] | None = None,
         first_steps: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Up to `limits[i]` tokens for `rows[i]`, fewer where one of `stops` comes (it is included), in one call.
+        """Up to `limits[i]` tokens for `rows[i]`, fewer if one of `stops` is generated (it is included), in one call.
 
         pending[i] is the row's last token, not in the cache yet; None: the first token follows hidden_BD[i]. The last
-        token of the result is not in the cache either. first_steps: tokens the row has drawn before, for its seed.
+        token of the result is not in the cache either. first_steps: tokens already drawn with the row's seed.
         """
         sampling = sampling or Sampling()
         seeds = seeds if seeds is not None else [0] * len(rows)
@@ -189,14 +189,14 @@ class NativeModel:
                 )
             counts = counts_B.tolist()
             tokens += [row[:count] for row, count in zip(made_BN.tolist(), counts, strict=True)]
-            # Places of tokens that an early end did not need.
+            # Release the slots of tokens that were not generated.
             kept = [s + max(0, c - (f < 0)) for s, c, f in zip(starts.tolist(), counts, first, strict=True)]
             cache.truncate(rows[part], kept)
         return tokens
 
 
 class NativeRunner:
-    """Reads prompts and writes answers over one cache, natively. The interface is EagerRunner's (infer/eager.py)."""
+    """Prefills prompts and decodes answers over one cache, natively. Has EagerRunner's interface (infer/eager.py)."""
 
     name = "native"
     reason = fallback_reason = ""
@@ -226,7 +226,7 @@ class NativeRunner:
     ) -> torch.Tensor:
         """Prefills each prompt and thinks its thoughts -> hidden state of its last position, (B, D) fp32.
 
-        The last thought of a piece is fed in the same pass as the tokens behind it, so k thoughts cost k passes.
+        The last thought of a piece is fed in the same pass as the tokens after it, so k thoughts cost k passes.
         """
         hidden_BD = _states(len(rows), self.native.plan.dim)
         for r in range(max(len(p.pieces) for p in prompts)):
@@ -250,12 +250,12 @@ class NativeRunner:
         return hidden_BD
 
     def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
-        """The first token of each answer, from its prompt's last hidden state."""
+        """Chooses the first token of each answer from its prompt's last hidden state."""
         with self.clock("decode", passes=0):
             self._decode(answers, hidden_BD.float().contiguous(), [1] * len(answers))
 
     def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
-        """Up to `steps` more tokens of each answer."""
+        """Decodes up to `steps` more tokens of each answer."""
         writing = [a for a in answers if not a.done(self.model.tokens.eos)]
         unused_BD = _states(len(writing), self.native.plan.dim)
         limits = [min(steps, a.limit - len(a.tokens)) for a in writing]
@@ -290,8 +290,8 @@ _packed: weakref.WeakKeyDictionary[Coconut, dict[str, NativeModel]] = weakref.We
 def packed(model: Coconut, weights: str | None = None) -> NativeModel:
     """The model's packed weights, made once in each format and again after its weights or feedback changed.
 
-    A change is known by addresses, version counters and optimizer steps; a write through `.data`, as some averages of
-    weights are swapped in, leaves no trace in them. `copy_` under `torch.no_grad()` and `load_state_dict` do, and
+    Changes are detected by addresses, version counters and optimizer steps. A write through `.data`, the way some code
+    swaps in averaged weights, leaves no trace in these; `copy_` under `torch.no_grad()` and `load_state_dict` do, and
     `model.load_state_dict(model.state_dict())` makes an earlier write through `.data` known.
     """
     kept = _packed.setdefault(model, {})
@@ -299,15 +299,15 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
     native = kept.get(name)
     if native is None or fingerprint(model) != native.fingerprint:
         if native is not None:
-            kept.clear()  # other formats are as stale
+            kept.clear()  # other formats are stale too
         native = kept[name] = NativeModel(model, weights=name)
     return native
 
 
 def fingerprint(model: Coconut) -> tuple[object, ...]:
-    """Differs where packed weights would, but for writes through `.data` (see `packed`), where the chain would have
-    another number of threads, and in a forked process, which has not the threads of its parent's chain."""
-    plan = describe(model.hf)  # anew: a weight that was replaced is another tensor
+    """Changes when packed weights would (except by writes through `.data`, see `packed`), when the chain would have
+    another number of threads, and in a forked process, which lacks the threads of its parent's chain."""
+    plan = describe(model.hf)  # described again: a replaced weight is another tensor
     weights = plan if isinstance(plan, str) else plan.fingerprint()
     buffers = versions([*model.feedback.parameters(), *model.feedback.buffers()])
     return weights, type(model.feedback), buffers, _optimizer_steps, machine.cpus(), os.getpid()
@@ -317,22 +317,22 @@ _optimizer_steps = 0
 
 
 def _count_optimizer_step(*_: object) -> None:
-    """Fused optimizers write weights without telling their version counters, so every step counts as a change."""
+    """Fused optimizers write weights without bumping version counters, so every step counts as a change."""
     global _optimizer_steps
     _optimizer_steps += 1
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
-# With more than one thread a forked child waits for ever, in PyTorch's own loops, for the threads of its parent.
+# With more than one thread, PyTorch's parallel loops in a forked child wait forever for threads of the parent.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @functools.cache
 def read_bandwidth(threads: int | None = None) -> float:
-    """Bytes per second this machine reads from memory with so many threads: what a pass is bound by. About 1 s.
+    """Bytes per second this machine reads from memory with `threads` threads: the bound of a pass. Takes about 1 s.
 
-    Reads a GiB (a quarter of what is free, if that is less) over and over: the part of a smaller buffer that stays in
-    the last-level cache from one reading to the next, an eighth of 256 MiB in one of 32, would pass for memory.
+    Reads a GiB (a quarter of free memory, if that is less) repeatedly: part of a smaller buffer stays in the last-level
+    cache between readings, an eighth of 256 MiB in a cache of 32, and would count as read from memory.
     """
     size = min(1 << 30, machine.free_bytes(torch.device("cpu")) // 4)
     return ops.extension().read_bandwidth(threads or machine.cpus(), size, 8)
@@ -340,9 +340,9 @@ def read_bandwidth(threads: int | None = None) -> float:
 
 @contextmanager
 def _reserved(cache: KVCache, rows: Sequence[int], counts: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Places for `counts[i]` more tokens of `rows[i]`, taken back if the call in the block is refused.
+    """Reserves cache slots for `counts[i]` more tokens of `rows[i]`, released if the block raises.
 
-    Gives how long the rows were before, int32 (B,).
+    Yields the rows' previous lengths, int32 (B,).
     """
     starts = cache.layout.lengths[torch.tensor(list(rows), dtype=torch.int64, device="cpu")].clone()
     cache.reserve(rows, counts)
@@ -363,12 +363,12 @@ def _int32(values: Sequence[int]) -> torch.Tensor:
 
 
 def _states(rows: int, dim: int) -> torch.Tensor:
-    """Zeros, (rows, D), as the chain takes them whatever the caller's default dtype and device are."""
+    """Zeros, (rows, D), as the chain needs them, whatever the caller's default dtype and device."""
     return torch.zeros(rows, dim, dtype=torch.float32, device="cpu")
 
 
 def _signed(seed: int) -> int:
-    """The 64 bits of a seed as torch's int64 has them."""
+    """The 64 bits of a seed as a signed int64."""
     seed &= (1 << 64) - 1
     return seed - (1 << 64) if seed >> 63 else seed
 

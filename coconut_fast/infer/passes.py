@@ -1,11 +1,11 @@
-"""What a graph replays: passes over a batch that lies at addresses which never change, on Hugging Face's own body.
+"""What a graph replays: passes over a batch at fixed addresses, here with Hugging Face's own body.
 
-A graph repeats fixed launches on fixed addresses. So everything a pass reads or writes lies in a `StaticBatch`: rows,
-lengths, hidden states, tokens. A pass finds its own slots from the page table, advances the lengths of the rows that
-are still active, and leaves the others as they are: rows with fewer thoughts, rows that met end-of-text, and the rows
-that fill a bucket. Nothing returns to the host.
+A graph repeats fixed launches on fixed addresses. So a `StaticBatch` holds everything that a pass reads or writes:
+rows, lengths, hidden states, tokens. A pass looks up its slots in the page table, advances the lengths of the rows that
+are still active, and leaves the others unchanged: rows with fewer thoughts, rows that reached end-of-text, and rows
+that pad the batch to its bucket. Nothing is copied to the host.
 
-The passes are plain functions on tensors: on a CPU they run as they stand, which is how they are tested.
+The passes are plain functions on tensors: on a CPU they run without a graph, which is how they are tested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Staged:
     """Integers at addresses that never change, side by side, so that one copy from the host fills them all."""
 
     def __init__(self, device: torch.device, **fields: tuple[int, torch.dtype]) -> None:
-        """fields: how many of which dtype."""
+        """fields: by name, number of elements and dtype."""
         self.places: dict[str, tuple[int, int, torch.dtype]] = {}
         stop = 0
         for name, (count, dtype) in fields.items():
@@ -45,26 +45,26 @@ class Staged:
 
     @contextmanager
     def filling(self) -> Iterator[dict[str, np.ndarray]]:
-        """Within the block zeros on the host, by name; behind it they are on their way to the device."""
-        pinned = self.block.device.type == "cuda"  # such memory is kept until the copy is done
+        """Yields zeros on the host, by name, to be filled; after the block they are copied to the device."""
+        pinned = self.block.device.type == "cuda"  # pinned memory is kept until the copy is done
         host = torch.zeros(self.block.shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         yield {name: view.numpy() for name, view in self.views(host).items()}
         self.block.copy_(host, non_blocking=True)
 
 
 class StaticBatch:
-    """B rows at addresses that never change. hidden is the state after the final norm, of each row's last position, in
-    at least fp32."""
+    """B rows at addresses that never change. hidden: the state of each row's last position after the final norm, in at
+    least fp32."""
 
     rows: torch.Tensor  # (B,) int32
-    lengths: torch.Tensor  # (B,) int32: tokens in the cache
-    remaining: torch.Tensor  # (B,) int32: passes that the row is still to go through
-    tails: torch.Tensor  # (B,) int32: the same, of `feed`: 1 for a row whose thoughts a token follows
-    attended: torch.Tensor  # (B,) int32: positions the row attends to in the pass that runs; 0 for one that stands
-    none: torch.Tensor  # (B,) int32: passes that remain where none follows
+    lengths: torch.Tensor  # (B,) int32: cached tokens
+    remaining: torch.Tensor  # (B,) int32: passes left
+    tails: torch.Tensor  # (B,) int32: passes left for `feed`: 1 for a row with a token after its thoughts
+    attended: torch.Tensor  # (B,) int32: length attended to in the current pass, 0 for an inactive row
+    none: torch.Tensor  # (B,) int32 zeros: the remaining counts of a pass that nothing follows
     positions: torch.Tensor  # (B,) int64: of the last token in the cache
     tokens: torch.Tensor  # (B,) int64
-    step: torch.Tensor  # (1,) int64: the column of `written` that is next
+    step: torch.Tensor  # (1,) int64: the next column of `written`
 
     def __init__(self, size: int, dim: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size = size
@@ -83,7 +83,7 @@ class StaticBatch:
         )
         vars(self).update(self.staged.views(self.staged.block))
         self.index = torch.arange(size, device=device)
-        self.stream = torch.zeros(size, dim, dtype=torch.float32, device=device)  # the input of the pass that runs
+        self.stream = torch.zeros(size, dim, dtype=torch.float32, device=device)  # input of the current pass
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.written = torch.zeros(size, steps, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(size, steps, dtype=torch.float64, device=device)
@@ -97,10 +97,10 @@ class StaticBatch:
         tokens: Sequence[int | None] = (),
         fresh: int = 0,
     ) -> None:
-        """Row i of the cache `rows[i]`, holding `lengths[i]` tokens, is to go through `passes[i]` passes.
+        """Row i becomes the cache's row `rows[i]`, which holds `lengths[i]` tokens, with `passes[i]` passes left.
 
-        tokens: what `feed` or `decode` begins with; None for a row without a tail. The last `fresh` rows have their
-        first token chosen by `begin`.
+        tokens: the input of `feed` or of the first `decode`; None for a row without a tail. `begin` chooses the first
+        tokens of the last `fresh` rows.
         """
         count = len(rows)
         with self.staged.filling() as host:
@@ -112,11 +112,11 @@ class StaticBatch:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Within the block no row is active: passes may run and change nothing that is read."""
+        """In the block no row is active: passes may run and change nothing that is used."""
         saved = self.staged.block.clone()
         for counts in (self.remaining, self.tails, self.attended):
             counts.zero_()
-        self.step.clamp_(max=self.written.shape[1] - 1)  # the column that is written next anyway
+        self.step.clamp_(max=self.written.shape[1] - 1)  # the column that is overwritten next anyway
         try:
             yield
         finally:
@@ -124,17 +124,17 @@ class StaticBatch:
 
 
 class StaticPrompts:
-    """Tokens of several rows, end to end, to be read behind what the cache holds of these rows.
+    """Tokens of several rows, concatenated, to be prefilled after what the cache holds of these rows.
 
-    size: how many tokens, how many rows, and the most tokens of any row, at most. What remains of the tokens is written
-    nowhere (slot -1), what remains of the rows has no tokens. hidden is the state after the final norm of each row's
-    last token, as a StaticBatch holds it.
+    size: upper bounds on the tokens, the rows, and the tokens of any row. Keys and values of unused tokens are written
+    nowhere (slot -1), unused rows have no tokens. hidden: the state of each row's last token after the final norm, as
+    in a StaticBatch.
     """
 
     ids: torch.Tensor  # (T,) int64
-    positions: torch.Tensor  # (T,) int64: of the token before; `read` moves it on by one
+    positions: torch.Tensor  # (T,) int64: of the token before; `prefill` advances it by one
     slots: torch.Tensor  # (T,) int64
-    last: torch.Tensor  # (B,) int64: where each row's last token stands
+    last: torch.Tensor  # (B,) int64: index of each row's last token
     into: torch.Tensor  # (B,) int64: the row of a StaticBatch that gets the state
     rows: torch.Tensor  # (B,) int32
     offsets: torch.Tensor  # (B + 1,) int32
@@ -167,7 +167,7 @@ class StaticPrompts:
         slots: torch.Tensor,
         into: Sequence[int],
     ) -> None:
-        """`tokens[i]` go to the end of `rows[i]`, which makes it `lengths[i]` tokens long, into `slots`."""
+        """Appends `tokens[i]` to `rows[i]`, which then holds `lengths[i]` tokens; the tokens go to `slots`."""
         count, counts = len(rows), np.fromiter(map(len, tokens), np.int64, len(tokens))
         ends = counts.cumsum()
         total = int(ends[-1])
@@ -182,7 +182,7 @@ class StaticPrompts:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Within the block nothing is written to the cache; states are of no use."""
+        """In the block nothing is written to the cache; hidden states are meaningless."""
         saved = self.staged.block.clone()
         self.slots.fill_(-1)
         try:
@@ -192,16 +192,16 @@ class StaticPrompts:
 
 
 class Passes(Protocol):
-    """The passes of a model over a StaticBatch. Each can be captured: fixed launches, no word to the host."""
+    """The passes of a model over a StaticBatch. Each can be captured: fixed launches, no host sync."""
 
-    reason: str  # what they are made of, and why
-    graphed_tokens: int  # the most prompt tokens worth a graph: more are read launch by launch
+    reason: str  # how they are implemented, and why
+    graphed_tokens: int  # the most prompt tokens worth a graph; more are prefilled without one
 
     def refresh(self) -> None:
-        """Takes up weights that were written in place since the last call; addresses stay."""
+        """Picks up weights written in place since the last call; addresses do not change."""
 
     def prefill(self, prompts: StaticPrompts) -> None:
-        """One pass over given tokens, up to the hidden states of each row's last one."""
+        """One pass over given tokens, up to the hidden state of each row's last token."""
 
     def think(self, batch: StaticBatch, count: int) -> None:
         """`count` latent passes: hidden -> feedback -> body -> hidden."""
@@ -210,16 +210,16 @@ class Passes(Protocol):
         """One pass over `tokens` of the rows with `tails`, up to the hidden state."""
 
     def begin(self, batch: StaticBatch) -> None:
-        """The first tokens, of `hidden`, in the rows with `attended`: the end of `decode` without its pass."""
+        """Chooses first tokens from `hidden` in rows with `attended` above 0: the end of `decode`, without its pass."""
 
     def decode(self, batch: StaticBatch) -> None:
-        """One pass over `tokens`, and the tokens that follow; a row that meets end-of-text becomes inactive."""
+        """One pass over `tokens`, and the tokens that follow; a row that reaches end-of-text becomes inactive."""
 
 
 class HuggingFacePasses:
-    """For any model: its own body, over our attention. What an inactive row computes goes to a spare row's one slot."""
+    """For any model: its own body, over our attention. Inactive rows write to the only slot of a spare row."""
 
-    graphed_tokens = 1024  # beyond, the device is the slower one, and a graph would keep the memory of its activations
+    graphed_tokens = 1024  # beyond, the device is the bottleneck, and a graph would keep its activations' memory
 
     def __init__(self, model: Coconut, cache: KVCache, sampling: Sampling, why: str) -> None:
         self._model = weakref.ref(model)
@@ -274,7 +274,7 @@ class HuggingFacePasses:
         self._choose(batch, active)
 
     def _choose(self, batch: StaticBatch, active: torch.Tensor) -> None:
-        """The tokens that follow `hidden` in active rows; the last one of a row is end-of-text."""
+        """Chooses the tokens that follow `hidden` in active rows; end-of-text ends a row."""
         logits_BV = self.model.head(batch.hidden.to(self.model.dtype))  # as the body left it: the copy is exact
         if self.sampling.temperature == 0:
             chosen = logits_BV.argmax(-1)

@@ -1,4 +1,4 @@
-"""One ragged forward over given tokens: a prompt, what follows its thoughts, or (decode.py) the token just chosen."""
+"""One ragged forward over given tokens: a prompt, the tokens after thoughts, or (decode.py) the token just chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
-PREFILL_TOKENS = 16384  # of one forward; longer prompts are split
+PREFILL_TOKENS = 16384  # per forward, about: prompts are grouped up to this many, and none is split
 
 
 @torch.inference_mode()
@@ -22,7 +22,7 @@ def prefill(
 ) -> torch.Tensor:
     """Runs `tokens[i]` at the end of `rows[i]` -> hidden state of each row's last position, (B, D).
 
-    With `thoughts_BD` each row's thought is fed in front of its tokens, in the same pass.
+    With `thoughts_BD` each row's thought is fed before its tokens, in the same pass.
     """
     counts = [len(t) + (thoughts_BD is not None) for t in tokens]
     ragged = cache.append(rows, counts)

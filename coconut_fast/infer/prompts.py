@@ -1,4 +1,4 @@
-"""From what a caller passes as prompts to what an engine runs: pieces of tokens with thoughts between them."""
+"""Checks a caller's prompts and cuts them into what the engine runs: pieces of tokens with thoughts between them."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def _read(
         ids = _tokenize(model, i, prompt)
         if tokens.thought not in ids and (count is None or model.settings.symbols is not None):
             trained = as_trained(model, ids)
-            if count is None or tokens.thought in trained:  # other thoughts go in their place, ahead of a graph's cue
+            if count is None or tokens.thought in trained:  # `count` thoughts replace these, before a graph's cue
                 ids = trained
     else:
         kind = getattr(prompt, "dtype", None)
         if kind == torch.bool or (kind is None and isinstance(next(iter(prompt)), bool)):
-            raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask in their place
+            raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask by mistake
         try:
-            ids = array("q", prompt).tolist()  # 20 ns a token, where a loop of Python takes 60
+            ids = array("q", prompt).tolist()  # 20 ns a token, a Python loop 60
         except OverflowError:
             ids = [index(t) for t in prompt]
         except TypeError as error:
@@ -139,7 +139,7 @@ def _read(
     if ids[0] == tokens.thought:
         raise ValueError(f"prompts: prompt {i} starts with a thought; a thought needs a token in front of it")
     length = max(len(ids), count or 0)
-    if limit is not None and length + max_new_tokens - 1 > limit:  # an answer's last token is never read
+    if limit is not None and length + max_new_tokens - 1 > limit:  # an answer's last token is never fed
         raise ValueError(
             f"prompts: prompt {i} has {length} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
             f"is more than the {limit} positions of the model"
@@ -148,7 +148,7 @@ def _read(
 
 
 def as_trained(model: Coconut, ids: list[int]) -> list[int]:
-    """A question as the checkpoint was trained to be asked: with its thoughts or pauses, framed as they were."""
+    """A question in the form the checkpoint was trained on: with its thoughts or pauses, framed as in training."""
     saved, tokens = model.settings, model.tokens
     if saved.curriculum is None or saved.stage is None or tokens.start in ids:
         return ids if saved.num_thoughts is None else with_thoughts(model, ids, saved.num_thoughts)
@@ -159,7 +159,7 @@ def as_trained(model: Coconut, ids: list[int]) -> list[int]:
 
 
 def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
-    """The prompt with exactly `count` thoughts: in place of its own ones, else between its markers, else at its end."""
+    """The prompt with exactly `count` thoughts: in place of its own, else between its markers, else at its end."""
     tokens = model.tokens
     if tokens.thought in ids:
         first = ids.index(tokens.thought)
@@ -196,17 +196,17 @@ def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
     suffix = "" if has_thoughts or text.endswith(model.settings.suffix) else model.settings.suffix
     try:
         ids = model.tokenizer.encode(text + suffix, add_special_tokens=True)
-    except (TypeError, UnicodeError) as error:  # half a surrogate pair, as undecodable bytes of a shell become
+    except (TypeError, UnicodeError) as error:  # a lone surrogate: what a shell's undecodable bytes become
         raise ValueError(f"prompts: prompt {i} is not valid Unicode: {text!r}") from error
     except Exception as error:
         if type(error) is not Exception:
-            raise  # tokenizers raises the bare class, for a word without a token where there is none for unknown ones
+            raise  # tokenizers raises the bare class for an unknown word if it has no token for unknown words
         word = unknown_word(model.tokenizer, text) or text
         size = len(model.tokenizer.get_vocab())
         raise ValueError(
             f"prompts: prompt {i} holds {word!r}, which is none of the {size} words of the model's tokenizer"
         ) from error
     if not (model.settings.symbols or {}).get("separators", True):
-        # Questions in files are written with them, and this model has never seen any: it answered none of 200 right.
+        # Questions in files have separators, which this model never saw in training: it got none of 200 right.
         ids = [token for token in ids if token not in (EDGE, EOS)]
     return ids

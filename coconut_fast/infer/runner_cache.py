@@ -1,6 +1,6 @@
-"""What stays of a `generate` call for the model's next one: its graph runner, with cache, static batches and graphs.
+"""Keeps a model's graph runner, with cache, static batches and graphs, from one `generate` call to the next.
 
-A model keeps its last runner for as long as it lives itself. A graph repeats launches, and none of the Python around
+A model's last runner is kept for as long as the model lives. A graph repeats launches, but none of the Python around
 them: a model with hooks runs eagerly (`hooked`), and no runner is kept where a module's Python may change from one call
 to the next (`not_reusable`).
 """
@@ -21,34 +21,34 @@ from coconut_fast.model.feedback import FEEDBACKS
 
 
 class KeptRunner(GraphRunner):
-    """A graph runner that waits for the model's next call when this one is over."""
+    """A graph runner that is kept for the model's next call when this one is over."""
 
     def __init__(self, model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> None:
         super().__init__(model, num_slots=num_slots, max_rows=max_rows, max_length=max_length, sampling=sampling)
         self.capacity = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
         self.made_for, self.structure = _made_for(model, sampling), _structure(model)
         self.not_reusable = not_reusable(model)
-        self.current = False  # whether `hooked` has just found the model's structure to be what it was
+        self.current = False  # whether `hooked` has just found the model's structure unchanged
 
     def release(self) -> None:
-        """The call is over and its rows are free: the model's next call may have this runner.
+        """Keeps this runner for the model's next call: this one is over and its rows are free.
 
-        Not under autocast, whose copies of the weights, which graphs have captured, end with it; and not after trouble,
-        which the next call may be spared.
+        Not under autocast, because graphs have captured its copies of the weights, which end with it; and not after a
+        failure, so that the next call starts afresh.
         """
         model = self.model
         if not self.fallback_reason and fused.compute_dtype(model) == model.dtype and self.not_reusable is None:
             _kept[model] = self
 
 
-# One runner a model. It goes when the model goes.
+# One runner per model, dropped with the model.
 _kept: weakref.WeakKeyDictionary[Coconut, KeptRunner] = weakref.WeakKeyDictionary()
 
 
 def acquire(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, sampling: Sampling) -> KeptRunner:
     """The runner that the model's last call left, if it is large enough and still fits the model; else a new one.
 
-    It is the caller's alone until `release`; after an error it is simply dropped, rows and all.
+    Only the caller has it until `release`; after an error it is simply dropped, with its rows.
     """
     runner = _kept.pop(model, None)
     wanted = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
@@ -56,7 +56,7 @@ def acquire(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, s
         runner.clock, runner.current = Clock(model.device), False
         runner.refresh()
         return runner
-    del runner  # its memory first
+    del runner  # frees its memory first
     room = {name: _rounded_up(n) for name, n in wanted.items()}
     if machine.cache_bytes(model, room["num_slots"]) > machine.free_bytes(model.device):
         room["num_slots"] = num_slots
@@ -64,24 +64,27 @@ def acquire(model: Coconut, *, num_slots: int, max_rows: int, max_length: int, s
 
 
 def holds(model: Coconut, **wanted: int) -> bool:
-    """Whether the model's kept runner has room for so much: no memory is needed then."""
+    """Whether the model's kept runner has room for these numbers: no memory is needed then."""
     return model in _kept and _holds(_kept[model], wanted)
 
 
 def drop(model: Coconut) -> None:
-    """Drops the model's kept runner, where there is one: its memory is needed for something else."""
+    """Drops the model's kept runner, if there is one, to free its memory."""
     _kept.pop(model, None)
 
 
 def held_bytes(model: Coconut) -> int:
-    """Bytes of the cache that the model's kept runner holds: the next call has it, or gives it back first."""
+    """Bytes of the cache that the model's kept runner holds: the next call reuses or frees it first."""
     runner = _kept.get(model)
     stores = [] if runner is None else [*runner.cache.keys, *runner.cache.values]
     return sum(t.numel() * t.element_size() for t in stores if t is not None)
 
 
 def hooked(model: Coconut) -> str | None:
-    """What its modules do in Python that an engine of our own would not repeat; None: nothing."""
+    """What the model's modules do in Python that a graph or the native chain would not repeat; None: nothing.
+
+    Also records in the kept runner whether its structure was just found unchanged, which saves `_fits` the same walk.
+    """
     for name in ("embed", "body", "head"):
         if getattr(type(model), name) is not getattr(Coconut, name):
             return f"{type(model).__name__} has a {name} of its own"
@@ -94,7 +97,7 @@ def hooked(model: Coconut) -> str | None:
 
 
 def not_reusable(model: Coconut) -> str | None:
-    """Why graphs of this model end with the call: what they do may change where no address of a weight does."""
+    """Why this model's runner is not kept: its computation may change though no address of a weight does."""
     if type(model.feedback) not in FEEDBACKS.values():
         return f"feedback {type(model.feedback).__name__} is not one of {', '.join(FEEDBACKS)}"
     for name, module in model.hf.named_modules():
@@ -105,15 +108,15 @@ def not_reusable(model: Coconut) -> str | None:
 
 
 def _fits(runner: KeptRunner, model: Coconut, sampling: Sampling) -> bool:
-    """Whether what its graphs have fixed is still so. The walk over the modules is a third of what a call costs."""
+    """Whether what its graphs have captured still holds. The walk over the modules is a third of a call's cost."""
     if runner.made_for != _made_for(model, sampling):
         return False
     return runner.current or runner.structure == _structure(model)
 
 
 def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
-    """What captured graphs have fixed beside the model's structure: its feedback, end-of-text, sampling, and who runs
-    the kernels."""
+    """What captured graphs depend on besides the model's structure: the dtype of the products, the feedback's constant,
+    end-of-text, sampling, and the backend of the kernels."""
     mean_norm = getattr(model.feedback, "mean_norm", None)
     constant = float(mean_norm) if mean_norm is not None else None
     runs = ops.choose("skinny_linear", model.device)
@@ -121,9 +124,9 @@ def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
 
 
 def _structure(model: Coconut) -> list[object]:
-    """Its modules, whether Python does more in them than their class says, and the addresses of its weights.
+    """The model's modules, which of them have hooks or a replaced forward, and its weights' addresses and dtypes.
 
-    Where it is what it was, so is what `not_reusable`, `hooked` and `fused.reason_not` said of the model.
+    While it is unchanged, so are the results of `not_reusable`, `hooked` and `fused.reason_not`.
     """
     modules = plan.modules_of(model)
     found = [vars(module) for module in modules]
@@ -138,6 +141,6 @@ def _holds(runner: KeptRunner, wanted: dict[str, int]) -> bool:
 
 
 def _rounded_up(count: int) -> int:
-    """Rounded up by at most a quarter, so that a slightly larger call need not capture anew."""
+    """Rounded up by at most a quarter, so that a slightly larger call need not capture again."""
     step = max(1, (1 << count.bit_length()) // 8)
     return -(-count // step) * step

@@ -55,12 +55,12 @@ def sample(
 def sample_at(
     logits_BV: torch.Tensor, numbers_B: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """`sample` at a temperature above 0 with its random numbers given, (B,) fp64: no word to or from the host."""
+    """`sample` at a temperature above 0 with its random numbers given, (B,) fp64: no host sync."""
     scaled_BV = logits_BV.double() / temperature
     if top_k or top_p < 1:
         ranked_BV, ids_BV = torch.sort(scaled_BV, dim=-1, descending=True, stable=True)
         if top_k:
-            ranked_BV[:, top_k:].fill_(float("-inf"))  # a number assigned would be sent to the device
+            ranked_BV[:, top_k:].fill_(float("-inf"))  # assigning a number would copy it to the device
         weights_BV = ranked_BV.softmax(-1)
         before_BV = weights_BV.cumsum(-1) - weights_BV
         ranked_BV = ranked_BV.masked_fill(before_BV >= top_p, float("-inf"))

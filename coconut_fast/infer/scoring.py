@@ -1,8 +1,8 @@
-"""Problems in, judged answers out: prompts of a stage, batched generation, one stated rule for what the answer is.
+"""Scoring: problems -> prompts -> generate() -> judged answers. In infer/ because training validates with it too.
 
-The answer is the text after the last "#" (graph problems in symbols write "[A]" for it), or all of it where there is
-none. It is right where it equals the expected answer, both without commas and without space at their ends (the official
-rule; an expected answer that itself holds a "#" is compared from that many further left). Thoughts count as generated
+The answer is the text after the last "#" ("[A]" in graph problems in symbols), or the whole text without one. It is
+correct if it equals the expected answer, both without commas and surrounding whitespace (the official rule; if the
+expected answer itself holds n "#", the text after the (n + 1)th from the end is compared). Thoughts count as generated
 tokens, end-of-text does not.
 """
 
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came back for one problem."""
+    """The judged answer to one problem."""
 
     idx: int
     question: str
@@ -75,7 +75,7 @@ class Evaluation:
         return self.seconds / max(1, len(self.predictions))
 
     def summary(self) -> dict[str, Any]:
-        """The figures of a table's row, as JSON holds them."""
+        """The figures of a table row, ready for JSON."""
         return {
             "accuracy": self.accuracy,
             "correct": self.correct,
@@ -91,7 +91,7 @@ class Evaluation:
 
 
 def extract_answer(text: str, mark: str = "#", inside: int = 0) -> str:
-    """The text after the last mark, or after the one before as many as the answer has inside; see `clean`."""
+    """The text after the last mark, not counting the `inside` marks of the answer itself; see `clean`."""
     return clean(mark.join(text.split(mark)[-1 - inside :]))
 
 
@@ -137,9 +137,9 @@ def generate_and_score(
     weights: str | None = None,
     where: str = "the data",
 ) -> Evaluation:
-    """Generates and judges. `max_new_tokens` is cut to what the model's positions leave room for behind each prompt.
+    """Generates and judges. `max_new_tokens` is limited to the positions the model has left after each prompt.
 
-    ValueError, naming the record of `where`, for a prompt that has no room itself.
+    ValueError, naming the record of `where`, for a prompt that is itself too long.
     """
     mark = "#" if model.settings.symbols is None else "[A]"
     limits = [_limit(model, problem, num_thoughts, max_new_tokens, where) for problem in problems]
@@ -178,7 +178,7 @@ def generate_and_score(
 
 
 def _limit(model: Coconut, problem: Problem, num_thoughts: int | None, max_new_tokens: int, where: str) -> int:
-    """Tokens that are wanted of a problem's answer and have room behind its prompt; the last one is never read."""
+    """Tokens wanted of a problem's answer that fit after its prompt; the last one is never fed."""
     wanted = min(problem.length or max_new_tokens, max_new_tokens)
     if model.max_positions is None:
         return wanted

@@ -1,4 +1,4 @@
-"""Where the time of a `generate` call went, and how near a pass came to what the memory allows."""
+"""Where the time of a `generate` call went, and how close a pass came to the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 class Clock:
     """Seconds and passes of each phase: "prefill", "think" (latent passes), "decode" (answer tokens).
 
-    On a GPU they are the device's, from event to event, and nobody waits for it: phases are queued.
+    On a GPU, seconds are the device's, measured between events without waiting for it: phases are only queued.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Clock:
         self.passes[phase] += passes
 
     def read(self) -> None:
-        """Waits for the device, and adds what its events say."""
+        """Waits for the device and adds the times between its events."""
         for phase, start, stop in self.events:
             stop.synchronize()
             self.seconds[phase] += start.elapsed_time(stop) / 1e3
@@ -49,8 +49,8 @@ class Clock:
 
 @dataclass
 class GenerateStats:
-    """backend: who ran the passes, and reason: why. Counts are of all rows; seconds are wall clock,
-    on a GPU the device's.
+    """backend: the runner of the passes; reason: why. Counts are over all rows; seconds are wall clock, on a GPU the
+    device's.
 
     A pass is one forward of the whole batch. bytes_per_*_pass: the weights it must read (a latent pass has no LM head).
     """
@@ -98,8 +98,8 @@ class GenerateStats:
 
     @property
     def bandwidth_share(self) -> float | None:
-        """Share of this machine's memory bandwidth that the latent passes reached; it is measured on first use, on a
-        CPU by reading, on a GPU by a copy (read and written bytes)."""
+        """Share of this machine's memory bandwidth that the latent passes reached; the bandwidth is measured on
+        first use, on a CPU by reading, on a GPU by a copy (read and written bytes)."""
         if self.measure_bandwidth is None or not self.bytes_per_latent_pass or not self.seconds_per_latent_pass:
             return None
         return self.bytes_per_latent_pass / self.seconds_per_latent_pass / self.measure_bandwidth()
@@ -119,8 +119,8 @@ class GenerateStats:
 
 @lru_cache
 def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second, read and written, of copying `size` bytes: what memory-bound kernels can reach. Five times the L2
-    of an H100; the best of three rounds of ten copies."""
+    """Bytes a second, read and written, of copying `size` bytes: what memory-bound kernels can reach. By default five
+    times the L2 of an H100; the best of three rounds of ten copies."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source).copy_(source)
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)

@@ -1,4 +1,4 @@
-"""What thoughts hold, read through the model's own head: the token that each of them would be if it had to be one."""
+"""What thoughts hold, read through the model's own LM head: each as a distribution over tokens."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def decode_thoughts(
     if output.stats.interrupted:
         raise KeyboardInterrupt
     thoughts = [thought_KD for thought_KD in output.thoughts or () if thought_KD is not None]
-    with torch.no_grad():  # and not inference mode: probes may train on what comes out
+    with torch.no_grad():  # not inference mode: probes may train on the results
         return [model.head(thought_KD).float().softmax(-1).cpu() for thought_KD in thoughts]

@@ -20,8 +20,8 @@ INK, PALE, RIGHT, WRONG = "#22303c", "#b9c3cc", "#0b7a4b", "#b3372f"
 LINES = ("#e4572e", "#2e6fe4", "#8a8f98", "#7b4fb5", "#2a9d8f")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#ffdfae", "#ffb347", "#f58a3c", "#ee6a33"])
 SCALE = 0.85  # inches between neighbouring nodes
-LETTER = 0.0138  # of the learning curves' steps, which a letter of a stage's name is wide
-LEAST = 0.015  # a probability below this is not written beside its node
+LETTER = 0.0138  # width of a letter of a stage's name, as a share of the learning curves' steps
+LEAST = 0.015  # probabilities below this are not written beside their nodes
 
 
 def draw_thoughts(
@@ -29,8 +29,8 @@ def draw_thoughts(
 ) -> Path:
     """A PNG with the graph once per thought, every node as dark as the probability that the thought puts on it.
 
-    mass: (k, hops + 2), for a second row: the mean of SearchTree.mass_by_hops over many problems, and `caption` what
-    it is of.
+    mass: (k, hops + 2), shown in a second row: the mean of SearchTree.mass_by_hops over many problems, with `caption`
+    as its title.
     """
     places, thoughts = tree.layout(), len(tree.values)
     xs, ys = zip(*places.values(), strict=True)
@@ -122,8 +122,8 @@ def draw_learning_curves(
 ) -> Path:
     """A PNG of training loss and validation accuracy of several runs, from their metrics.jsonl.
 
-    runs: what each is called -> its directory; the stages marked are those of the first one. chance: accuracy of a
-    guess, as a line. ValueError where a run has logged nothing.
+    runs: name -> directory; the stages of the first one are marked. chance: accuracy of a guess, drawn as a line.
+    ValueError where a run has logged nothing.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
@@ -155,9 +155,9 @@ def draw_learning_curves(
 
 
 def mark_stages(axes: Any, starts: Sequence[tuple[int, int]], last: int) -> None:
-    """A stripe for every stage; above it its name, its number alone where it is narrow, nothing where that is too."""
+    """A stripe for every odd stage; above each stage its name, or its number if narrow, or nothing if narrower."""
     ends = [step for step, _ in starts[1:]] + [last]
-    written = -float("inf")  # up to this step
+    written = -float("inf")  # names so far reach up to this step
     for (start, stage), end in zip(starts, ends, strict=True):
         if stage % 2:
             axes.axvspan(start, end, color="#f3f5f7", zorder=0)

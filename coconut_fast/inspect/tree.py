@@ -1,4 +1,4 @@
-"""The search tree of a graph problem: how far every node is from the root, and what each thought thinks of it."""
+"""The search tree of a graph problem: how far every node is from the root, and its probability in each thought."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from coconut_fast.data.graphs import Graph
 
-SWEEPS = 8  # of the ordering that unties edges; small graphs settle after two or three
+SWEEPS = 8  # of the ordering that untangles edges; small graphs settle after two or three
 
 
 @dataclass(frozen=True)
 class SearchTree:
     """A graph and, per thought, the probability of each of its nodes.
 
-    values: (k, num_nodes); a row may sum to less than 1, the rest lies on tokens that are no node of this graph.
+    values: (k, num_nodes); a row may sum to less than 1: the rest is on tokens that are no node of this graph.
     names: what the nodes are called. ValueError where shapes do not agree.
     """
 
@@ -44,9 +44,9 @@ class SearchTree:
         return mass
 
     def layout(self) -> dict[int, tuple[float, float]]:
-        """node -> (x, y): what the root reaches on the left, the rest on the right, a layer of hops below the other.
+        """node -> (x, y): nodes the root reaches on the left, the rest on the right, one layer per hop from the top.
 
-        Within a layer nodes are ordered by the mean place of their neighbours above and below, swept a few times.
+        Within a layer, nodes are ordered by the mean x of their neighbours, in a few sweeps down and up.
         """
         hops = self.graph.hops(self.graph.root)
         others = set(range(self.graph.num_nodes)) - set(hops)
@@ -57,7 +57,7 @@ class SearchTree:
         return left | {node: (x + shift, y) for node, (x, y) in right.items()}
 
     def _depths(self, nodes: set[int]) -> dict[int, int]:
-        """Hops of each node from the nearest of `nodes` that has no parent among them; 0 below a circle alone."""
+        """Hops of each node from the nearest of `nodes` that has no parent among them; 0 if only cycles lead to it."""
         edges = [(s, d) for s, d in self.graph.edges if s in nodes and d in nodes]
         depth = dict.fromkeys(nodes - {d for _, d in edges}, 0)
         queue = list(depth)

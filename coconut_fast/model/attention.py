@@ -6,12 +6,12 @@ attend to their own row there. Prefill, latent pass, decode and training are thi
 
 Gradients go through the cache without copies. A pass writes its keys and values once and saves only query, output and
 log-sum-exp. In backward it adds dK and dV of everything it attended to into one buffer per layer; its own rows of that
-buffer are complete when its turn comes, because all later passes had theirs before. A token threaded from each call to
-the next one of the same layer makes autograd keep that order even where a thought is detached.
+buffer are complete when its turn comes, because all later passes ran before it. A dummy tensor, passed from each call
+to the next of the same layer, makes autograd keep that order even where a thought is detached.
 
-A latent pass's backward is bound by memory, and most of it are dK and dV of the prompt, read and written again for one
-query a row: on a GPU 16 of 20 bytes. Several latent passes therefore leave these to the backward of the first pass,
-which adds them for all their queries at once (`Ragged.joined`).
+A latent pass's backward is memory-bound: most of its traffic (on a GPU 16 of 20 bytes) reads and rewrites dK and dV of
+the prompt for one query per row. Several latent passes therefore leave these to the backward of the first pass, which
+adds them for all their queries at once (`Ragged.joined`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import Ragged, Storage
 
 NAME = "coconut_fast"
-VIEWED_QUERIES = 512  # queries, whose keys and values cost less memory than copying them costs time
-# Passes from which on joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 of them by themselves,
-# on a GPU, by its bytes, as much as 2.
+VIEWED_QUERIES = 512  # queries up to which a strided view is kept: the keys and values it pins cost less than a copy
+# Fewest passes for which joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 separate ones, on a
+# GPU, by its bytes, as much as 2.
 WORTH_JOINING = {"cpu": 8, "triton": 3}
 
 
@@ -50,7 +50,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query (1, H, T, K), key and value (1, Hkv, T, K) of a ragged batch -> output (1, T, H, K).
 
-    Raises ValueError where called without `ragged`, with a mask, or with attention we do not compute (sinks).
+    Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks).
     """
     if ragged is None:
         raise ValueError(
@@ -81,11 +81,11 @@ def attend(
         query = query.index_select(2, used.at)
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     if not query_THK.is_cuda or len(query_THK) > VIEWED_QUERIES or query_THK.stride(-1) != 1:
-        query_THK = query_THK.contiguous()  # a view would keep the keys and values beside it, which the cache has too
-    # Keys and values are copied to the cache as they lie, if a head's values lie side by side.
+        query_THK = query_THK.contiguous()  # a view would pin the keys and values beside it, which the cache also holds
+    # Keys and values are copied to the cache in the layout they have, if each head is contiguous.
     key_THK, value_THK = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_THK, value_THK))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK)):
-        orders = ragged.cache.order  # None in a sealed cache: a checkpointed pass that runs again
+        orders = ragged.cache.order  # None in a sealed cache, when a checkpointed pass is recomputed
         before = orders[layer] if orders is not None else None
         order = query_THK.new_zeros((), dtype=torch.float32) if before is None else before
         output_THK, after = _CachedAttention.apply(
@@ -113,7 +113,7 @@ def _forward(
     keys, values = cache.storage(layer, key, value)
     ops.kv_append(key, value, ragged.slots, keys, values)
     if query.is_cuda and keywords["max_query"] == 1 and len(query) == len(ragged.rows) and not keywords["dropout"]:
-        # One query per row: split over the sequence, where the general kernel has a row's work in one block.
+        # One query per row: split over the sequence; the general kernel does a row's work in one block.
         options = {k: v for k, v in keywords.items() if k not in ("dropout", "seed", "max_query")}
         return ops.decode_attention(query, keys, values, cache.page_table, ragged.rows, ragged.lengths, **options)
     where = (cache.page_table, ragged.rows, row_offsets, ragged.lengths)
@@ -121,7 +121,7 @@ def _forward(
 
 
 class _CachedAttention(torch.autograd.Function):
-    """`_forward` with its derivative; see the head of this file for why the order of backward matters."""
+    """`_forward` with its derivative; see the module docstring for why the order of backward matters."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -137,7 +137,7 @@ class _CachedAttention(torch.autograd.Function):
         keywords: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         output, lse = _forward(query, key, value, ragged, row_offsets, layer, keywords)
-        # Slots that a later pass writes again must be put back before this pass can look at them in backward.
+        # Slots that a later pass overwrites must be restored before this pass reads them in backward.
         ctx.save_for_backward(query, output, lse, *((key, value) if ragged.rewritten else ()))
         ctx.ragged, ctx.row_offsets, ctx.layer, ctx.keywords = ragged, row_offsets, layer, keywords
         ctx.is_first = is_first
@@ -152,25 +152,25 @@ class _CachedAttention(torch.autograd.Function):
         cache = ragged.cache
         grad_keys, grad_values = cache.gradients(layer)
         waiting = cache.waiting[layer]
-        if waiting and ctx.is_first and ragged.joined is None:  # else the first pass itself needs no gradients
+        if waiting and ctx.is_first and ragged.joined is None:  # if set, the first pass itself needs no gradients
             _add_joined(ragged, layer, ctx.keywords)
         if rewritten:
             ops.kv_append(*rewritten, ragged.slots, cache.keys[layer], cache.values[layer])
-        if grad_output is None:  # nothing reads this pass's output, but later passes may read its keys and values
+        if grad_output is None:  # nothing uses this pass's output, but later passes may use its keys and values
             grad_query = torch.zeros_like(query)
         else:
             grad_output, where = grad_output.contiguous(), (ragged.rows, ctx.row_offsets, ragged.lengths)
             only = {} if ragged.joined is None else {"grads_from": ragged.joined}
             grad_query = _backward(cache, layer, (grad_output, query, output, lse), where, ctx.keywords | only)
         if ragged.joined is not None:
-            # Without their graph, which holds the cache: where no first pass clears the list, both would stay forever.
+            # Detached: their graph holds the cache, and if no first pass clears the list, neither would ever be freed.
             of = (torch.zeros_like(output) if grad_output is None else grad_output, query, output, lse)
             waiting.append((ragged.rows, *(x.detach() for x in of)))
         grad_key, grad_value = ops.kv_gather(grad_keys, grad_values, ragged.slots, query.dtype)
-        if rewritten:  # what was added is for this pass's keys and values; those of the pass before start from zero
+        if rewritten:  # these gradients were for this pass's keys and values; the pass before starts from zero
             grad_keys[ragged.slots] = 0
             grad_values[ragged.slots] = 0
-        if ctx.is_first:  # the last to run backward: a second backward through the same graph starts from zero
+        if ctx.is_first:  # the last to run backward; a second backward through the same graph starts from zero
             cache.grad_keys[layer] = cache.grad_values[layer] = None
             cache.waiting[layer] = []
         return grad_query, grad_key, grad_value, *[None] * 6
@@ -188,7 +188,7 @@ def _backward(
 
 
 def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
-    """How many passes behind the first leave dK and dV of its slots to it: of one token a row, and all are read."""
+    """How many passes after the first leave dK and dV of its slots to it: they have one token per row, all used."""
     worth = WORTH_JOINING.get(ops.choose("ragged_attention_backward", batch.input_ids.device)[0])
     single = (max(p.counts) == 1 and not (loss_only and p.used) for p in batch.passes[1:])
     count = sum(itertools.takewhile(bool, single))
@@ -196,9 +196,9 @@ def num_joined(batch: RaggedBatch, loss_only: bool) -> int:
 
 
 def _add_joined(first: Ragged, layer: int, keywords: dict[str, Any]) -> None:
-    """dK and dV of all waiting passes: one call in which a row has their tokens, one behind the other, as queries.
+    """dK and dV of all waiting passes, in one call that takes each row's tokens, concatenated, as its queries.
 
-    It adds to the slots of those tokens too, which nobody reads any more.
+    It also adds to the slots of those tokens, which nothing reads any more.
     """
     cache = first.cache
     rows, *of = zip(*reversed(cache.waiting[layer]), strict=True)
@@ -211,8 +211,9 @@ def _add_joined(first: Ragged, layer: int, keywords: dict[str, Any]) -> None:
 
 
 def _joined_layout(first: Ragged, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of tokens that stand pass by pass, the rows of the first pass in `first`: their order row by row, where each
-    row's begin, and how long a row is with them. Nothing here waits for the device.
+    """Orders tokens that are given pass by pass (`rows`: the row of each) by the rows of the first pass, `first`.
+
+    Returns their new order, the row offsets in it, and the row lengths with them. Never synchronises with the device.
     """
     place = torch.empty(len(first.cache.page_table), dtype=torch.int64, device=rows.device)
     place[first.rows.long()] = torch.arange(len(first.rows), device=rows.device)

@@ -2,12 +2,12 @@
 
 A row is cut before each of its thoughts. Segment 0 runs up to the first thought; segment j starts with the j-th thought
 and runs up to the next one (or to the end of the row). Pass j computes segment j of every row that has one, so a batch
-needs 1 + (most thoughts of any row) passes, no token is computed twice and no pad exists.
+needs 1 + (most thoughts of any row) passes, no token is computed twice and there is no padding.
 
 The flat token axis is pass-major: pass 0 of all rows, then pass 1, ... so each pass is one contiguous slice.
 
-Where every token's key and value go is planned here as well: a row's cache slots are one run of whole pages. All
-tensors of a batch are views of one buffer, so that it reaches a device in one copy.
+Cache slots are planned here as well: a row's keys and values go to one run of whole pages. All tensors of a batch are
+views of one buffer, so that it reaches a device in one copy.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ import torch
 
 from coconut_fast.tokens import IGNORE
 
-PAGE_SIZE = 16  # tokens of a page of the cache
-ALIGNMENT = 4  # words of 32 bits at which a batch's tensors start
+PAGE_SIZE = 16  # tokens per page of the cache
+ALIGNMENT = 4  # a batch's tensors start at multiples of this many 32-bit words
 
 
 @dataclass(frozen=True)
 class UsedPositions:
-    """The tokens of a pass whose last hidden states are read: of every row those from the first such token on."""
+    """Positions of a pass whose final hidden state is used (by the loss or the next thought).
 
-    at: torch.Tensor  # (R,) int64: where they stand in the pass
-    row_offsets: torch.Tensor  # (B + 1,) int32: where each row's begin among them
-    max_query: int  # most of any row
+    In each row these are its first such position and all positions after it.
+    """
+
+    at: torch.Tensor  # (R,) int64: their indices in the pass
+    row_offsets: torch.Tensor  # (B + 1,) int32: where each row's start among them
+    max_query: int  # upper bound on those of a row
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,15 @@ class Pass:
     rows_R: torch.Tensor  # int32: `rows`
     row_offsets: torch.Tensor  # (R + 1,) int32: where each row's tokens start in this pass
     lengths: torch.Tensor  # (R,) int32: tokens of each row up to the end of this pass
-    slots: torch.Tensor  # (T of the pass,) int64: of the cache, for the pass's keys and values
-    max_query: int  # at least the most tokens of a row in this pass,
-    max_length: int  # and the longest of its rows
-    thought_at: torch.Tensor  # (len(rows),) int64: where in this pass the thoughts stand; empty for pass 0
+    slots: torch.Tensor  # (T of the pass,) int64: cache slots of the pass's keys and values
+    max_query: int  # upper bound on tokens per row
+    max_length: int  # upper bound on row lengths
+    thought_at: torch.Tensor  # (len(rows),) int64: indices of the thoughts in this pass; empty for pass 0
     source: torch.Tensor  # (len(rows),) int64: the position in the previous pass whose hidden state is fed back
-    thoughts_after: torch.Tensor  # (len(rows),) int64: of the row; below 0 for those added by train/buckets.py
+    thoughts_after: torch.Tensor  # (len(rows),) int64: thoughts left in the row; negative: padding, train/buckets.py
     loss_index: torch.Tensor  # (N,) int64: positions in this pass that predict a labelled token
     targets: torch.Tensor  # (N,) int64: those tokens
-    used: UsedPositions | None  # by the loss and the next thoughts; None where that is more than half of the pass
+    used: UsedPositions | None  # None: more than half of the pass is used, or nothing
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,12 @@ class RaggedBatch:
     position_ids: torch.Tensor  # (T,) int64
     passes: tuple[Pass, ...]
     lengths: tuple[int, ...]  # tokens of each row
-    padded_at: torch.Tensor  # (T,) int64: where each token stands in the padded (B, width) layout, flattened
+    padded_at: torch.Tensor  # (T,) int64: each token's index in the padded (B, width) layout, flattened
     width: int
-    num_targets: int  # without those that are IGNORE
+    num_targets: int  # targets other than IGNORE
     page_table: torch.Tensor  # (B, pages) int32
     num_slots: int
-    words: torch.Tensor | None = None  # (W,) int32: what all tensors above are views of, once they are
+    words: torch.Tensor | None = None  # (W,) int32: the buffer that all tensors above are views of, if they are
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RaggedBatch:
         """The same batch with its tensors on `device`."""
@@ -101,7 +104,7 @@ def tensors(part: RaggedBatch | Pass | UsedPositions) -> Iterator[torch.Tensor]:
 
 
 def to_buffer(batch: RaggedBatch) -> torch.Tensor:
-    """(W,) int32: all tensors of a batch one behind the other."""
+    """(W,) int32: all tensors of a batch, concatenated."""
     if batch.words is not None:
         return batch.words
     pieces = []
@@ -130,7 +133,7 @@ def from_buffer(words: torch.Tensor, like: RaggedBatch) -> RaggedBatch:
     return replace(view(like), words=words)
 
 
-# In these a batch's tensors are, in this order.
+# The fields that hold a batch's tensors, in this order.
 FIELDS = {
     kind: [f.name for f in fields(kind) if f.name != "words" and ("Tensor" in f.type or f.name in ("passes", "used"))]
     for kind in (RaggedBatch, Pass, UsedPositions)
@@ -148,9 +151,9 @@ def collate(
     """Rows of token ids -> RaggedBatch.
 
     `labels[b][t]` is the target for token t (predicted from t - 1; -100 for none), `position_ids` default to 0, 1, ...;
-    `columns` and `width` say where each token stood in a padded layout (default: left-aligned).
-    Raises ValueError, naming the row, for an empty row, a thought in front of which no token stands, or labels of
-    another length than the row.
+    `columns` and `width` give each token's place in a padded layout (default: left-aligned).
+    Raises ValueError, naming the row, for an empty row, a thought with no token before it, or labels whose length
+    differs from the row's.
     """
     lengths = [len(row) for row in input_ids]
     if not lengths or min(lengths) == 0:
@@ -173,8 +176,8 @@ def collate(
 
 
 def flattened(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """(T,) int64: rows of numbers, one behind the other."""
-    if all(isinstance(row, list) for row in rows):  # an array takes the numbers of one list faster than NumPy of many
+    """(T,) int64: rows of numbers, concatenated."""
+    if all(isinstance(row, list) for row in rows):  # array() reads one list faster than NumPy reads many
         return np.frombuffer(array("q", list(chain.from_iterable(rows))), dtype=np.int64)
     return np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
 
@@ -189,10 +192,10 @@ def split_into_passes(
     columns_T: np.ndarray | None = None,
     width: int | None = None,
 ) -> RaggedBatch:
-    """`collate` of rows that stand one behind the other, none of them empty; its tensors are still apart.
+    """`collate` for rows that are concatenated, none of them empty; its tensors are not in one buffer yet.
 
-    A segment (suffix S) is what one row has in one pass: its tokens in front of the first thought, then those from each
-    thought up to the next. Segments stand pass by pass and, within one, by row; so do tokens, from `order_T` on.
+    A segment (suffix S) is what one row has in one pass: its tokens before the first thought, or those from one thought
+    up to the next. Segments are ordered by pass and, within a pass, by row; so are the tokens from `order_T` on.
     """
     starts_B, number_T, at_T, pass_T = row_major(lengths_B, ids_T, thought_id)
     thoughts_B = pass_T[starts_B + lengths_B - 1]
@@ -214,10 +217,10 @@ def split_into_passes(
     start_S = np.cumsum(count_S) - count_S
     stop_S = np.cumsum(counts_PB, axis=0)[pass_S, row_S]  # within the row
     left_S = thoughts_B[row_S] - pass_S
-    # Unread is what stands in front of the first labelled position, but never a last token that feeds a thought.
+    # Unread are the tokens before the first labelled position, but never a last token that feeds a thought.
     labelled_T = np.where(targets_T != IGNORE, np.arange(len(ids_T)), len(ids_T))
     unread_S = np.minimum(count_S - (left_S > 0), np.minimum.reduceat(labelled_T, start_S) - start_S)
-    ends_PB = np.cumsum(counts_PB, axis=1) - 1  # where, in its pass, each row's last token stands
+    ends_PB = np.cumsum(counts_PB, axis=1) - 1  # index of each row's last token in its pass
 
     passes: list[Pass] = []
     bounds = np.searchsorted(pass_S, np.arange(len(counts_PB) + 1)).tolist()
@@ -263,9 +266,9 @@ def split_into_passes(
 def row_major(
     lengths_B: np.ndarray, ids_T: np.ndarray, thought_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where rows begin (B,), and of every token its row, its position there, and its pass (T,).
+    """Where rows begin (B,), and each token's row, position in it, and pass (T,).
 
-    ValueError, naming the row, for a thought in front of which no token stands.
+    ValueError, naming the row, for a thought with no token before it.
     """
     starts_B = np.cumsum(lengths_B) - lengths_B
     is_thought_T = ids_T == thought_id
@@ -326,7 +329,7 @@ def from_padded(
 
 
 def check_range(batch: RaggedBatch, vocabulary: int, max_positions: int | None) -> None:
-    """ValueError for token ids, labels and positions that a model with so many does not have. On the CPU."""
+    """ValueError for token ids, labels and positions outside the range of the model. For batches on the CPU."""
     targets = torch.cat([p.targets for p in batch.passes])
     limits = {"input_ids": (batch.input_ids, vocabulary), "labels": (targets, vocabulary)}
     if max_positions is not None:
@@ -338,7 +341,7 @@ def check_range(batch: RaggedBatch, vocabulary: int, max_positions: int | None) 
 
 
 def used_positions(counts: np.ndarray, unread: np.ndarray) -> UsedPositions | None:
-    """Of rows with so many tokens each, of which the first so many are unread."""
+    """Those of rows of `counts` tokens whose first `unread` are unused; None if none or more than half are used."""
     read = counts - unread
     offsets = np.append(0, np.cumsum(read))
     if not 0 < 2 * offsets[-1] <= counts.sum():
@@ -348,7 +351,7 @@ def used_positions(counts: np.ndarray, unread: np.ndarray) -> UsedPositions | No
 
 
 def _page_table(first_pages: np.ndarray) -> torch.Tensor:
-    """(B, pages of the longest row): page after page from each row's first; what stands behind a row is not read."""
+    """(B, pages of the longest row): consecutive pages from each row's first; those after its end are not read."""
     pages = np.arange(np.diff(first_pages).max())
     return _int32(np.minimum(first_pages[:-1, None] + pages, first_pages[-1] - 1))
 

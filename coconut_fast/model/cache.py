@@ -1,4 +1,4 @@
-"""The append-only cache: keys and values of all layers, in slots that the C++ layout hands out.
+"""The paged KV cache: keys and values of all layers, in slots that the C++ layout assigns.
 
 The layout (csrc/cache_layout.h) decides which row owns which page; this file owns the memory. A slot is one row of a
 layer's `keys` and `values`, (slots, kv heads, head dim), allocated when the layer first writes and never moved.
@@ -29,13 +29,13 @@ class Ragged:
     slots: torch.Tensor  # (T,) int64: where this call's tokens are written
     max_query: int
     max_length: int
-    seeds: torch.Tensor | None = None  # (layers,) int64: of each layer's dropout; None: it has none
+    seeds: torch.Tensor | None = None  # (layers,) int64: dropout seed of each layer; None: no dropout
     rewritten: bool = False  # whether other passes write the same slots (model/parallel.py)
-    used: UsedPositions | None = None  # what the last layer has to compute besides keys and values; None: everything
-    # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the slots of the
-    # first; None: this pass's own backward does.
+    used: UsedPositions | None = None  # positions where the last layer computes more than keys and values; None: all
+    # (B,) int32: each row's length after the first pass, whose backward adds this pass's dK and dV to the first
+    # pass's slots; None: this pass's own backward does.
     joined: torch.Tensor | None = None
-    calls: list[tuple[int, int | None]] | None = None  # where given, every call notes its layer and its window
+    calls: list[tuple[int, int | None]] | None = None  # if given, every call appends its layer and its window
 
 
 class Storage:
@@ -52,13 +52,14 @@ class Storage:
         self.page_size = page_size
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
-        # Training only, per layer: the gradient buffers, and the token that keeps backward in reverse pass order.
+        # Training only, per layer: the gradient buffers, and `order`, a dummy tensor that keeps backward in reverse
+        # pass order.
         self.grad_keys: list[torch.Tensor | None] = [None] * num_layers
         self.grad_values: list[torch.Tensor | None] = [None] * num_layers
-        self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # what _add_joined adds
-        # By number of passes, where their tokens stand in that call.
+        self.waiting: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(num_layers)]  # inputs of _add_joined
+        # By number of passes: the token layout of that call (_joined_layout).
         self.joins: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.tasks = [-1] * num_layers  # the call of backward that each layer's buffers belong to
+        self.tasks = [-1] * num_layers  # the backward call that each layer's buffers belong to
         self.order: list[torch.Tensor | None] | None = [None] * num_layers
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +71,10 @@ class Storage:
         return keys, values
 
     def gradients(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's accumulation buffers for dK and dV, fp32 (fp64 for an fp64 cache), zero when first asked for.
+        """The layer's accumulation buffers for dK and dV, fp32 (fp64 for an fp64 cache).
 
-        First in this call of backward: one that ends at a thought leaves sums behind that no pass has taken.
+        Zeroed at the first request of each backward call: a backward that stops at a thought leaves sums that no pass
+        has consumed.
         """
         grad_keys, grad_values = self.grad_keys[layer], self.grad_values[layer]
         task = torch._C._current_graph_task_id()
@@ -87,9 +89,9 @@ class Storage:
         return grad_keys, grad_values
 
     def seal(self) -> None:
-        """The forward is complete: its order of backward is in the autograd graph and need not be known here.
+        """Ends the forward: the autograd graph now holds the order of backward, and the cache drops it.
 
-        The graph refers to the cache; if the cache went on referring to the graph neither would ever be freed.
+        The graph refers to the cache; if the cache still referred to the graph, neither would ever be freed.
         """
         self.order = None
 
@@ -98,7 +100,7 @@ class KVCache(Storage):
     """Rows that grow token by token, are forked, rolled back and freed.
 
     num_slots: tokens it can hold (rounded up to whole pages); max_rows: rows at a time; max_length: tokens of the
-    longest row (default: all of them). Raises ValueError, and changes nothing, when it is full or a row is not its own.
+    longest row (default: `num_slots`). Raises ValueError, and changes nothing, when it is full or does not have a row.
     """
 
     def __init__(
@@ -161,11 +163,11 @@ class KVCache(Storage):
         )
 
     def reserve(self, rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        """Places tokens like `append`, for passes that find their slots on the device -> their slots, on the CPU."""
+        """Places tokens like `append`, for passes that find their slots on the device. Returns them, on the CPU."""
         slots, copies = self.layout.append(list(rows), list(counts))
         if len(copies):
             self._copy_pages(copies)
-        if self.device.type == "cuda":  # from page-locked memory: else a large table would wait for the device
+        if self.device.type == "cuda":  # page-locked: copying a large pageable table would synchronise
             self.page_table.copy_(self.layout.page_table.pin_memory(), non_blocking=True)
         return slots
 
@@ -178,7 +180,7 @@ class KVCache(Storage):
         self.layout.truncate(list(rows), list(lengths))
 
     def free(self, rows: Sequence[int]) -> None:
-        """Gives rows and the pages only they hold back."""
+        """Frees rows and the pages that only they hold."""
         self.layout.free(list(rows))
 
     def _copy_pages(self, copies: torch.Tensor) -> None:

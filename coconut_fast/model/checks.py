@@ -1,8 +1,8 @@
-"""What a model has to show before it is handed out: finite weights, a feedback that fits, and code that can run ragged.
+"""Checks of a model that is loaded: finite weights, a feedback that fits, and code that can run ragged.
 
-Any architecture may be asked for, and some would answer wrongly without a word: rows lie end to end on one token axis,
-and only attention knows where one ends. Convolutions and recurrences run over the ends; attention that does not go
-through transformers' interface sees all rows as one; some models count positions by themselves.
+Any architecture may be asked for, and some would be silently wrong: rows are concatenated on one token axis, and only
+attention knows where one ends. Convolutions and recurrences run across these ends; attention that does not go through
+transformers' interface sees all rows as one; some models compute positions themselves.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from coconut_fast.model.coconut import Coconut
 
 
 def check_finite(model: Coconut, what: str) -> None:
-    """ValueError, opened by `what`, that names the first weight with a NaN or infinite value."""
+    """ValueError, starting with `what`, that names the first weight with a NaN or infinite value."""
     for name, tensor in model.named_parameters():
         if not tensor.numel() or tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             continue
-        # 30 times as fast as isfinite of every value, which took GPT-2 half a second.
+        # 30 times as fast as isfinite of every value, which takes half a second for GPT-2.
         low, high = torch.aminmax(tensor.detach())
         if not torch.isfinite(low) or not torch.isfinite(high):
             raise ValueError(f"{what}: the weight {name.removeprefix('hf.')} holds NaN or infinite values")
@@ -28,10 +28,10 @@ def check_finite(model: Coconut, what: str) -> None:
 
 @torch.no_grad()
 def check_ragged(model: Coconut, what: str) -> None:
-    """ValueError, opened by `what`, for a model that does not compute rows of a batch as it computes each alone.
+    """ValueError, starting with `what`, for a model that computes rows of a batch differently from each row alone.
 
-    Two rows in one call and the same rows alone, one of them in two pieces, have to agree, with every layer calling our
-    attention once; and our head has to make the model's own logits of them.
+    Two rows in one call and the same rows alone, one of them in two pieces, must give the same hidden states, with
+    every layer calling our attention once; and our head must turn them into the model's own logits.
     """
     name = type(model.hf).__name__
     if model.num_layers < 1:
@@ -42,7 +42,7 @@ def check_ragged(model: Coconut, what: str) -> None:
         alone_TD = _run_alone(model)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model's code raises over arguments it does not know
+    except Exception as error:  # a model's code may raise anything for arguments it does not know
         raise ValueError(f"{what}: {name} cannot run ragged: {error}") from error
     if sorted(layer for layer, _ in calls) != list(range(model.num_layers)):
         raise ValueError(f"{what}: {name} cannot run ragged: it has layers without attention, or with their own")
@@ -68,7 +68,7 @@ def check_feedback(model: Coconut) -> None:
         embeds_BD = model.feedback(hidden_BD)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a user's module raises
+    except Exception as error:  # a user's module may raise anything
         raise ValueError(f"feedback: {name} raised {error!r}, expected {expected}") from error
     found = tuple(embeds_BD.shape) if isinstance(embeds_BD, torch.Tensor) else type(embeds_BD).__name__
     if found != tuple(hidden_BD.shape):
@@ -82,7 +82,7 @@ def _inputs(model: Coconut) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _run_together(model: Coconut, calls: list[tuple[int, int | None]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (5, D), and logits (5, V) as the model's own code makes them; notes every call of attention."""
+    """Hidden states (5, D), and logits (5, V) as the model's own code computes them; records every attention call."""
     cache = KVCache(model.num_layers, num_slots=64, max_rows=4, device=model.device)
     x_TD, positions_T = _inputs(model)
     hidden_TD = model.body(x_TD, positions_T, replace(cache.append(cache.alloc(2), [3, 2]), calls=calls))

@@ -35,19 +35,19 @@ from coconut_fast.tokens import LatentTokens
 
 @dataclass
 class SavedSettings:
-    """What a checkpoint remembers of how it was trained, so that nobody has to guess it at inference."""
+    """What a checkpoint remembers of its training, in coconut.json; the run's settings are in train/arguments.py."""
 
-    num_thoughts: int | None = None  # thoughts a prompt without `<|latent|>` tokens gets; None: it is run as it stands
+    num_thoughts: int | None = None  # thoughts a prompt without `<|latent|>` tokens gets; None: it is run as it is
     markers: bool = True  # whether `<|start-latent|>` and `<|end-latent|>` frame the thoughts
     suffix: str = "\n"  # what follows the question's text
     method: str = "coconut"
     stage: int | None = None
     curriculum: dict[str, Any] | None = None  # the CurriculumConfig of its training, where it differs from the default
-    symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, where they were
-    parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one by one
+    symbols: dict[str, Any] | None = None  # how graph problems were written as symbols, if they were
+    parallel_rounds: int | None = None  # number of rounds that refine all thoughts in parallel; None: one by one
 
     def __post_init__(self) -> None:
-        """ValueError for what somebody wrote into coconut.json by hand and nothing could use."""
+        """ValueError for settings that cannot be used, as in a coconut.json edited by hand."""
         for names, kind in (
             (("num_thoughts", "stage", "parallel_rounds"), int | None),
             (("markers",), bool),
@@ -64,8 +64,8 @@ class SavedSettings:
 class CoconutOutput:
     """loss: () mean cross-entropy of the labelled tokens, or None without labels. The rest is computed on demand.
 
-    Raises ValueError where logits are asked of a forward with `loss_only`: its hidden states are those that labels and
-    thoughts need, and no others.
+    Raises ValueError for logits after a forward with `loss_only`, which computes only the final hidden states that
+    labels and thoughts need.
     """
 
     loss: torch.Tensor | None
@@ -83,7 +83,7 @@ class CoconutOutput:
         return self.batch.padded(self.model.head(torch.cat(self.hidden_TD)))
 
     def __getitem__(self, place: int) -> torch.Tensor | None:
-        """The loss or the logits, for who counts (0, 1), as transformers.Trainer does."""
+        """The loss (0) or the logits (1), for code that indexes outputs as transformers.Trainer does."""
         return (lambda: self.loss, lambda: self.logits)[place]()
 
     @functools.cached_property
@@ -95,9 +95,9 @@ class CoconutOutput:
 class Coconut(nn.Module):
     """A Hugging Face causal language model that thinks: `hf`, `tokens`, `feedback`, `tokenizer` and `settings`.
 
-    How it trains, beside them: `detach_after` (gradients through the last n thoughts of a row only; None: through all),
-    `checkpoint_passes` (keep of a pass but its inputs, and run it again in backward), `defer_weight_gradients` (one
-    weight gradient for all passes, model/deferred.py). `settings` are what a saved model remembers.
+    Training also depends on `detach_after` (gradients through the last n thoughts of a row only; None: through all),
+    `checkpoint_passes` (keep only the inputs of a pass and recompute it in backward) and `defer_weight_gradients` (one
+    weight gradient for all passes, model/deferred.py). `settings` are saved with the model.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class Coconut(nn.Module):
     ) -> None:
         """hf: a model whose layers are attention. That it runs ragged is checked by `load`, not here (model/checks.py).
 
-        tokens: its special tokens. tokenizer: for prompts in words. feedback: a module hidden (B, D) -> next input
-        (B, D), or one of model/feedback.py by name; None: identity. settings: None: those of a model nobody trained.
+        tokens: its special tokens. tokenizer: for text prompts. feedback: a module hidden (B, D) -> next input (B, D),
+        or one of model/feedback.py by name; None: identity. settings: None: those of an untrained model.
         """
         super().__init__()
-        hf = getattr(hf, "get_base_model", lambda: hf)()  # of peft's wrapper: its adapters sit in the model itself
+        hf = getattr(hf, "get_base_model", lambda: hf)()  # unwraps peft's model: the adapters are inside
         hf.set_attn_implementation(attention.NAME)
         if hf.config.get_text_config()._attn_implementation != attention.NAME:
             raise ValueError(
@@ -153,15 +153,15 @@ class Coconut(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Positions a row may have; None where the configuration names no limit.
+        """Positions a row may have; None if the configuration has no limit.
 
-        longrope ends at its original length: a longer row would have all rows of the call rotated by other frequencies,
-        and its cached keys not.
+        longrope ends at its original length: for a longer row, all rows of the call would be rotated by other
+        frequencies than their cached keys.
         """
         config = self.hf.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
-        for part in (rope, *rope.values()):  # some models have rotations by kind of layer
+        for part in (rope, *rope.values()):  # some models have rope parameters by layer type
             if isinstance(part, dict) and part.get("rope_type") == "longrope":
                 original = part["original_max_position_embeddings"]
                 limit = min(limit or original, original)
@@ -179,7 +179,7 @@ class Coconut(nn.Module):
 
     def _body(self, embeds_TD: torch.Tensor, position_ids_T: torch.Tensor, ragged: Ragged) -> torch.Tensor:
         found = self.hf.config.get_text_config()._attn_implementation
-        if found != attention.NAME:  # any other one takes the batch for one long row, without a word
+        if found != attention.NAME:  # any other one would silently treat the batch as one long row
             raise ValueError(
                 f"hf: its attention is {found!r}, expected {attention.NAME!r}; "
                 f"model.hf.set_attn_implementation({attention.NAME!r}) sets it back"
@@ -194,10 +194,10 @@ class Coconut(nn.Module):
         return output.last_hidden_state.squeeze(0)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Activation checkpointing per pass. What the trainer of transformers calls; its options are about layers."""
+        """Activation checkpointing per pass. Called by transformers' Trainer, whose options are about layers."""
         self.checkpoint_passes = True
 
-    gradient_checkpointing_enable = activation_checkpointing_enable  # what earlier releases of transformers call
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the name in earlier releases of transformers
 
     def head(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, D) hidden states after the final norm -> (N, V) logits, scaled and capped as the model does it."""
@@ -209,7 +209,7 @@ class Coconut(nn.Module):
 
     @property
     def logits_scale(self) -> float:
-        """What the model multiplies its logits with (Granite divides by `logits_scaling`, Cohere has `logit_scale`)."""
+        """The factor of the logits (Granite divides them by `logits_scaling`, Cohere has `logit_scale`)."""
         config = self.hf.config.get_text_config()
         return getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
@@ -232,10 +232,10 @@ class Coconut(nn.Module):
         """Padded (B, T) tensors, pads left or right, or a ragged `batch`; rows may have any number of thoughts.
 
         The loss is the cross-entropy of the labelled tokens, summed and divided by `num_items` (default: their number);
-        a label stands at its own token, -100 at tokens without. Positions count from a row's first token. A row's
-        result does not depend on the rows beside it. loss_only: the last layer computes what the loss and the thoughts
-        are made of and nothing else, as in training; the output then has no logits.
-        Raises ValueError for tensors of another shape, and for ids, labels or positions that the model has not.
+        labels are not shifted; -100 marks tokens without one. Positions count from a row's first token. A row's result
+        does not depend on other rows. loss_only: the last layer computes only what the loss and the thoughts need, as
+        in training; the output then has no logits.
+        Raises ValueError for tensors of another shape, and for ids, labels or positions outside the model's range.
         """
         if batch is None:
             if input_ids is None:
@@ -243,7 +243,8 @@ class Coconut(nn.Module):
             batch = from_padded(input_ids, self.tokens.thought, attention_mask, position_ids, labels)
             check_range(batch, self.hf.get_input_embeddings().weight.shape[0], self.max_positions)
             batch = batch.to(self.device)
-        # A checkpointed pass runs again without the mode; sharded weights are not at hand when their gradient is due.
+        # Not with activation checkpointing (recomputation runs outside this mode) nor FSDP (weights are resharded when
+        # the deferred gradient is due).
         deferred = self.defer_weight_gradients and torch.is_grad_enabled() and not self.checkpoint_passes
         deferred = deferred and not any(isinstance(p, DTensor) for p in self.parameters())
         with DeferredWeightGradients() if deferred else nullcontext() as mode:
@@ -251,7 +252,7 @@ class Coconut(nn.Module):
         head = self.hf.get_output_embeddings()
         weight = head.weight if mode is None else mode.alias(head.weight)
         loss = None
-        if batch.num_targets or labels is not None:  # labels that are all -100 have a loss too: 0, as are its gradients
+        if batch.num_targets or labels is not None:  # labels that are all -100 give a loss of 0, with zero gradients
             loss = self._loss(batch, hidden, weight, getattr(head, "bias", None), num_items)
         return CoconutOutput(loss, self, batch, hidden, embeds, loss_only)
 
@@ -259,7 +260,7 @@ class Coconut(nn.Module):
         """Hidden states and input embeddings of every pass, (T of the pass, D) each."""
         device = batch.input_ids.device
         seeds_L = None
-        if self.training:  # drawn where it is used, so that neither waits for the other and a graph draws anew
+        if self.training:  # drawn on the device: no host sync, and a captured graph draws new seeds at each replay.
             layers_L = torch.arange(1, self.num_layers + 1, device=device)
             seeds_L = (torch.randint(2**31, (), device=device) + 0x9E3779B1 * layers_L) & 0x7FFFFFFF
         if self.settings.parallel_rounds is not None:
@@ -275,12 +276,12 @@ class Coconut(nn.Module):
             growing.seal()
             return refined
         cache = Storage(self.num_layers, num_slots=batch.num_slots, page_table=batch.page_table)
-        # Cut by `split`, whose backward is one concatenation; that of a slice is a whole (T, D) of zeros, pass by pass.
+        # By `split`, whose backward is one concatenation; that of a slice makes a whole (T, D) of zeros for every pass.
         pieces = self.embed(batch.input_ids).split([p.stop - p.start for p in batch.passes])
         hidden: list[torch.Tensor] = []
         embeds: list[torch.Tensor] = []
         num_joined = attention.num_joined(batch, loss_only)
-        first_B = batch.passes[0].lengths  # which has all rows
+        first_B = batch.passes[0].lengths  # pass 0 has all rows
         for i, (p, x_TD) in enumerate(zip(batch.passes, pieces, strict=True)):
             if hidden:
                 thoughts_BD = self.feedback(self._detached(hidden[-1].index_select(0, p.source), p.thoughts_after))
@@ -316,7 +317,8 @@ class Coconut(nn.Module):
         num_items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         # Only labelled positions reach the head: labels are -100 on questions and thoughts, most of a row.
-        # Brackets would sort their indices in backward, on a GPU; none comes twice but where the gradient is 0.
+        # index_select, not h[index], whose backward sorts the indices on a GPU; duplicates occur only where the
+        # gradient is 0.
         labelled_ND = torch.cat([h.index_select(0, p.loss_index) for h, p in zip(hidden, batch.passes, strict=True)])
         targets_N = torch.cat([p.targets for p in batch.passes])
         total = ops.linear_cross_entropy(
@@ -331,14 +333,14 @@ class Coconut(nn.Module):
         return total / (max(1, batch.num_targets) if num_items is None else num_items)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes a directory that `coconut_fast.load` reads back loss-free and plain transformers reads as a model."""
+        """Writes a directory that `coconut_fast.load` restores exactly and plain transformers reads as a model."""
         save(self, directory)
 
 
 def _fuse_gelu(hf: PreTrainedModel) -> None:
-    """GPT-2's tanh GELU as PyTorch's one kernel: the same function, where transformers writes eight element-wise ops.
+    """Replaces GPT-2's tanh GELU, eight element-wise ops in transformers, by the same function in one PyTorch kernel.
 
-    On a CPU those are a third of a training step: each one streams a (T, 4 D) tensor through memory.
+    On a CPU the eight are a third of a training step: each one streams a (T, 4 D) tensor through memory.
     """
     for module in hf.modules():
         for name, child in module.named_children():

@@ -1,15 +1,15 @@
-"""Weight gradients of all passes at once, and less kept for them.
+"""Weight gradients of all passes at once, with fewer activations kept for them.
 
-A forward through k thoughts uses every weight k + 1 times. Autograd would make one weight gradient per use, and add
-them up: for the single-position passes that is a product of a few rows each, and three times the weights' size through
-memory to accumulate it (GPT-2: 1 GB a pass). Here a use only notes its input and its output's gradient; when backward
-has been through all uses of a weight, the large ones are multiplied one by one and the small ones together. A token
-embedding notes ids and gradients, which are added into the gradient of the head it is tied to: autograd would make a
-(V, D) gradient of zeros and a few rows per use (GPT-2: 154 MB), and add that.
+A forward through k thoughts uses every weight k + 1 times. Autograd would compute one weight gradient per use and add
+them up: for a single-position pass that is a product of a few rows, whose accumulation moves three times the weights'
+size through memory (GPT-2: 1 GB a pass). Here a use only notes its input and its output's gradient; once backward has
+been through all uses of a weight, the large ones are multiplied one by one and the small ones together. A token
+embedding notes ids and gradients, which are added to the gradient of the tied head: autograd would make a (V, D)
+gradient per use, zero but for a few rows (GPT-2: 154 MB), and add that.
 
-The input of a product that is the result of LayerNorm or GELU is not kept but computed again from theirs, which
-autograd keeps anyway: on GPT-2 a third of all activations for some hundredths of the time. On a GPU it is kept: there
-memory is not what a step runs out of, and LayerNorm is model/layer_norm.py's.
+If the input of a product is the result of LayerNorm or GELU, it is not kept but recomputed from their input, which
+autograd keeps anyway: on GPT-2 this saves a third of all activations for a few hundredths of the time. On a GPU it is
+kept: memory is not what limits a step there, and LayerNorm is computed by model/layer_norm.py.
 
 A mode around the passes routes `linear`, `embedding`, `layer_norm` and `gelu` of torch.nn.functional, `torch.addmm`
 (GPT-2's Conv1D) and additions through it, so the model code stays as it is. Exact: the same products, summed in another
@@ -42,9 +42,9 @@ class DeferredWeightGradients(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.uses: dict[tuple[int, int], tuple[Tensor, _Uses]] = {}
-        self.cheap: _Cheap | None = None  # the last result that is not worth keeping
+        self.cheap: _Cheap | None = None  # the last result that is cheaper to recompute than to keep
         self.stream = layer_norm.Stream()
-        self.parts: dict[Any, tuple[Tensor, ...]] = {}  # of parameters that are split
+        self.parts: dict[Any, tuple[Tensor, ...]] = {}  # parts of the parameters that are split
         self.known: set[int] = set()  # the ids of these parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,11 +76,11 @@ class DeferredWeightGradients(TorchFunctionMode):
         return result
 
     def alias(self, weight: Tensor) -> Tensor:
-        """The weight, for a use that makes its gradient itself; embeddings add theirs to that in place."""
+        """The weight, for a use that computes its gradient itself; embeddings add theirs to that in place."""
         return self._uses(weight, None)[0] if self._is_trained(weight) else weight
 
     def _split(self, whole: Tensor, func: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
-        """The parts of a parameter, the same tensors each time: uses of a part are known by its id too."""
+        """The parts of a parameter, the same tensors each time: uses of a part, too, are identified by its id."""
         key = (id(whole), str(args[1:]), str(kwargs))
         if key not in self.parts:
             self.parts[key] = func(*args, **kwargs)
@@ -88,14 +88,14 @@ class DeferredWeightGradients(TorchFunctionMode):
         return self.parts[key]
 
     def _is_known(self, x: Any) -> bool:
-        """Whether x is known again by its id, which a temporary tensor's successor may have too."""
+        """Whether x can be identified by its id; that of a temporary tensor may be reused."""
         return isinstance(x, nn.Parameter) or id(x) in self.known
 
     def _is_trained(self, weight: Any) -> bool:
         return self._is_known(weight) and weight.requires_grad and torch.is_grad_enabled()
 
     def _is_bias(self, bias: Any, width: int) -> bool:
-        """Whether it is one, and not broadcast."""
+        """Whether `bias` is None, or known and not broadcast."""
         return bias is None or (self._is_known(bias) and bias.shape == (width,))
 
     def _uses(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, _Uses]:
@@ -142,7 +142,7 @@ class _Cheap:
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def made(self, x: Tensor) -> bool:
-        """Whether x is the result, untouched, in whatever shape; and large enough to be worth it."""
+        """Whether x is the result, unmodified, in any shape; and large enough to be worth recomputing."""
         y = self.result()
         same = y is not None and y.data_ptr() == x.data_ptr() and y.numel() == x.numel() and y._version == self.version
         return same and x.is_contiguous() and x.numel() > SMALL * x.shape[-1]
@@ -155,18 +155,18 @@ class _Cheap:
 
 
 class _Uses:
-    """A weight in the dtype it is multiplied in, and what backward has noted of its uses."""
+    """A weight in the dtype of its products, and what backward has noted of its uses."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
-        self.multiplied: Any = None  # a Weight, once the first use has told dtype and layout
+        self.multiplied: Any = None  # a Weight, once the first use gives dtype and layout
         self.noted: list[tuple[Callable[[], Tensor] | Tensor, Tensor]] = []  # input (N, in), output's gradient (N, out)
         self.looked_up: list[tuple[Tensor, Tensor]] = []  # ids (N,), gradient (N, D)
-        self.sums: Tensor | None = None  # of a norm, see norm_sums
-        self.task = -1  # the call of backward that noted them
+        self.sums: Tensor | None = None  # for a norm, see norm_sums
+        self.task = -1  # the backward call that noted them
 
     def enter_task(self) -> None:
-        """Forgets what an earlier backward noted and never collected: it ended at an activation."""
+        """Drops what an earlier backward noted but never collected because it ended at an activation."""
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.noted, self.looked_up, self.sums, self.task = [], [], None, task
@@ -183,7 +183,7 @@ class _Uses:
             self.multiplied = Weight(self.weight, self.bias, compute, transposed)
 
     def gradients(self, total: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and bias: `total`, which others have made, and the sum over all noted uses; forgets them."""
+        """Gradients of weight and bias: `total`, computed elsewhere, plus the sum over noted uses, which it drops."""
         self.enter_task()
         bias = None
         if self.noted:
@@ -196,7 +196,7 @@ class _Uses:
         if self.looked_up:
             total = torch.zeros_like(self.weight) if total is None else total
             looked_up, self.looked_up = self.looked_up, []
-            if not total.is_cpu:  # one call sorts its ids and adds what they share one after the other, so one for all
+            if not total.is_cpu:  # each call sorts its ids and adds duplicates serially, so make only one
                 looked_up = [(torch.cat([ids for ids, _ in looked_up]), torch.cat([grad for _, grad in looked_up]))]
             for ids, grad in looked_up:
                 _add_rows(total, ids, grad.to(total.dtype))
@@ -212,7 +212,7 @@ class _Uses:
 
 
 def _add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """total[ids] += rows in a fixed order: PyTorch has such a kernel per device, and one that adds atomically."""
+    """total[ids] += rows in a fixed order: on each device one of the two ops does so, one adds atomically."""
     if total.is_cpu:
         total.index_add_(0, ids, rows)
     else:
@@ -264,7 +264,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """The weight itself; its backward runs when that of every use has, whatever order autograd chose."""
+    """The weight itself; its backward runs after that of every use, whatever order autograd chooses."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, uses: _Uses) -> Tensor:  # type: ignore[override]

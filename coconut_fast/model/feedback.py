@@ -1,8 +1,7 @@
 """Feedback: the map from a hidden state to the next input embedding. Identity in the paper; others by name.
 
-A feedback is an nn.Module (hidden_BD) -> embeds_BD. It is chosen by name, saved with the model, and a user's own
-module works in its place. Those with a name are made from the model's token embeddings (V, D), which give them their
-size, device and dtype.
+A feedback is an nn.Module (hidden_BD) -> embeds_BD, chosen by name or a user's own, and saved with the model. Those
+with a name are built from the model's token embeddings (V, D), which give them their size, device and dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Identity(nn.Identity):
 class Rescale(nn.Module):
     """The hidden state scaled to the mean norm of the token embeddings.
 
-    The last hidden states of larger models are far longer than their embeddings, which unsettles training.
+    The last hidden states of larger models have far larger norms than their embeddings, which destabilises training.
     """
 
     mean_norm: torch.Tensor

@@ -1,10 +1,9 @@
-"""The last layer without what nobody reads.
+"""The last layer, computed only for the tokens whose final hidden state is used.
 
-Of a question's tokens the loss and the thoughts read one last hidden state, that of the last token. The layers below
-need all tokens for the keys and values of the layer above; the last layer has none above it. There queries, their
-attention (model/attention.py), output projection and MLP run for the tokens that are read alone: of GPT-2's matrix
-products 7% less, of a model with two layers 5 in 12. What the last hidden states of the other tokens hold is then
-meaningless.
+The loss and the thoughts use one final hidden state of a question, that of its last token. The layers below need all
+tokens for the keys and values of the layer above; the last layer has none above it. There, queries, their attention
+(model/attention.py), output projection and MLP run for the used tokens only: that saves 7% of GPT-2's matrix products,
+and 5 in 12 of a model with two layers. The final hidden states of the other tokens are then meaningless.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from coconut_fast.model.batch import UsedPositions
 
 
 def decoder_layers(hf: PreTrainedModel) -> nn.ModuleList | None:
-    """The model's list of layers, in any architecture: the first that has as many modules as its configuration says."""
+    """The model's list of layers, in any architecture: the first with as many modules as the config has layers."""
     count = hf.config.get_text_config().num_hidden_layers
     lists = (m for m in hf.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return next(lists, None)
 
 
 def token_wise(layer: nn.Module) -> list[nn.Module]:
-    """What of a decoder layer knows one token at a time: projection of the queries, that of the output, and MLP."""
+    """The token-wise parts of a decoder layer: query projection, output projection and MLP."""
     attention = [m for m in layer.children() if hasattr(m, "layer_idx")]
     names = ("q_proj", "o_proj", "c_proj", "dense", "out_proj")
     parts = [getattr(m, name, None) for m in attention for name in names]
@@ -46,7 +45,7 @@ def joint_projections(layer: nn.Module) -> list[Conv1D]:
 
 @contextmanager
 def only_used(hf: PreTrainedModel, used: UsedPositions | None) -> Iterator[None]:
-    """Within the block that part of the last layer runs for the tokens of `used` and gives zeros for all others."""
+    """Within the block, the token-wise parts of the last layer run only for the tokens of `used`; others get zeros."""
     layers = decoder_layers(hf) if used is not None else None
     if used is None or layers is None:
         yield
@@ -56,7 +55,7 @@ def only_used(hf: PreTrainedModel, used: UsedPositions | None) -> Iterator[None]
         ours[module] = functools.partial(_read, module.forward, used.at)
     for module in joint_projections(layers[-1]):
         ours[module] = functools.partial(_read_queries, module, used.at)
-    own = {module: vars(module).get("forward") for module in ours}  # a user's or a library's
+    own = {module: vars(module).get("forward") for module in ours}  # a forward that a user or a library has replaced
     for module, forward in ours.items():
         module.forward = forward
     try:
@@ -73,10 +72,10 @@ def _read(whole: Callable[..., torch.Tensor], at: torch.Tensor, x_1TD: torch.Ten
 
 
 def _read_queries(joint: Conv1D, at: torch.Tensor, x_1TD: torch.Tensor) -> torch.Tensor:
-    """x W + b, but the first third of the columns for the tokens `at` alone."""
+    """x W + b, with the first third of the columns for the tokens `at` only."""
     x_TD = x_1TD[0]
     widths = [joint.nx, 2 * joint.nx]
-    weight_q, weight_kv = joint.weight.split(widths, dim=1)  # looked up here: FSDP puts the whole one there by now
+    weight_q, weight_kv = joint.weight.split(widths, dim=1)  # looked up here, where FSDP has gathered the weight
     bias_q, bias_kv = joint.bias.split(widths)
     query_RD = torch.addmm(bias_q, x_TD.index_select(0, at), weight_q)
     return torch.cat([_spread(query_RD[None], at, len(x_TD)), torch.addmm(bias_kv, x_TD, weight_kv)[None]], dim=-1)

@@ -1,10 +1,10 @@
 """LayerNorm and the residual stream of a training step on a GPU under autocast.
 
-Autocast norms in fp32, and every product behind a norm rounds the result to its own dtype, in a kernel that reads and
-writes all of it; backward widens the gradient again. Here one kernel writes both, and the one of backward takes a
-gradient of either. It takes that of the residual stream too, which reads the norm's input: the stream's next addition
-is given an alias of the input that comes out of the norm. And it rounds the sum for the product in front of the
-addition that made the input. So a norm, the sum of two gradients and two casts are one kernel.
+Autocast computes a norm in fp32, and every product after it casts the result to its own dtype in a kernel that reads
+and writes all of it; backward casts the gradient back. Here one kernel writes both results, and the backward kernel
+takes a gradient of either. It also takes the gradient of the residual stream, which uses the norm's input too: the
+stream's next addition is given an alias of that input, which the norm returns. And it rounds the sum for the product
+before the addition that made the input. So a norm, the sum of two gradients and two casts are one kernel.
 
 The gradients of weight and bias are partial sums that all passes add to; autograd would reduce them pass by pass, in
 two kernels that for the few rows of a latent pass cost as much as for all tokens.
@@ -21,16 +21,16 @@ from torch.autograd.function import once_differentiable
 
 from coconut_fast import ops
 
-SHARES = 512  # partial sums of a weight's gradient: programs of the backward kernel, about four a multiprocessor
+SHARES = 512  # partial sums of a weight's gradient: programs of the backward kernel, about four per multiprocessor
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels of a training step that exist for GPUs alone compute x."""
+    """Whether x is computed by the kernels of a training step that exist only for GPUs."""
     return x.is_cuda and x.dtype != torch.float64
 
 
 def fuses(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> bool:
-    """Whether `Norm` computes torch.nn.functional.layer_norm of these arguments, those of weights aside."""
+    """Whether `Norm` can compute torch.nn.functional.layer_norm of these arguments, whether trained or not."""
     return (
         on_gpu(x)
         and torch.is_autocast_enabled(x.device.type)
@@ -53,7 +53,7 @@ class Sums(Protocol):
 class Added:
     """The sum of a product and the residual stream, and its gradient rounded for the product, if a norm has done that.
 
-    Known by memory and version: where the sum has other readers too its gradient is another tensor.
+    The gradient is identified by memory and version: if the sum has other uses too, its gradient is another tensor.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -61,7 +61,7 @@ class Added:
         self.noted: tuple[Tensor, int, Tensor] | None = None
 
     def note(self, grad: Tensor, rounded: Tensor) -> None:
-        self.noted = (grad, grad._version, rounded)  # held, so that no other tensor can come to lie there
+        self.noted = (grad, grad._version, rounded)  # kept alive, so that no other tensor can take its place in memory
 
     def round(self, grad: Tensor) -> Tensor:
         noted, self.noted = self.noted, None
@@ -71,7 +71,7 @@ class Added:
 
 
 def adds(a: Any, b: Any) -> bool:
-    """Whether a + b is a product's result and the residual stream, in this order or the other."""
+    """Whether a + b is a product's result and the residual stream, in either order."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor) and on_gpu(a) and a.shape == b.shape):
         return False
     narrow, wide = sorted((a, b), key=lambda x: x.dtype.itemsize)
@@ -93,9 +93,9 @@ class Add(torch.autograd.Function):
 
 
 class Norm(torch.autograd.Function):
-    """LayerNorm of x (..., D) in fp32 and in `dtype`, and x itself for what else reads it.
+    """LayerNorm of x (..., D) in fp32 and in `dtype`, and x itself for its other uses.
 
-    sums has weight and bias, alias ties it to their gradients; added: where x came from, if that is known.
+    sums has weight and bias, alias ties it to their gradients; added: the addition that made x, if known.
     """
 
     @staticmethod
@@ -132,7 +132,7 @@ def _is(reference: weakref.ref[Tensor], version: int, x: Any) -> bool:
 
 
 class Stream:
-    """The last sum, and the last norm's input, its alias behind the norm, and the rounded copy of the result."""
+    """The last sum; the last norm's input and its alias after the norm; and the rounded copy of the norm's result."""
 
     def __init__(self) -> None:
         self.added: tuple[weakref.ref[Tensor], int, Added] | None = None
@@ -155,13 +155,13 @@ class Stream:
         return normed
 
     def behind(self, x: Any) -> Any:
-        """x, or where a norm has read it the alias behind that norm."""
+        """x, or its alias after the last norm if that norm has read it."""
         return self.read[2] if self.read is not None and _is(*self.read[:2], x) else x
 
     def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The copy of the last norm's result, where x is that, untouched, in whatever shape: for its first product.
+        """The rounded copy of the last norm's result, if x is that, unmodified, in any shape: for its first product.
 
-        A second one rounds for itself, so that their gradients are added up in fp32.
+        A second product casts for itself, so that their gradients are added up in fp32.
         """
         y, version, rounded = self.normed if self.normed is not None else (lambda: None, 0, None)
         result = y()

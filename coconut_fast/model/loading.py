@@ -1,4 +1,4 @@
-"""Loading: Hugging Face directories and hub ids, what model/saving.py wrote, and the official code's checkpoints."""
+"""Loading: Hugging Face directories and hub ids, output of model/saving.py, and the official code's checkpoints."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def load(
     - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
 
     device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
-    (see FEEDBACKS) or a module, default what the checkpoint was saved with. base: the directory or hub id that a torch
-    file takes its configuration and tokenizer from, default the file's folder.
-    Raises ValueError for a path that is none of these, a pickle that holds more than tensors, missing weights or
-    some of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
-    model), weights that are NaN or infinite, special tokens that cannot be known, a model that cannot run ragged, and
-    a feedback that does not make embeddings of hidden states (see model/checks.py).
+    (see FEEDBACKS) or a module, default that of the checkpoint. base: the directory or hub id that has the
+    configuration and tokenizer of a torch file, default the file's folder.
+    Raises ValueError for a path that is none of these, a pickle that holds more than tensors, weights that are missing
+    or of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
+    model), weights that are NaN or infinite, special tokens that cannot be determined, a model that cannot run ragged,
+    and a feedback that does not map hidden states to embeddings (see model/checks.py).
     """
     check_path(path_or_id)
     device = _check_arguments(device, dtype, tokens)
@@ -92,12 +92,13 @@ def load(
 
 
 def check_path(path_or_id: str | Path) -> None:
-    """ValueError where nothing is that `load` could read; whether a hub has an id is not asked."""
+    """ValueError if there is nothing that `load` could read; does not ask the hub whether it has an id."""
     if not isinstance(path_or_id, str | os.PathLike):
         raise ValueError(f"path_or_id: found {path_or_id!r}, expected a path or a hub id")
     path = Path(path_or_id)
-    # A mistyped run is no hub id where its folder is here: the hub would be asked, and waited for. (Those of os.path:
-    # pathlib's raise for a name that is too long, as a prompt in a model's place may be, and for a closed folder.)
+    # If the parent folder exists, a mistyped run is not taken for a hub id, which would mean a slow request. (os.path's
+    # tests, as pathlib's raise for a name that is too long, such as a prompt in a model's place, and for a folder
+    # without access.)
     here = path.parent != Path(".") and os.path.isdir(path.parent)
     if not os.path.exists(path) and (here or not HUB_ID.fullmatch(str(path_or_id))):
         raise ValueError(f"no such file or directory: {path_or_id}")
@@ -115,9 +116,9 @@ def check_path(path_or_id: str | Path) -> None:
 def add_latent_tokens(
     hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
 ) -> LatentTokens:
-    """Adds the three special tokens where missing, and gives their rows the start the paper's code gives them.
+    """Adds those of the three special tokens that are missing, and initialises their rows as the paper's code does.
 
-    trained: the model has rows for them already, which only the tokenizer does not know (official checkpoints).
+    trained: the model has rows for them already, and only the tokenizer lacks them (official checkpoints).
     """
     known = set(tokenizer.get_vocab())
     missing = [t for t in (START_LATENT, END_LATENT, LATENT) if t not in known]
@@ -139,9 +140,9 @@ def add_latent_tokens(
 
 
 def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Where weights are missing or do not fit, transformers would draw them at random, with a warning at most.
+    """Raises if weights are missing or do not fit; transformers would draw them at random, with a warning at most.
 
-    The type is asked of transformers: `Module.to` would round buffers as well, of which frequencies of rotations are.
+    The dtype is passed to transformers: `Module.to` would round buffers as well, such as rotary frequencies.
     """
     try:
         hf, found = AutoModelForCausalLM.from_pretrained(
@@ -171,14 +172,14 @@ def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """The first sentence of a library's error, whose next ones are advice on how to call that library."""
+    """The first line of a library's error; the next ones are advice on how to call that library."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""  # whose text is a key alone
+    kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""  # its text is only the key
     return kind + " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
 def _torn(directory: str | Path) -> str:
-    """The first file of weights that does not open (a download broke off), to stand before the reason; else nothing."""
+    """The first weight file that does not open (broken download), as a prefix for the reason; else empty."""
     for file in sorted(Path(directory).glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):
@@ -189,10 +190,10 @@ def _torn(directory: str | Path) -> str:
 
 
 def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, bool]:
-    """A state dict of the reference's Coconut module, or of a plain model (its CoT checkpoints), and a config's home.
+    """Reads a state dict of the reference's Coconut module or a plain model (its CoT checkpoints), config from `home`.
 
-    The second value says whether its rows for the special tokens are trained: in the former, and where it has more rows
-    than the configuration (the official code's runs without thoughts).
+    The second value says whether the rows for the special tokens are trained: they are in the former, and if there are
+    more rows than in the configuration (the official code's runs without thoughts).
     """
     if isinstance(home, Path) and not (home / "config.json").is_file():
         raise ValueError(f"{path} needs the model's config.json beside it; there is none in {home}")
@@ -205,13 +206,13 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
         dtype = next((v.dtype for v in state.values() if v.is_floating_point()), None)
     try:
         config = AutoConfig.from_pretrained(home)
-        with no_init_weights():  # all are read below: random ones took two thirds of the time
+        with no_init_weights():  # all are loaded below; initialising them took two thirds of the time
             hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
         raise ValueError(f"the configuration of {home} does not load: {reason_of(error)}") from error
-    hf.tie_weights()  # left out with the initialisation; a tied head need not be in the file
+    hf.tie_weights()  # skipped with the initialisation; a tied head need not be in the file
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
     table = next((k for k in names if k in state and state[k].dim() == 2), None)
     rows = hf.get_input_embeddings().weight.shape[0]
@@ -230,7 +231,7 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
     missing = [k for k in missing if k not in head or table is None]
     if missing or unexpected:
         raise ValueError(f"{path} does not fit {home}: {_difference(missing, unexpected)}")
-    for name in head & state.keys():  # one of them would be left out without a word
+    for name in head & state.keys():  # one of them would be silently dropped
         if table is not None and not _same(state[name], state[table]):
             raise ValueError(f"{path} does not fit {home}: {name} differs from {table}, which config.json ties it to")
     return hf, is_coconut or has_more_rows
@@ -247,7 +248,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # bytes that are no pickle make the unpickler fail in many ways
         with open(path, "rb") as file:
-            pickled = file.read(1) in (b"\x80", b"P")  # by itself, or in a zip file
+            pickled = file.read(1) in (b"\x80", b"P")  # a bare pickle, or one in a zip file
         if pickled and isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
         reason = reason_of(error) if pickled else "it is none at all" if path.stat().st_size else "it is empty"
@@ -268,7 +269,7 @@ def _read_tokenizer(home: Path | str) -> PreTrainedTokenizerBase | None:
 
 
 def _find(home: Path | str, name: str) -> Path | None:
-    """A file of a model's directory or of its repository on the hub; None where it has none."""
+    """A file of a model's directory or of its repository on the hub; None if it is not there."""
     if isinstance(home, Path):
         return home / name if (home / name).is_file() else None
     from transformers.utils import cached_file
@@ -324,7 +325,7 @@ def _read_feedback(
 def _check_arguments(
     device: torch.device | str | None, dtype: torch.dtype | None, tokens: LatentTokens | None
 ) -> torch.device:
-    """ValueError for what `load` could not use, before it reads a model for it."""
+    """ValueError for arguments that `load` cannot use, before it reads a model."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: found {dtype!r}, expected a floating-point torch.dtype")
     if tokens is not None and not isinstance(tokens, LatentTokens):

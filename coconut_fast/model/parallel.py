@@ -1,9 +1,9 @@
 """Thoughts refined in parallel: Jacobi rounds over all thoughts at once (PCCoT, arXiv 2506.18582).
 
-Sequential thinking is a triangular system: thought i is fed from the hidden state in front of it. A Jacobi round runs
-every thought position in one pass, each fed from the round before; after round r the first r thoughts are exact. So T
-rounds cost T passes however many thoughts there are, and from T = number of thoughts on the result is the sequential
-one. The last round also runs the tokens behind the thoughts.
+Sequential thinking is a triangular system: thought i is fed from the hidden state before it. A Jacobi round runs every
+thought position in one pass, each fed from the round before; after round r the first r thoughts are exact. So T rounds
+cost T passes however many thoughts there are, and once T reaches the number of thoughts, the result is the sequential
+one. The last round also runs the tokens after the thoughts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def refine(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Hidden states and input embeddings of every pass of `batch`, as sequential thinking returns them.
 
-    rows: of the cache, new ones. The rounds are those of the model's settings, at least 1; thoughts that no round has
-    reached yet are fed the embedding of the thought token itself.
+    rows: new rows of the cache. The number of rounds is that of the model's settings, at least 1; thoughts that no
+    round has reached yet are fed the embedding of the thought token itself.
     """
     device, rounds = batch.input_ids.device, model.settings.parallel_rounds
     assert rounds is not None
@@ -59,8 +59,8 @@ def refine(
         max_query=max(plan.spans),
     )
     positions, x_TD = batch.position_ids[tail], embeds_TD[tail]
-    exact = model.feedback(start_hidden[batch.passes[1].source]).to(x_TD.dtype)  # what feeds each row's first thought
-    # Per thought: the row it belongs to, for its first; the hidden state in front of it, for the others.
+    exact = model.feedback(start_hidden[batch.passes[1].source]).to(x_TD.dtype)  # the input of each row's first thought
+    # A row's first thought is always fed this; the others their embedding at first, then the hidden state before them.
     from_start = exact[plan.row_of.to(device)]
     fed = torch.where(is_first, from_start, x_TD[thought_at])
     for _ in range(rounds - 1):
@@ -77,7 +77,7 @@ def refine(
 
 
 class _Plan:
-    """The tokens from the first thought of every row on, row by row, and where the thoughts stand among them."""
+    """The tokens of every row from its first thought on, row by row, and the places of the thoughts among them."""
 
     def __init__(self, batch: RaggedBatch) -> None:
         segments: dict[int, list[tuple[int, int]]] = {b: [] for b in batch.passes[1].rows}

@@ -1,9 +1,10 @@
-"""One description of a model's weights, for engines that run it without Hugging Face's code (CPU chain, CUDA kernel).
+"""One description of a model's weights, for engines that run it without Hugging Face's code.
 
-`describe(hf_model)` knows GPT-2 and the Llama family (llama, mistral, qwen2, qwen3) and answers with a `ModelPlan`, or
-with the reason why it does not know this model: an engine that runs a model from its weights alone must be sure that
-they are the whole model. Nothing is copied: tensors are the model's own (a layer's merged ones are made when asked
-for), so a plan made before training sees the trained weights.
+These are the CPU engine, the fused Triton passes and the persistent kernel. `describe(hf_model)` knows GPT-2 and the
+Llama family (llama, mistral, qwen2, qwen3) and returns a `ModelPlan`, or the reason why it does not know this model: an
+engine that runs a model from its weights alone must be sure that they are the whole model. Nothing is copied: tensors
+are the model's own (a layer's merged ones are made on request), so a plan made before training sees the trained
+weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Static RoPE variants: inv_freq and attention_scaling of the rotary module say everything.
+# Static RoPE variants: inv_freq and attention_scaling of the rotary module describe them completely.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 # The names of Hugging Face's ACT2FN -> ours. "gelu_tanh" is the tanh approximation under all its names.
 ACTIVATIONS = {
@@ -41,7 +42,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. Matrices are (out, in), possibly strided views; what a model has not (a bias, a q norm) is None.
+    """One layer. Matrices are (out, in), possibly strided views; parts a model lacks (a bias, a q norm) are None.
 
     qkv holds the rows of q, then k, then v. up holds the rows of gate, then up, where the plan is `gated`.
     """
@@ -62,7 +63,7 @@ class LayerPlan:
     down_bias: Tensor | None
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors there are, by field name."""
+        """The tensors that are not None, by field name."""
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
 
 
@@ -85,7 +86,7 @@ class ModelPlan:
     eps: float
     activation: str  # a value of ACTIVATIONS
     gated: bool
-    scaling: tuple[float, ...]  # of the scores, per layer
+    scaling: tuple[float, ...]  # of the attention scores, per layer
     window: tuple[int, ...]  # per layer: how many positions a query sees, itself included; 0 for all
     embed: Tensor  # (V, D)
     positions: Tensor | None  # (max_positions, D): learned position embeddings
@@ -102,19 +103,21 @@ class ModelPlan:
         return len(self.blocks)
 
     def layer(self, index: int, into: LayerPlan | None = None) -> LayerPlan:
-        """The tensors of one layer; merged ones are copies that live as long as the caller holds them, or are written
-        to those of `into`."""
+        """The tensors of one layer; merged ones are copies that the plan does not keep, or are written into `into`."""
         return _gpt2_layer(self.blocks[index]) if self.model_type == "gpt2" else _llama_layer(self.blocks[index], into)
 
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a weight is replaced or written in place: how an engine knows that its packed copy is stale."""
+        """Changes when a weight is replaced or written in place: tells an engine that its packed copy is stale."""
         ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
         return versions([*self.blocks.parameters(), *(t for t in (*ends, self.head, self.head_bias) if t is not None)])
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Address and version of each; of CPU tensors that count none (made in inference mode), or count them in another
-    process too (shared memory), a sum of their bits in the version's place: 3 ms for 100 MB."""
+    """Address and version of each tensor.
+
+    For CPU tensors that count no versions (made in inference mode), or that another process may write (shared memory),
+    a sum of their bits takes the version's place: 3 ms for 100 MB.
+    """
     return tuple(
         (t.data_ptr(), _bits(t) if t.is_cpu and (t.is_inference() or t.untyped_storage().is_shared()) else t._version)
         for t in tensors
@@ -257,7 +260,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
-    """Which module does more in Python than its class says, and what (a hook, a replaced forward); None: none does."""
+    """The first module that has a forward hook or a replaced forward, as a sentence; None if there is none."""
     for name, module in model.named_modules(prefix=prefix):
         if module._forward_hooks or module._forward_pre_hooks:
             return f"module {name or type(module).__name__} has a forward hook"
@@ -313,7 +316,7 @@ def _llama_layer(layer: nn.Module, into: LayerPlan | None = None) -> LayerPlan:
 
 
 def _merged(*linears: nn.Linear, into: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Their weights and biases, end to end, in new tensors or in those of `into`."""
+    """Their weights and biases, concatenated, in new tensors or in those of `into`."""
     weight_into, bias_into = into or (None, None)
     weight = torch.cat([linear.weight.detach() for linear in linears], out=weight_into)
     if all(linear.bias is None for linear in linears):

@@ -1,8 +1,8 @@
 """Saving a model, as a directory that appears whole or not at all and that model/loading.py reads.
 
 It is an ordinary Hugging Face model (config.json, model.safetensors, tokenizer files) plus `coconut.json` (special
-tokens, settings, the feedback's name), where the feedback has weights `feedback.safetensors`, and where a training has
-added modules of its own to the model (an auxiliary decoder, say) `added.safetensors`.
+tokens, settings, the feedback's name), `feedback.safetensors` if the feedback has weights, and `added.safetensors` if
+training added modules to the model (an auxiliary decoder, say).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 ADDED_WEIGHTS = "added.safetensors"
-REPLACING = f"{UNFINISHED}replacing-"  # a directory that is there while files of an older model give way to a newer's
+REPLACING = f"{UNFINISHED}replacing-"  # a directory that exists while a newer model's files replace an older one's
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -36,7 +36,7 @@ def save(model: Coconut, directory: str | Path) -> None:
     check_folder(directory, "directory")
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Within a run's directory, where its next start sweeps away what a killed process left under this name.
+    # Within a run's directory, whose next start removes what a killed process left under this name.
     place = target if target.is_dir() else target.parent
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=place))
     try:
@@ -46,8 +46,8 @@ def save(model: Coconut, directory: str | Path) -> None:
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
         if target.is_dir():
-            # Files of another kind (a trainer's state, say) stay; each of ours is replaced in one step. Of a model that
-            # is half the one and half the other `load` is warned by this name.
+            # Other files (a trainer's state, say) stay; each of ours is replaced atomically. By this name `load`
+            # recognises a directory that mixes files of two models.
             temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
             gone = {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {file.name for file in temporary.iterdir()}
             for file in temporary.iterdir():
@@ -63,7 +63,7 @@ def save(model: Coconut, directory: str | Path) -> None:
 
 
 def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The files of a saved model, into an existing directory. state: its weights, where they are sharded in itself."""
+    """Writes the files of a saved model to an existing directory. state: its weights, if those in it are sharded."""
     state = model.state_dict() if state is None else state
     hf_state = {k.removeprefix("hf."): v for k, v in state.items() if k.startswith("hf.")}
     check_merged(model)
@@ -87,7 +87,7 @@ def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None
 
 
 def check_merged(model: Coconut) -> None:
-    """ValueError for a model with adapters (peft's), whose weights lie in two places and no plain model has."""
+    """ValueError for a model with adapters (peft's), whose weights are split as in no plain model."""
     if any(name.endswith(".base_layer") for name, _ in model.hf.named_modules()):
         raise ValueError(
             "hf: the model has adapters, which a saved model cannot hold; merge them first (merge_and_unload() of peft)"

@@ -1,11 +1,11 @@
 """A weight in the dtype and layout that a training step multiplies it in.
 
 On CPUs with AVX512-BF16 and without AMX the products are our own (csrc/cpu/gemm.h), with the weight packed; elsewhere
-they are PyTorch's libraries'. GPT-2's matrices on two Zen 5 cores, in GFLOP/s (bf16, peak 1,096): 2,648 rows 950 to 990
-where oneDNN reaches 800 to 910; 8 rows 480 to 600 where it reaches 140 to 260; gradients of weights 840 to 880, in fp32
-at once, where it reaches 840 to 910 in bf16. fp32, 8 rows through all matrices: 8.6 to 9.3 ms, transposed 9.9 to 10.8,
-where oneDNN takes 10.4 to 11.7 and 13.9 (the weights' 340 MB alone: 5.2 to 6.7). On two Zen 4 cores, whose registers
-alone reach 465 in bf16 and 232 in fp32, 2,648 rows run at 447 to 458 and 221 to 226 (oneDNN 398 to 413 and 204 to 220).
+they are PyTorch's libraries'. GPT-2's matrices on two Zen 5 cores, in GFLOP/s (oneDNN in brackets; bf16, peak 1,096):
+2,648 rows 950 to 990 (800 to 910); 8 rows 480 to 600 (140 to 260); gradients of weights 840 to 880, directly in fp32
+(840 to 910 in bf16). fp32, 8 rows through all matrices: 8.6 to 9.3 ms (10.4 to 11.7), transposed 9.9 to 10.8 (13.9);
+reading the weights' 340 MB alone takes 5.2 to 6.7. On two Zen 4 cores, which reach 465 in bf16 and 232 in fp32 from
+registers alone, 2,648 rows run at 447 to 458 and 221 to 226 (398 to 413 and 204 to 220).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from coconut_fast import ops
 from coconut_fast.model.layer_norm import on_gpu
 
-# Rows below which an fp32 weight is read as it lies. With more it is packed, for every product anew, to save memory;
-# a bf16 weight is packed once for all.
+# Rows below which an fp32 weight is used as it is. From there on it is packed again for every product, to save memory;
+# a bf16 weight is packed only once.
 UNPACKED_ROWS = 384
-SHARES = 64  # partial sums of a bias gradient on a GPU: with tiles of 128 columns 384 programs for 768
+SHARES = 64  # partial sums of a bias gradient on a GPU: with tiles of 128 columns, 384 programs for 768 columns
 
 
 class Weight:
@@ -34,18 +34,18 @@ class Weight:
         matrix = weight.T if transposed else weight
         self.matrix = matrix if self.own else matrix.to(dtype)
         self.vector = bias if bias is None else bias.to(dtype)
-        self.packed: dict[bool, Tensor] = {}  # by whether it is that of times_transposed()
+        self.packed: dict[bool, Tensor] = {}  # by whether it is for times_transposed()
 
     def times(self, x: Tensor) -> Tensor:
-        """x (M, K) W + bias -> (M, N); both of the dtype."""
+        """x (M, K) W + bias -> (M, N); both in `dtype`."""
         return self._product(x, self.matrix, self.vector, back=False)
 
     def times_transposed(self, grad: Tensor) -> Tensor:
-        """grad (M, N) W^T -> (M, K); both of the dtype."""
+        """grad (M, N) W^T -> (M, K); both in `dtype`."""
         return self._product(grad, self.matrix.T, None, back=True)
 
     def gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-        """Of `weight` and `bias`, in their dtypes: the sums over at least one pair of x (M, K) and grad (M, N)."""
+        """Gradients of `weight` and `bias`, in their dtypes: sums over one or more x (M, K) and grad (M, N)."""
         total: Any = None
         sums: Any = None
         together = self.own and self.bias is not None and not self.transposed  # one kernel makes both

@@ -1,6 +1,6 @@
 """All settings of a training run in one dataclass; train/recipe.py reads it from YAML and the command line.
 
-The names are those of the official code's args/*.yaml where it has one. What a setting means stands beside it.
+Names are those of the official code's args/*.yaml where it has the setting. Each is explained beside it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_weights")
-DEBUG_PROBLEMS = (5000, 32)  # for training and for validation, as the official code
+DEBUG_PROBLEMS = (5000, 32)  # for training and validation, as in the official code
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_final")
-# Of transformers.TrainingArguments, what the trainer follows beside our own settings ...
+# TrainingArguments fields allowed in `training_arguments`
 PASSED_THROUGH = (
     "activation_checkpointing", "gradient_checkpointing", "adam_epsilon", "tf32", "full_determinism",
     "torch_empty_cache_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "ddp_backend", "ddp_timeout",
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
 )  # fmt: skip
-# ... and what has another name among them.
+# TrainingArguments field -> our setting for it
 RENAMED_FIELDS = {
     "output_dir": "save_path and name",
     "run_name": "name",
@@ -50,11 +50,11 @@ RENAMED_FIELDS = {
 
 @dataclass
 class CoconutArguments:
-    """Settings of a run; ValueError (naming the setting) where one makes no sense."""
+    """Settings of a run; ValueError (naming the setting) where one is invalid."""
 
     # The run. Everything it writes goes to save_path/name (save_path/name-debug with debug).
     name: str = "coconut"
-    project: str = "coconut"  # of the tracker
+    project: str = "coconut"  # the tracker's
     save_path: str = "runs"
     seed: int = 0
     debug: bool = False  # 5000 training and 32 validation problems, no checkpoints, no tracker
@@ -62,12 +62,12 @@ class CoconutArguments:
 
     # The model: a hub id, a directory, or a mapping {from_config: gpt2, n_layer: 2, ...} for one trained from scratch.
     model: str | dict[str, Any] = "openai-community/gpt2"
-    # None: the model's; "words": word by word, made from train_path; "symbols": graphs, one token a node; else a
+    # None: the model's; "words": word by word, made from train_path; "symbols": graphs, one token per node; else a
     # hub id or a directory.
     tokenizer: str | None = None
     feedback: str = "identity"  # how a hidden state becomes the next input (model/feedback.py)
     load_model_path: str | None = None  # weights to start from: a directory, or a torch file (official checkpoints)
-    precision: str = "fp32"  # bf16, fp16: compute over fp32 weights; bf16_weights: everything in bf16, as official
+    precision: str = "fp32"  # bf16, fp16: compute over fp32 weights; bf16_weights: all bf16, as in the official code
     device: str | None = None  # cpu, cuda; None: a GPU where there is one
     fsdp: bool = False  # shard weights and optimizer over the processes of torchrun (FSDP2); False: DDP
 
@@ -75,7 +75,7 @@ class CoconutArguments:
     train_path: str | None = None
     val_path: str | None = None
 
-    frontier: str = "shortest_paths"  # symbols: nodes a thought may be asked for (data/graphs.py)
+    frontier: str = "shortest_paths"  # symbols: nodes that may be a thought's target (data/graphs.py)
     relabel: bool = False  # symbols: new node numbers in every epoch
     separators: bool = True  # symbols: <eos> and "|" in the question
 
@@ -91,21 +91,22 @@ class CoconutArguments:
     tokens_per_stage: int = 8
     removal_smoothing: float = float("inf")
     detach_after: int | None = None  # gradients through the last n thoughts only; None: through all
-    parallel_rounds: int | None = None  # refine all thoughts in so many parallel rounds; None: one after the other
+    parallel_rounds: int | None = None  # refine all thoughts in this many parallel rounds; None: one by one
 
     # The stages (train/schedule.py).
     epochs_per_stage: int = 1
     first_stage_epochs: int | None = None  # of stage 0; None: as the others
     num_epochs: int = 1
-    final_epochs: int | None = None  # end after so many epochs in the last stage
-    resume: int = 0  # epochs of the plan to skip, for a model trained before (a killed run goes on by itself)
-    advance_at: float | list | None = None  # leave a stage once an epoch's validation accuracy is this; list: per stage
+    final_epochs: int | None = None  # end after this many epochs in the last stage
+    resume: int = 0  # epochs of the plan to skip, for a model trained before (a killed run resumes by itself)
+    advance_at: float | list | None = None  # leave a stage once validation accuracy reaches this; list: per stage
     reset_optimizer: str = "stage"  # at stage switches (the paper); "epoch" (official True); "never" (official False)
 
-    # Optimisation: AdamW on all parameters. Batch size is per process; all three factors make the effective one.
+    # Optimisation: AdamW on all parameters.
+    # Effective batch: batch_size_training x gradient_accumulation_steps x processes.
     batch_size_training: int = 32
     gradient_accumulation_steps: int = 1
-    epoch_size: int | None = None  # problems per epoch; None: all. The next epoch goes on where this one ended
+    epoch_size: int | None = None  # problems per epoch; None: all. The next epoch continues where this one ended
     lr: float = 1e-4
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
@@ -113,10 +114,10 @@ class CoconutArguments:
     max_grad_norm: float = 0.0  # 0: no clipping
     warmup_steps: int = 0
     lr_schedule: str = "constant"  # linear, cosine: to 0 over the run; cosine_final: over the last stage's final_epochs
-    max_nonfinite: int = 20  # stop after so many steps in a row whose loss or gradient is not finite
+    max_nonfinite: int = 20  # stop after this many steps in a row whose loss or gradient is not finite
 
     # Evaluation after every epoch, by generation.
-    eval_batch_size: int | None = None  # None: what generate() chooses
+    eval_batch_size: int | None = None  # None: chosen by generate()
     eval_examples: int | None = None  # the first n of val_path; None: all
     max_new_tokens: int | None = None  # None: 64 where val_path names gsm, else 128 (official)
     num_thoughts: int | None = None  # only_eval: thoughts per question; None: as the checkpoint says
@@ -124,13 +125,13 @@ class CoconutArguments:
     # Checkpoints and reports.
     save_only_improve: bool = False  # save after epochs that beat the stage's best accuracy, and at the end
     save_steps: int | None = None  # save every n steps as well
-    keep_last: int = 2  # checkpoints kept, beside the best one; 0: all
+    keep_last: int = 2  # checkpoints kept, besides the best one; 0: all
     logging_steps: int = 10
     report_to: str | list[str] = "none"  # trackers of transformers: wandb, tensorboard, trackio, ...
     num_workers: int = 0  # processes that prepare batches
     training_arguments: dict[str, Any] = field(
         default_factory=dict
-    )  # of transformers.TrainingArguments: see PASSED_THROUGH
+    )  # fields of transformers.TrainingArguments: see PASSED_THROUGH
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -246,9 +247,9 @@ class CoconutArguments:
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
     def to_training_arguments(self, layer_class: str | None = None, partly_used: bool = False) -> TrainingArguments:
-        """The arguments of transformers.Trainer that make these settings true.
+        """The arguments of transformers.Trainer for these settings.
 
-        layer_class: what fsdp shards by. partly_used: whether some steps give some weights no gradient.
+        layer_class: class name of the layers FSDP wraps. partly_used: whether some steps give some weights no gradient.
         """
         import torch
         from transformers import TrainingArguments
@@ -280,7 +281,7 @@ class CoconutArguments:
             "dataloader_num_workers": self.num_workers,
             "dataloader_pin_memory": self.device != "cpu",
             "disable_tqdm": True,  # we bring our own progress bar
-            "logging_nan_inf_filter": False,  # it asks the device for a number in every step
+            "logging_nan_inf_filter": False,  # it synchronises with the device in every step
             "remove_unused_columns": False,
             "ddp_find_unused_parameters": partly_used,
         }
@@ -298,7 +299,7 @@ class CoconutArguments:
             if level not in levels:
                 raise ValueError(f"training_arguments: found {name} {level!r}, expected one of {', '.join(levels)}")
         arguments = TrainingArguments(**chosen, **self.training_arguments)
-        if arguments.n_gpu > 1:  # torchrun uses more; DataParallel, which transformers would, cuts padded batches alone
+        if arguments.n_gpu > 1:  # torchrun uses several; transformers' DataParallel can split only padded batches
             arguments._n_gpu = 1
         return arguments
 

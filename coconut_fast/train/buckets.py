@@ -1,13 +1,13 @@
-"""Batches of few different shapes: what a CUDA graph of a step can be replayed for (train/graphed.py).
+"""Pads batches to a few shapes, so that a step can replay as a CUDA graph (train/graphed.py).
 
-A row's result does not depend on the rows beside it nor on what stands behind it. So tokens without labels are added
-until every count that a launch sees is one of few:
+A row's result depends neither on other rows nor on what follows it, so unlabelled tokens are added until every size a
+launch sees is one of a few:
 
-    every row thinks on to the most thoughts of the batch, one token a pass: all passes have all rows
-    rows that are past their end get tokens there, and rows of their own, the fillers, fill the first pass
-    positions whose target is IGNORE fill the labelled ones, and reads of the fillers the reads of the first pass
+    every row gets thoughts up to the batch's maximum, one token a pass, so that all passes have all rows
+    ended rows get padding tokens there, and padding rows (fillers) fill the first pass
+    labelled positions are padded with IGNORE targets, the first pass's used positions with the fillers'
 
-Passes of a single token a row, those of all thoughts but the last, need nothing. Loss and gradients stay the same.
+Passes of one token a row (every thought but the last) need no padding. Loss and gradients do not change.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from coconut_fast.model.batch import (
 )
 from coconut_fast.tokens import IGNORE
 
-LENGTH_STEP = 256  # of bounds on lengths: they size grids, whose idle programs end at once
+LENGTH_STEP = 256  # bounds on lengths are multiples of it; they size grids, whose idle programs exit at once
 ROWS_A_FILLER = 8
 
 
 def bucketed(
     ids: Sequence[Sequence[int]], thought_id: int, labels: Sequence[Sequence[int]], idle_id: int
 ) -> RaggedBatch:
-    """`collate` of the rows with thoughts and `idle_id` around them, which change its shapes and nothing else."""
+    """`collate` with thoughts and `idle_id` added to the rows, which change its shapes and nothing else."""
     lengths_B = np.array([len(row) for row in ids])
     ids_T, labels_T = flattened(ids), flattened(labels)
     plan = _Plan(lengths_B, ids_T, labels_T, thought_id)
     tails_B, tails = plan.tails(thought_id, idle_id)
     idle = np.full(sum(plan.sizes), idle_id)
-    # Rows and what stands behind them take turns; the fillers come last.
+    # Each row is followed by its padding; the fillers come last.
     own = np.repeat(np.tile([True, False], len(lengths_B)), np.stack([lengths_B, tails_B], axis=1).flatten())
 
     def around(values_T: np.ndarray, behind: np.ndarray, last: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ def bucketed(
         around(ids_T, tails, idle),
         thought_id,
         labels_T=around(labels_T, np.full(len(tails), IGNORE), np.full(len(idle), IGNORE)),
-        # What stands behind a row has the position of its end, as the model may have no later one.
+        # Padding after a row has the position of the row's last token, as the model may have no later one.
         positions_T=around(plan.at_T, np.repeat(lengths_B - 1, tails_B), np.zeros(len(idle))),
     )
     max_length = _up(max(batch.lengths))
@@ -73,7 +73,7 @@ def bucketed(
 
 
 def signature(batch: RaggedBatch) -> tuple:
-    """What a step depends on beside the numbers in the batch's tensors."""
+    """What a step depends on besides the values in the batch's tensors."""
     passes = []
     for p in batch.passes:
         used = (p.used.at.numel(), p.used.max_query) if p.used else ()
@@ -82,7 +82,7 @@ def signature(batch: RaggedBatch) -> tuple:
 
 
 class _Plan:
-    """What has to be added to rows of token ids."""
+    """The padding that rows of token ids need."""
 
     def __init__(self, lengths_B: np.ndarray, ids_T: np.ndarray, labels_T: np.ndarray, thought_id: int) -> None:
         self.rows = len(lengths_B)
@@ -91,17 +91,17 @@ class _Plan:
         self.thoughts = pass_T[starts_B + lengths_B - 1]
         self.most = int(self.thoughts.max())
         self.mixed = self.most > int(self.thoughts.min())
-        # Of every pass, all rows together: its tokens, one of each row that is past its end, and those that predict.
+        # Per pass, over all rows: its tokens, with one for each row that has ended, and its labelled positions.
         tokens = np.bincount(pass_T) + [int((self.thoughts < number).sum()) for number in range(self.most + 1)]
         labelled = np.bincount(pass_T[predicts_T], minlength=self.most + 1)
         self.labelled, self.added = [self.bucket(int(labelled[0]))], [0]
         for number in range(1, self.most + 1):
-            share = int(tokens.sum()) // 128  # what may be wasted behind the first pass, where counts vary more
+            share = int(tokens.sum()) // 128  # padding allowed after the first pass, where counts vary more
             single = tokens[number] == self.rows and not self.mixed
             self.labelled.append(self.bucket(int(labelled[number]) or self.mixed, share))
             room = self.labelled[number] + self.bucket(int(tokens[number] - labelled[number]), share)
             self.added.append(0 if single else room - int(tokens[number]))
-        # The first pass: of each row the tokens that nobody reads, the fillers' reads, and their tokens.
+        # The first pass: each row's leading unused positions, then the fillers' used positions and their tokens.
         ends_B = np.add.reduceat(pass_T == 0, starts_B, dtype=np.int64)
         firsts_B = np.minimum.reduceat(np.where(predicts_T, self.at_T, len(ids_T)), starts_B)
         self.unread = np.minimum(ends_B - (self.most > 0), firsts_B)
@@ -112,12 +112,12 @@ class _Plan:
         self.sizes = _shares(room - int(tokens[0]), fillers)
 
     def bucket(self, count: int, least: int = 0) -> int:
-        """The count rounded up to a multiple of about 1/8 of it, of `least`, or of some tokens where rows are many."""
+        """`count` rounded up to a multiple of about count / 8, rows / 8 or `least`, whichever is the largest."""
         step = max(8, _power(self.rows // 8), _power(count // 6), _power(least))
         return -(-count // step) * step
 
     def tails(self, thought_id: int, idle_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """What stands behind the rows: how many tokens (B,), and the tokens of one row after the other."""
+        """The padding after each row: its number of tokens (B,), and the tokens of all rows, concatenated."""
         idle_BP, thinks_BP = np.zeros((2, self.rows, self.most + 1), dtype=np.int64)
         for number in range(self.most + 1):
             past = np.flatnonzero(self.thoughts <= number)
@@ -127,13 +127,13 @@ class _Plan:
         return (idle_BP + thinks_BP).sum(axis=1), tails.repeat(np.stack([thinks_BP, idle_BP], axis=2).flatten())
 
     def filled(self, p: Pass, number: int, max_length: int) -> Pass:
-        """A pass with its labelled positions filled up, and bounds in the place of maxima."""
+        """A pass with its labelled positions padded, and upper bounds in place of maxima."""
         tokens, missing = p.stop - p.start, self.labelled[number] - p.loss_index.numel()
-        # At tokens that differ as far as they can: the gradients of one token are added one after the other.
+        # Spread over as many tokens as possible: gradients for the same token are added sequentially.
         idle = torch.arange(tokens - missing, tokens).remainder(tokens)
         used, left = None, p.thoughts_after
         if number:
-            left = torch.from_numpy(self.thoughts - number)  # below 0: a thought of nobody
+            left = torch.from_numpy(self.thoughts - number)  # negative: padding
         else:
             used = used_positions(np.array(p.counts), np.append(self.unread, self.sizes - self.used))
         return replace(
@@ -152,7 +152,7 @@ def _shares(total: int, parts: int) -> np.ndarray:
 
 
 def _power(count: int) -> int:
-    """The largest power of two that is not above, 1 at least."""
+    """The largest power of two up to `count`, at least 1."""
     return 1 << max(count.bit_length() - 1, 0)
 
 
@@ -161,5 +161,5 @@ def _up(count: int) -> int:
 
 
 def _bound(count: int) -> int:
-    """A bound of the most tokens of a row; 1 remains, as it makes another kernel."""
+    """An upper bound on tokens per row; 1 stays 1, as it selects another kernel."""
     return count if count == 1 else max(64, 2 * _power(count - 1)) if count <= LENGTH_STEP else _up(count)

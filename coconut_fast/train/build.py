@@ -20,7 +20,7 @@ from coconut_fast.model.loading import add_latent_tokens, load, reason_of
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 
-# Of a configuration: with none of one of these there is no model, though transformers makes one of no layers.
+# Sizes in a configuration that must not be 0, though transformers does build a model without layers.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
@@ -65,7 +65,7 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     config = make_config(settings.model, tokenizer)
     try:
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, LookupError) as error:  # LookupError: an activation nobody knows
+    except (ValueError, LookupError) as error:  # LookupError: an unknown activation
         raise ValueError(f"model: {reason_of(error)}") from error
     tokens = add_latent_tokens(hf, tokenizer, trained=True)  # random rows, like all others
     if PAUSE in tokenizer.get_vocab():
@@ -109,7 +109,7 @@ def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **wanted})
-    except Exception as error:  # what transformers checks a value with raises classes of its own
+    except Exception as error:  # transformers' checks of values raise their own classes
         raise ValueError(f"model: {' '.join(str(error).split())}") from error
     for name in SIZES:
         found = getattr(config, name, None)
@@ -119,7 +119,7 @@ def make_config(model: dict[str, Any], tokenizer: Any) -> PreTrainedConfig:
 
 
 def _add_pause(model: Coconut) -> None:
-    """A pause token, whose row starts as that of a thought."""
+    """Adds a pause token, whose embedding starts as a copy of the thought token's."""
     if model.tokenizer is None:
         raise ValueError("method: the pause methods need a tokenizer to add a token to, the model has none")
     model.tokenizer.add_tokens([PAUSE])

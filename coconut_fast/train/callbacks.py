@@ -1,4 +1,4 @@
-"""What happens where epochs and steps begin and end: the stage, the optimizer's reset, the best epoch, the end."""
+"""What happens when epochs and steps begin and end: the stage, the optimizer's reset, the best epoch, the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StageCallback(TrainerCallback):
-    """The borders of epochs and steps."""
+    """Acts when epochs and steps begin and end."""
 
     def __init__(self, trainer: CoconutTrainer) -> None:
         self.trainer = trainer
@@ -56,7 +56,7 @@ class StageCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Dropout of a step is a function of the step: nothing that happens between two steps can change it.
+        # Dropout depends only on seed, step and process: nothing that happens between two steps can change it.
         key = f"{args.seed}/{state.global_step}/{args.process_index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
 
@@ -99,7 +99,7 @@ class StageCallback(TrainerCallback):
 
 
 def record_curriculum(model: Coconut, config: CurriculumConfig, stage: int) -> None:
-    """Writes into the model's settings how it is being trained, for coconut.json."""
+    """Records in the model's settings how it is being trained, for coconut.json."""
     saved = model.settings
     padded = replace(config, pad_latent_to_max=True)
     saved.method, saved.stage = config.method, stage

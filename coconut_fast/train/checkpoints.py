@@ -1,4 +1,4 @@
-"""Checkpoints of a run on disk: they appear whole or not at all, are checked before they are used, and are thinned out.
+"""Checkpoints of a run on disk: they appear whole or not at all, are checked before use, and old ones are removed.
 
 A checkpoint is a directory `checkpoint-STEP` that `coconut_fast.load` reads, with the trainer's state beside the model.
 Its `checkpoint.json` is written last and lists every file with its size, so that a truncated one is recognised.
@@ -32,9 +32,9 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block ends, synced to disk; gone where the block raises.
+    """A temporary directory that becomes `target` when the block ends, synced to disk; removed if the block raises.
 
-    OSError, naming the directory and the older checkpoints that are intact, where the disk does not take it.
+    OSError, naming the directory and the newest older checkpoint, if the directory cannot be written.
     """
     temporary = target.with_name(UNFINISHED + target.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:
-    """A checkpoint's model; modules that the training added are the trainer's to read, so nothing is said of them."""
+    """A checkpoint's model, without `load`'s warning about modules added in training: the trainer reads those."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{ADDED_WEIGHTS}")
         return load(folder, feedback=feedback)
@@ -98,9 +98,9 @@ def complete(run: Path) -> list[Path]:
 
 
 def best_or_last(run: Path) -> Path | None:
-    """The checkpoint that stands for a run: the best one of its newest one's stage, else the newest; None: none yet.
+    """The checkpoint that represents a run: the best of the newest one's stage, else the newest; None: none yet.
 
-    The best of an earlier stage outlives it where a run goes on without validation.
+    The recorded best is of an earlier stage where a run has continued without validation.
     """
     found = complete(run)
     if not found:
@@ -123,7 +123,7 @@ def prune(run: Path, keep_last: int, best_step: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a directory so that no half of it is ever seen under its name. Of a link, what it points to stays."""
+    """Removes a directory, renamed first so that it never appears incomplete. For a link, the target stays."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():

@@ -1,11 +1,11 @@
-"""A training step, forward and backward, as CUDA graphs: the host launches one thing where it launched thousands.
+"""A training step, forward and backward, as CUDA graphs: the host makes one launch in place of thousands.
 
 GPT-2's step of 128 rows has some 5,000 kernels in 56 ms of device time, and Python takes 240 ms to launch them. Batches
-come in few shapes (train/buckets.py). The first batch of a shape runs launch by launch, on the stream that is captured
-later, which compiles its kernels; the second is captured, and from then on the shape replays. What a step reads stands
-at addresses that stay: the batch's one buffer and the number of items are copied there, weights are where they are, and
-random numbers come from the generator's state at the time of the replay. It adds to the gradients' buffers, which stay
-too, so that several batches add up as without graphs; the optimizer's step is not part of it.
+come in few shapes (train/buckets.py). The first batch of a shape runs eagerly, on the stream used for capture later,
+which compiles its kernels; the second is captured, and from then on the shape's graph is replayed. A step's inputs have
+fixed addresses: the batch's one buffer and the number of items are copied there, weights do not move, and random
+numbers come from the generator's state at the time of the replay. The step adds to gradient buffers, which are fixed
+too, so that several batches accumulate as without graphs; the optimizer's step is not part of the graph.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from coconut_fast.infer.capture import capture_graph, capture_stream
 from coconut_fast.model.batch import RaggedBatch, from_buffer, to_buffer
 from coconut_fast.train.buckets import signature
 
-MAX_SHAPES = 128  # of a curriculum's stage there are 20 to 60; all share one pool of memory
+MAX_SHAPES = 128  # a stage of a curriculum has 20 to 60; all share one memory pool
 
 Step = Callable[[RaggedBatch, Tensor], tuple[Tensor | None, ...]]
 
 
 class GraphedStep:
-    """`step(batch, num_items)`, which ends with `backward()` into `parameters`, replayed where its shape was seen.
+    """`step(batch, num_items)`, which ends with `backward()` into `parameters`, replayed for shapes seen before.
 
-    step: gets a batch on the device and a () int64 tensor, and returns tensors without a graph; those of a replay are
-    overwritten by the next one of the same shape. It must not look at the device. A step that cannot be captured runs
-    as it is, after one warning.
-    captures: how many shapes were captured; fallback_reason: why no more are.
+    step: gets a batch on the device and a () int64 tensor, and returns tensors without an autograd graph; a replay
+    overwrites those of the last one of its shape. It must not synchronise with the device. A step that cannot be
+    captured runs eagerly, after one warning.
+    captures: number of captured shapes; fallback_reason: why no more are captured.
     """
 
     def __init__(self, step: Step, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
@@ -53,7 +53,7 @@ class GraphedStep:
         if shape is None:
             if len(self.shapes) == MAX_SHAPES:
                 if self.pool is not None:
-                    torch.cuda.synchronize(self.device)  # the graph that goes may be running
+                    torch.cuda.synchronize(self.device)  # the graph that is dropped may be running
                 self.shapes.popitem(last=False)
             shape = self.shapes[key] = _Shape.like(batch, self.device)
         self.shapes.move_to_end(key)
@@ -70,11 +70,11 @@ class GraphedStep:
         except torch.OutOfMemoryError as error:
             if self.fallback_reason is not None or not self.captures:
                 raise
-            self._give_up(error)  # what graphs hold may be what is missing
+            self._give_up(error)  # graphs may hold the memory that is missing
         return self._launch(shape)
 
     def _launch(self, shape: _Shape) -> tuple[Tensor | None, ...]:
-        """Runs the step launch by launch, and notes the parameters that it gives gradients to."""
+        """Runs the step eagerly, and records the parameters that it gives gradients to."""
         before = [p.grad for p in self.parameters]
         try:
             for p in self.parameters:
@@ -102,7 +102,7 @@ class GraphedStep:
             self._give_up(error)
 
     def _record(self, shape: _Shape) -> Callable[[], None]:
-        """What repeats the step."""
+        """A function that repeats the step: on a GPU, the replay of a captured graph."""
 
         def launches() -> None:
             shape.outputs = self.step(shape.batch, shape.num_items)
@@ -111,7 +111,7 @@ class GraphedStep:
             return launches if stream is None else capture_graph(launches, stream, self.pool)
 
     def _attach(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Makes the buffers that graphs add to these parameters' gradients, with the values they have."""
+        """Makes the buffers that graphs add to these parameters' gradients, keeping their values."""
         fresh = []
         for p in parameters:
             buffer = self.gradients.get(p)
@@ -131,7 +131,7 @@ class GraphedStep:
         warnings.warn(self.fallback_reason, stacklevel=4)
         for shape in self.shapes.values():
             shape.replay, shape.outputs = None, ()
-        if self.device.type == "cuda":  # whose generator may wait for the end of a capture that broke off
+        if self.device.type == "cuda":  # its generator may still be waiting for the failed capture to end
             torch.cuda.synchronize(self.device)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
@@ -140,13 +140,13 @@ class GraphedStep:
 
 @dataclass
 class _Shape:
-    """What the steps of one shape read and write."""
+    """The inputs and outputs of the steps of one shape."""
 
     words: Tensor
     batch: RaggedBatch  # views of the words
     num_items: Tensor
     outputs: tuple[Tensor | None, ...] = ()
-    reached: list[nn.Parameter] | None = None  # which get gradients; None: no step has been
+    reached: list[nn.Parameter] | None = None  # those that get gradients; None: no step has run yet
     replay: Callable[[], None] | None = None
 
     @classmethod

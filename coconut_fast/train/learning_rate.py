@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate_factor(trainer: CoconutTrainer, num_steps: int) -> Callable[[int], float]:
-    """step -> what the learning rate is multiplied with."""
+    """step -> the factor that the learning rate is multiplied by."""
     settings = trainer.settings
     warmup, kind = settings.warmup_steps, settings.lr_schedule
 

@@ -1,8 +1,7 @@
 """The order of training problems: seeded, bucketed by length, dealt to processes, a pure function of the epoch.
 
-Nothing but the epoch's number has to be remembered to resume. The rows of one optimizer step are chosen first and only
-then dealt to accumulation steps and processes, so the same `rows_per_update` gives the same steps on any number of
-processes.
+Only the epoch's number is needed to resume. The rows of one optimizer step are chosen first and only then dealt to
+accumulation steps and processes, so the same `rows_per_update` gives the same steps on any number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-BUCKET = 64  # batches that are sorted by length together: more waste less, fewer mix better
+BUCKET = 64  # optimizer steps whose rows are sorted by length together: more waste less, fewer mix better
 
 
 def epoch_order(num_examples: int, epoch: int, seed: int, epoch_size: int | None = None) -> np.ndarray:
@@ -25,7 +24,7 @@ def epoch_order(num_examples: int, epoch: int, seed: int, epoch_size: int | None
 
 
 def update_batches(order: np.ndarray, lengths: Sequence[int], rows_per_update: int, seed: int) -> list[np.ndarray]:
-    """The problems of each optimizer step, of like length within a step; a smaller step, if any, comes last.
+    """The problems of each optimizer step, of similar lengths within a step; a smaller step, if any, comes last.
 
     lengths: tokens of every problem, by its index. The steps themselves are in random order.
     """
@@ -44,7 +43,7 @@ def update_batches(order: np.ndarray, lengths: Sequence[int], rows_per_update: i
 def deal(rows: np.ndarray, batch_size: int, processes: int, process: int) -> Iterator[np.ndarray]:
     """The batches of one process within one optimizer step, `batch_size` rows each (the last one fewer, perhaps none).
 
-    Rows go round, so that every process has as long ones as the others, and as many batches.
+    Rows are dealt in turn, so that all processes get rows of similar lengths and the same number of batches.
     """
     for start in range(0, len(rows), batch_size * processes):
         yield rows[start : start + batch_size * processes][process::processes]
@@ -53,8 +52,8 @@ def deal(rows: np.ndarray, batch_size: int, processes: int, process: int) -> Ite
 class EpochBatches:
     """The batch sampler of one process: lists of (problem, epoch, stage), for the data loader.
 
-    `epoch`, `stage` and `lengths` are set by the trainer before an epoch begins. At the end of an epoch a list may be
-    empty: fewer problems are left than there are processes.
+    The trainer sets `epoch`, `stage` and `lengths` before an epoch begins. The last list of an epoch may be empty,
+    where fewer problems are left than there are processes.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class EpochBatches:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return -(-self.epoch_size // self.rows_per_update)
 
     def __len__(self) -> int:

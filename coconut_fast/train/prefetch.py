@@ -1,4 +1,4 @@
-"""Batches made ahead of time: a thread prepares the next ones while the host launches a step and the device runs it."""
+"""A thread prepares the next batches while the current step is launched and runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-AHEAD = 2  # batches: one that is ready, and one in the making
+AHEAD = 2  # batches: one ready, one being made
 
 
 class Prefetcher:
-    """`map(ready, source)`, in its order, with the next `AHEAD` items made by a thread; errors come in their place.
+    """`map(ready, source)`, in order, with the next `AHEAD` items made by a thread; errors are raised in their place.
 
-    Only what is due is made, so a source that is left before its end leaves no thread that waits.
+    Only `AHEAD` items are made in advance, so a source that is abandoned before its end leaves no waiting thread.
     """
 
     def __init__(self, source: Iterator[Any], ready: Callable[[Any], Any]) -> None:

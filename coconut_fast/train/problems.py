@@ -1,4 +1,4 @@
-"""Problems of a data set as a model reads them: text through its tokenizer, or graphs as symbols, anew per epoch."""
+"""Problems of a data set as token ids: text through the tokenizer, or graphs as symbols, shuffled each epoch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from coconut_fast.data.graphs import Graph, graph_of, symbolic_example, symbolic
 
 
 class DataSet:
-    """A data set. `fixed` holds every problem tokenized, as of epoch 0; `at` gives one as an epoch sees it.
+    """A data set. `fixed` holds every problem as tokenized for epoch 0; `at` gives one as an epoch sees it.
 
-    symbols: None for text; for graph problems how they are written (keywords of data.graphs.symbolic_examples).
+    symbols: None for text; for graph problems, how they are written (keywords of data.graphs.symbolic_examples).
     where: the file the problems are from, for errors.
     """
 
@@ -46,7 +46,7 @@ class DataSet:
 
     @cached_property
     def digest(self) -> str:
-        """What tells these problems, in this order and as this tokenizer reads them, from any others."""
+        """A hash of these problems, in this order and as this tokenizer encodes them."""
         found = hashlib.blake2b(digest_size=8)
         for example in self.fixed:
             for ids in (example.question_ids, *example.steps_ids, example.answer_ids):

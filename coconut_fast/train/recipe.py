@@ -23,7 +23,7 @@ import yaml
 
 from coconut_fast.train.arguments import RENAMED_FIELDS, CoconutArguments
 
-FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # the official code lets the earlier ones win
+FLAGS = ("no_cot", "cot", "no_thoughts", "coconut")  # in the official code, earlier ones win
 RENAMED = {"model_id": "model"}
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-5, which YAML 1.1 reads as text
 TYPES = typing.get_type_hints(CoconutArguments)
@@ -74,7 +74,7 @@ def make_arguments(
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """["lr=3e-4", "model.n_layer=2"] -> {"lr": "3e-4", "model.n_layer": 2}; values are YAML, but for text."""
+    """["lr=3e-4", "model.n_layer=2"] -> {"lr": "3e-4", "model.n_layer": 2}; values are YAML, except text settings."""
     parsed = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -82,7 +82,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"override: found {text!r}, expected key=value")
         try:
             read, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a month 13
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date in month 13
             raise ValueError(f"override: {key}: {value!r} is not YAML") from error
         parsed[key.strip()] = _as_written(key.strip(), read, written)
     return parsed
@@ -95,7 +95,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         content, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a month 13
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date in month 13
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{path}: not YAML{line}; expected lines of `key: value`") from error
@@ -105,7 +105,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _as_written(key: str, value: Any, written: Any) -> Any:
-    """Text as it is written, where YAML reads `no` as False, 2026-11-26 as a date and 007 as 7."""
+    """Text settings as written, where YAML reads `no` as False, 2026-11-26 as a date and 007 as 7."""
     return value if key not in TEXT or isinstance(value, str | dict | list | None) else written
 
 
@@ -141,9 +141,10 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _method_of_flags(file: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> str | None:
-    """What the official flags make of the method; None: they leave it as it is.
+    """The method that the official flags choose; None: they do not.
 
-    Flags that an override sets decide alone. One that it takes back leaves those of the file, where these decide.
+    Flags that an override sets to true decide alone. Where it only sets some to false, the file's other flags decide,
+    unless the file has no flags or has `method`.
     """
     theirs, ours = _flags(file, where), _flags(overrides, "override")
     if any(ours.values()):
@@ -191,7 +192,7 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Whatever is nested in a mapping or a list, with numbers where YAML 1.1 reads text."""
+    """`value` with numbers, at any depth of its mappings and lists, where YAML 1.1 reads text."""
     if isinstance(value, dict):
         return {key: _number(inner) for key, inner in value.items()}
     return [_number(inner) for inner in value] if isinstance(value, list) else value

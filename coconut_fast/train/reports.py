@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, a progress bar, and a picture of the learning curve at the end."""
+"""What a run reports: metrics.jsonl always, a progress bar, and a plot of the learning curve at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coconut_fast.model.coconut import CoconutOutput
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
-HEADROOM = 1.15  # above the curves, for the names of stages
+HEADROOM = 1.15  # room above the curves for the names of stages
 DELAY = 2  # seconds until the progress bar appears
 SHOWN = {  # record -> progress bar
     "stage": "stage",
@@ -32,7 +32,7 @@ SHOWN = {  # record -> progress bar
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a killed process left half-written is not one."""
+    """The records of a metrics file, without a last line that a killed process left incomplete."""
     records = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -44,12 +44,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
-    """Mean norm of the hidden states that were fed back, in their rows' own thoughts."""
+    """Mean norm of the hidden states fed back as thoughts, padding excluded."""
     passes = output.batch.passes
     fed = [h[p.source] for h, p in zip(output.hidden_TD, passes[1:], strict=False)]
     if not fed:
         return None
-    own = torch.cat([p.thoughts_after for p in passes]) >= 0  # not those that train/buckets.py has added
+    own = torch.cat([p.thoughts_after for p in passes]) >= 0  # not those added by train/buckets.py
     norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
     return norms.where(own, 0.0).sum() / own.sum()
 
@@ -67,7 +67,7 @@ class Report(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        # A run that goes on repeats the steps after its checkpoint; their old records go.
+        # A resumed run repeats the steps after its checkpoint; their old records are dropped.
         kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= state.global_step]
         with write_atomically(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept if state.global_step)
@@ -109,12 +109,12 @@ class Report(TrainerCallback):
             line = f"epoch {metrics['epoch']:g}  stage {metrics['stage']}  step {state.global_step}"
             names = ("eval_loss", "eval_accuracy", "eval_mean_tokens")
             line += "".join(f"  {name[5:]} {figure(metrics[name])}" for name in names if name in metrics)
-            # tqdm.write would show a bar whose delay is not over, and leave it without a line end.
+            # tqdm.write would show a bar whose delay is not over, and not end its line.
             shown = self.bar is not None and self.bar.format_dict["elapsed"] > DELAY
             (tqdm.write if shown else print)(line, file=sys.stderr)
 
     def close(self) -> None:
-        """The end of the progress bar, however training ends."""
+        """Closes the progress bar, however training ends."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -130,7 +130,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
 
     None where nothing was logged.
     """
-    from matplotlib.figure import Figure  # not pyplot, which has a window, or a notebook's display, in its charge
+    from matplotlib.figure import Figure  # not pyplot, which manages windows or a notebook's display
 
     records = read_metrics(Path(run) / METRICS)
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
@@ -150,7 +150,7 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
     right.set(ylabel="validation accuracy", ylim=(0, HEADROOM), yticks=[n / 5 for n in range(6)])
     for number, (start, stage) in enumerate(stage_starts(records)):
         left.axvline(start, color="grey", linewidth=0.8, linestyle=":", alpha=0.8)
-        height = 0.98 - 0.05 * (number % 2)  # neighbours that are close do not overlap
+        height = 0.98 - 0.05 * (number % 2)  # so that names of short stages do not overlap
         left.text(start, height, f" stage {stage}", transform=left.get_xaxis_transform(), va="top", fontsize=7)
     handles = [line for axis in (left, right) for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
     left.legend(handles=handles, loc="lower left", fontsize=8)
@@ -161,12 +161,12 @@ def draw_curve(run: str | os.PathLike[str]) -> Path | None:
 
 
 def literal(text: str) -> str:
-    """For a picture that shows `text` as it stands: a dollar begins no formula."""
+    """Escapes `text` for matplotlib, where a dollar sign begins a formula."""
     return text.replace("$", r"\$")
 
 
 def stage_starts(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """(step, stage) where each stage begins: the last step at which the one before was still seen."""
+    """(step, stage) where each stage begins: the last step logged in the previous stage."""
     starts: list[tuple[int, int]] = []
     step = 0
     for record in records:

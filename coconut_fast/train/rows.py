@@ -1,7 +1,7 @@
 """Training rows on the fly: (problem, epoch, stage) -> token ids and labels -> one ragged batch.
 
-Problems are tokenized once. A stage changes nothing but the keys, so no data set is ever mapped again, and a row is the
-same in any process, in any order and after a resume.
+Problems are tokenized once. A stage changes only the keys, so the data set is never mapped again, and a row is the same
+in any process, in any order and after a resume.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Row = tuple[Key, list[int], list[int]]  # key, input_ids, labels
 
 
 def end_with_parent(worker: int) -> None:
-    """In a data loader's worker: to be killed when the trainer is. It would stay, blocked in writing to a pipe that the
-    other workers hold open (5 of 8 did, 400 MB each)."""
+    """Has a data loader's worker killed when the trainer is. Else it may stay, blocked writing to a pipe that other
+    workers hold open (5 of 8 did, 400 MB each)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -51,7 +51,7 @@ class StageRows(Dataset):
         return key, *training_row(self.problems.at(idx, epoch), stage, self.config, self.tokens, rng)
 
     def lengths(self, stage: int) -> list[int]:
-        """Tokens of every row at a stage, up to what is the same for all (icot removes tokens: nearly); to sort by."""
+        """Tokens of every row at a stage, to sort by: up to a constant (icot, which removes tokens: approximately)."""
         stage = method_stage(stage, self.config)
         first = stage if stage <= self.config.max_latent_stage else None
         return [
@@ -60,10 +60,10 @@ class StageRows(Dataset):
         ]
 
     def check(self, stages: Sequence[int], max_positions: int | None, name: str = "train_path") -> None:
-        """ValueError for the first row of any stage that no epoch could run; `name`: the setting.
+        """ValueError for the first row of any stage that cannot run; `name`: the setting.
 
-        That is one longer than the model's positions, or one that starts with a thought. What a row draws is one of
-        the stages before its own, or a shorter rest of its chain, so a row of each stage without chance is the longest.
+        That is a row longer than the model's positions, or one that starts with a thought. Randomness only gives
+        a row another stage or a shorter rest of its chain, so checking all stages without it is enough.
         """
         certain = replace(self.config, uniform_prob=0.0, replay_prob=0.0, removal_smoothing=math.inf)
         for idx, example in enumerate(self.problems.fixed):
@@ -89,7 +89,7 @@ class StageRows(Dataset):
 
 
 class Collate:
-    """Rows -> {"batch": RaggedBatch, "rows": what it was made of}; in_buckets: of few shapes (train/buckets.py)."""
+    """Rows -> {"batch": RaggedBatch, "rows": its rows}; in_buckets: padded to a few shapes (train/buckets.py)."""
 
     def __init__(self, tokens: LatentTokens, in_buckets: bool = False) -> None:
         self.thought_id = tokens.thought
@@ -97,10 +97,10 @@ class Collate:
         self.idle_id = tokens.eos or 0
 
     def __call__(self, rows: Sequence[Row], passes: int = 0) -> dict[str, Any]:
-        """passes: at least so many, whatever the rows need.
+        """passes: at least this many, whatever the rows need.
 
-        Where rows need fewer, or there are none, an idle row without labels is added: processes that share weights
-        have to run the model equally often.
+        Where the rows need fewer, or there are none, an idle row without labels is added: processes that share weights
+        must run the same number of passes.
         """
         ids, labels = [ids for _, ids, _ in rows], [labels for _, _, labels in rows]
         if not rows or 1 + max(row.count(self.thought_id) for row in ids) < passes:

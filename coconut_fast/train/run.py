@@ -1,4 +1,4 @@
-"""A whole training run: read, build or go on, train, keep the best, draw the curve. The same call again goes on."""
+"""A whole training run: read, build or resume, train, keep the best, draw the curve. The same call again resumes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def run(settings: CoconutArguments, trainer_class: type[CoconutTrainer] = Coconu
     """Trains as the settings say, from the newest checkpoint in `settings.output_dir` where there is one.
 
     Returns that directory: it then holds the best model of the last stage (for `coconut_fast.load`), checkpoints,
-    metrics.jsonl, curve.png and run.json. ValueError for settings or data that make no sense, another run's checkpoint,
-    or a directory in which another process trains; OSError where the disk does not take a checkpoint; NonFiniteError
-    where training diverges. trainer_class: with a loss or metrics of one's own (docs/extending.md).
+    metrics.jsonl, curve.png and run.json. ValueError for invalid settings or data, another run's checkpoint, or a
+    directory in which another process trains; OSError where a checkpoint cannot be written; NonFiniteError where
+    training diverges. trainer_class: with a loss or metrics of your own (docs/extending.md).
     """
     folder = Path(settings.output_dir)
     check_folder(folder, "save_path")
     train_limit, val_limit = settings.limits()
     examples = read_file(settings.train_path, "train_path", train_limit)
     held_out = read_file(settings.val_path, "val_path", val_limit) if settings.val_path else []
-    if os.environ.get("RANK", "0") != "0":  # the first process has the directory for all of them, and writes
+    if os.environ.get("RANK", "0") != "0":  # the first process reserves the directory for all, and writes
         _train(settings, folder, examples, held_out, trainer_class, main=False)
     else:
         with reserve(folder, "save_path"):
@@ -55,7 +55,7 @@ def _train(
     trainer_class: type[CoconutTrainer],
     main: bool,
 ) -> None:
-    """What each process does; `main` writes."""
+    """What each process does; only `main` writes."""
     found = [] if settings.debug else checkpoints.complete(folder)
     last = found[-1] if found else None
     if last is None and not settings.debug and (folder / COCONUT_JSON).exists():
@@ -89,26 +89,26 @@ def _train(
 
 
 def leave_group() -> None:
-    """Ends the process group, for a process that is about to exit, with whatever a finished trainer held of it.
+    """Destroys the process group of a process about to exit, and what a finished trainer still holds of it.
 
-    A group that outlives the interpreter has threads that may free a tensor when no interpreter is left, which aborts
-    the process, and torchrun then stops the others in the middle of what they write.
+    Threads of a group that outlives the interpreter may free a tensor without one, which aborts the process, and
+    torchrun then stops the others in the middle of their writes.
     """
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a trainer is a cycle, and its model's DDP holds the group
+        gc.collect()  # a trainer is a reference cycle, and its model's DDP holds the group
         dist.destroy_process_group()
 
 
 def finish(folder: Path, debug: bool) -> None:
     """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
     chosen = None if debug else checkpoints.best_or_last(folder)
-    if chosen is not None:  # from the disk: the model in memory may be spread over processes
+    if chosen is not None:  # from the disk: the model in memory may be sharded
         checkpoints.read_model(chosen).save_pretrained(folder)
     draw_curve(folder)
 
 
 def summary(trainer: CoconutTrainer, last: Path | None) -> str:
-    """What is about to happen, in a few lines."""
+    """What the run is about to do, in a few lines."""
     settings, schedule = trainer.settings, trainer.schedule
     model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,9 +1,9 @@
-"""The stage schedule as pure functions of what happened so far: which stage an epoch has, when the run is over.
+"""The stage schedule as pure functions of the epochs so far: the next epoch's stage, and when the run is over.
 
 Stage s replaces the first s reasoning steps by thoughts; the last stage drops all language. By count, stage s lasts
 `epochs_per_stage` epochs (stage 0 may last `first_stage_epochs`) and the last stage lasts until the run ends. With
-`advance_at`, a stage is left as soon as the validation metric of an epoch reaches it, and by count at the latest; it
-may also name the first stages alone, and the others are left by count. A stage holds for whole epochs, so a run is
+`advance_at`, a stage is left as soon as the validation metric of an epoch reaches it, and by count at the latest; a
+list may cover only the first stages, and the others are left by count. A stage lasts whole epochs, so a run is
 reproduced by its list of (stage, metric).
 """
 
@@ -27,12 +27,12 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """ValueError where a value makes no sense.
+    """Which stage each epoch has. ValueError for an invalid value.
 
-    last_stage: the stage after which nothing changes any more (max_latent_stage + 1; 0 for methods without stages).
+    last_stage: the stage that lasts until the end (max_latent_stage + 1; 0 for methods without stages).
     epochs_per_stage: epochs of a stage, by count. first_stage_epochs: of stage 0 (None: as the others).
     first_epoch: epochs of the plan that are skipped (the official code's `resume`, for a model trained before).
-    num_epochs: the end of the plan, skipped epochs included. final_epochs: end earlier, after so many epochs in the
+    num_epochs: the end of the plan, skipped epochs included. final_epochs: end earlier, after this many epochs in the
     last stage. advance_at: leave a stage when the metric of an epoch is at least this; a list holds one number per
     stage, and the stages past its end are left by count.
     reset_optimizer: "stage" (the paper: when stages switch), "epoch" (the official code's `True`) or "never".
@@ -68,7 +68,7 @@ class StageSchedule:
             raise ValueError(f"reset_optimizer: found {self.reset_optimizer!r}, expected one of {', '.join(RESETS)}")
 
     def epochs_of(self, stage: int) -> int:
-        """Epochs of a stage by count; the last one has no end of its own."""
+        """Epochs of a stage by count; the last stage does not end by count."""
         return self.first_stage_epochs if stage == 0 and self.first_stage_epochs is not None else self.epochs_per_stage
 
     def planned_stage(self, epoch: int) -> int:
@@ -101,14 +101,14 @@ class StageSchedule:
         return now + 1 if passed or spent >= self.epochs_of(now) else now
 
     def stages_by_count(self) -> list[int]:
-        """The stage of each epoch of a run in which no metric ends a stage: with `advance_at`, of the longest one."""
+        """The stage of each epoch of a run in which no metric ends a stage: with `advance_at`, the longest run."""
         history: list[EpochRecord] = []
         while (stage := self.next_stage(history)) is not None:
             history.append(EpochRecord(stage))
         return [record.stage for record in history]
 
     def in_words(self) -> str:
-        """What is planned, as in "0: at most 6 epochs, until accuracy 0.9; 1 to 3: 2 epochs each; 4: 8 epochs"."""
+        """The plan in words, such as "0: at most 6 epochs, until accuracy 0.9; 1 to 3: 2 epochs each; 4: 8 epochs"."""
         counts = Counter(self.stages_by_count())
         parts = []
         for (count, until), group in groupby(sorted(counts), lambda s: (counts[s], self._left_at(s))):
@@ -124,7 +124,7 @@ class StageSchedule:
         return None if stage == self.last_stage else self.threshold(stage)
 
     def resets(self, history: Sequence[EpochRecord], stage: int) -> bool:
-        """Whether the optimizer forgets its state before the epoch after `history`, which has `stage`."""
+        """Whether the optimizer's state is reset before the epoch after `history`, which has `stage`."""
         if not history or self.reset_optimizer == "never":
             return False
         return self.reset_optimizer == "epoch" or history[-1].stage != stage

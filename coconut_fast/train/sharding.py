@@ -1,8 +1,8 @@
-"""FSDP2 for models that need sharding: what to wrap, evaluation without collectives, whole weights in and out.
+"""FSDP2 for models that need sharding: what to wrap, evaluation without collectives, loading and saving whole weights.
 
-Every pass through a sharded layer gathers its weights from all processes, so processes have to make equally many passes
-(rows.Collate adds an idle row where one has fewer thoughts), while generation, whose length nobody can foresee, runs on
-weights that are gathered once.
+Every pass through a sharded layer gathers its weights from all processes, so all processes must run the same number of
+passes (rows.Collate adds an idle row where one has fewer thoughts). Generation, whose length is not known in advance,
+runs on weights that are gathered once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from coconut_fast.train.rows import Collate
 
 
 def layer_class(model: Coconut) -> str:
-    """The name of the model's decoder layer, in any architecture."""
+    """The class name of the model's decoder layers, in any architecture."""
     layers = decoder_layers(model.hf)
     if not layers:
         raise ValueError(f"fsdp: {type(model.hf).__name__} has no list of layers that could be sharded one by one")
@@ -33,14 +33,14 @@ def layer_class(model: Coconut) -> str:
 
 
 def enable(accelerator: Accelerator, plugin_arguments: dict[str, Any]) -> None:
-    """FSDP2 on the CPU too (gloo), where accelerate would go on with DDP without a word."""
+    """Enables FSDP2 on the CPU too (gloo), where accelerate would silently use DDP."""
     plugin = FullyShardedDataParallelPlugin(**plugin_arguments)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
 
 
 def agree_on_passes(batches: Sequence[dict[str, Any]], collate: Collate, device: torch.device) -> list[dict[str, Any]]:
-    """The batches of a step, each with as many passes as the same batch of any other process has."""
+    """The batches of a step, each with the most passes that any process has in that batch."""
     passes = torch.tensor([len(batch["batch"].passes) for batch in batches], device=device)
     dist.all_reduce(passes, op=dist.ReduceOp.MAX)
     wanted = passes.tolist()
@@ -52,7 +52,7 @@ def agree_on_passes(batches: Sequence[dict[str, Any]], collate: Collate, device:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the block every process holds all weights, and running the model waits for nobody."""
+    """Within the block every process holds all weights, and running the model needs no communication."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -66,7 +66,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole weights on the CPU, from a model that may be sharded; all processes have to call this together."""
+    """Whole weights on the CPU, from a model that may be sharded; all processes must call this together."""
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
         for name, value in model.state_dict().items()

@@ -1,4 +1,4 @@
-"""What a run remembers between epochs, and how a checkpoint knows whose it is."""
+"""What a run keeps between epochs, and how a checkpoint is matched to its run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coconut_fast.train.schedule import EpochRecord
 if TYPE_CHECKING:
     from coconut_fast.train.trainer import CoconutTrainer
 
-# Settings that may change when a run goes on: where it writes, what it shows, how long it lasts.
+# Settings that may change when a run resumes: where it writes, what it shows, how long it lasts.
 MAY_CHANGE = {
     "name", "project", "save_path", "debug", "only_eval", "device", "train_path", "val_path", "load_model_path",
     "num_epochs", "eval_batch_size", "num_thoughts", "save_steps", "keep_last", "logging_steps", "report_to",
@@ -25,7 +25,7 @@ MAY_CHANGE = {
 
 @dataclass
 class RunState:
-    """Finished epochs, and the best of the present stage; with the step's number all that a run needs to go on."""
+    """Finished epochs and the best of the current stage: with the step number, all that a run needs to resume."""
 
     history: list[EpochRecord] = field(default_factory=list)
     best: dict[str, Any] | None = None  # stage, accuracy, step
@@ -41,7 +41,7 @@ class RunState:
         self.loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def improves(self, stage: int, accuracy: float, step: int) -> bool:
-        """Notes an epoch's accuracy; whether it is its stage's best (accuracy falls where language is taken away)."""
+        """Records an epoch's accuracy -> whether it is its stage's best (accuracy falls when language is removed)."""
         if self.best is not None and self.best["stage"] == stage and accuracy <= self.best["accuracy"]:
             return False
         self.best = {"stage": stage, "accuracy": accuracy, "step": step}
@@ -53,14 +53,14 @@ def run_fingerprint(trainer: CoconutTrainer) -> dict[str, Any]:
     settings = {k: v for k, v in trainer.settings.to_dict().items() if k not in MAY_CHANGE}
     settings["removal_smoothing"] = str(settings["removal_smoothing"])  # JSON has no infinity
     problems = trainer.rows.problems
-    data = {"problems": len(problems), "train_path_digest": problems.digest}  # wherever the file lies now
+    data = {"problems": len(problems), "train_path_digest": problems.digest}  # wherever the file is now
     return {**settings, "rows_per_update": trainer.sampler.rows_per_update, **data}
 
 
 def check_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """CheckpointError, naming the first setting that differs, for a checkpoint of another run.
 
-    A setting that is newer than the checkpoint had its default there.
+    A setting that is newer than the checkpoint counts as its default there.
     """
     defaults = {setting.name: setting.default for setting in fields(CoconutArguments)}
     for name in sorted({*saved, *present}):

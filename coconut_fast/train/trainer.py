@@ -1,14 +1,14 @@
-"""CoconutTrainer: transformers.Trainer with what the method adds, and nothing else of its own.
+"""CoconutTrainer: transformers.Trainer with what the method adds, and nothing else.
 
 Its arguments, callbacks, trackers, mixed precision, accumulation and distributed engines are transformers'. Ours are:
 
     the stage of an epoch, and the optimizer's reset (train/schedule.py)
     ragged rows made on the fly, in an order that is a function of the epoch (train/rows.py, train/order.py), on a GPU
-        by a thread beside the step (train/prefetch.py)
+        by a background thread (train/prefetch.py)
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
     evaluation by batched generation (train/validation.py)
-    checkpoints that appear whole, and a run that goes on as if nothing had happened (train/checkpoints.py)
-    steps with a non-finite loss or gradient skipped on the device, counted, and ended after too many
+    checkpoints that appear whole, and runs that resume as if never interrupted (train/checkpoints.py)
+    steps with a non-finite loss or gradient skipped on the device and counted; too many in a row end the run
     forward and backward replayed as CUDA graphs on a single GPU (train/graphed.py)
 """
 
@@ -112,15 +112,15 @@ class CoconutTrainer(Trainer):
             seed=settings.seed,
             epoch_size=settings.epoch_size,
         )
-        self.step_model: torch.nn.Module = model  # as the step in progress was given it
+        self.step_model: torch.nn.Module = model  # as passed to training_step, for _forward_backward
         self.graphed = None
         if self._fits_graphs():
             self.graphed = GraphedStep(self._forward_backward, model.parameters(), self.args.device)
         self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
-        self.prefetches = self.args.device.type == "cuda"  # elsewhere it would take the step's own cores
-        self.prefetcher: Prefetcher | None = None  # of the present epoch
+        self.prefetches = self.args.device.type == "cuda"  # on a CPU it would take cores from the step
+        self.prefetcher: Prefetcher | None = None  # of the current epoch
         self.step_rows: list[Any] = []  # the rows of the step in progress
-        self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in all
+        self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in total
         self.skipped = torch.zeros((), device=self.args.device)
         self.thought_norm: torch.Tensor | None = None
         self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
@@ -131,12 +131,12 @@ class CoconutTrainer(Trainer):
             sharding.enable(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
         if self.settings.precision == "fp16" and self.accelerator.scaler is None:
-            # On a CPU accelerate would go on in fp32 without a word.
+            # On a CPU accelerate would silently use fp32.
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
 
     def _fits_graphs(self) -> bool:
-        """Whether a step can be one graph: it talks to no other process, and asks the device for nothing on its way."""
+        """Whether a step can be one graph: no communication between processes, no host synchronisation."""
         checkpointed = any(getattr(self.args, f"{what}_checkpointing", False) for what in ("gradient", "activation"))
         between = self.settings.precision == "fp16" or self.args.torch_empty_cache_steps is not None
         alone = self.args.device.type == "cuda" and self.args.n_gpu == self.args.world_size == 1
@@ -151,7 +151,7 @@ class CoconutTrainer(Trainer):
             collate_fn=self.collate,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=end_with_parent,
-            # Batches alone are pinned, in `_ready`: the loader would go through every token of the rows they are of.
+            # Only batches are pinned, in `_ready`: the loader would also go through every token of their rows.
             generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
         )
 
@@ -192,8 +192,8 @@ class CoconutTrainer(Trainer):
         output = model(batch=inputs["batch"], num_items=num_items_in_batch, loss_only=True)
         loss = output.loss
         if loss is None or self.args.world_size > 1:
-            # Data parallelism averages the gradients of processes; the sum is what is wanted. An idle row has no loss,
-            # but its passes need a backward as well.
+            # Data parallelism averages gradients over processes; we want the sum. An idle row has no loss, but its
+            # passes need a backward too.
             idle = output.hidden_TD[-1].sum() * 0.0
             loss = idle if loss is None else idle + loss * self.args.world_size
         if self.graphed is not None or self._logs_now():
@@ -217,7 +217,7 @@ class CoconutTrainer(Trainer):
     def _forward_backward(
         self, batch: RaggedBatch, num_items: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Loss and thought norm; what a graph is made of."""
+        """The part of a step that a graph captures -> loss, thought norm."""
         self.thought_norm = None
         return super().training_step(self.step_model, {"batch": batch}, num_items), self.thought_norm
 
@@ -230,7 +230,7 @@ class CoconutTrainer(Trainer):
         return norm
 
     def _skip_unless_finite(self, grad_norm: torch.Tensor | float) -> None:
-        """Tells the optimizer to do nothing where loss or gradient is not finite, without a word from the device."""
+        """Makes the optimizer skip a step with non-finite loss or gradient, without host synchronisation."""
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run_state.loss_is_finite
@@ -240,15 +240,15 @@ class CoconutTrainer(Trainer):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.streak = (self.streak + 1) * bad
         self.skipped = self.skipped + bad
-        if self.accelerator.scaler is None:  # with a scaler (fp16) it is the scaler who skips
+        if self.accelerator.scaler is None:  # with a scaler (fp16), the scaler skips
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             inner.found_inf = bad
-        looks = self.args.device.type == "cpu" or self._logs_now()
+        looks = self.args.device.type == "cpu" or self._logs_now()  # comparing syncs: on a GPU only when logging
         if looks and self.streak >= self.settings.max_nonfinite:
             raise NonFiniteError(self._non_finite_message())
 
     def _non_finite_message(self) -> str:
-        own = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""  # each has rows of its own
+        own = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""  # each has its own rows
         file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}{own}.json"
         names = ("problem", "epoch", "stage")
         write_json(
@@ -264,7 +264,7 @@ class CoconutTrainer(Trainer):
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with weight decay on all parameters, as the official code; fused, which also lets it skip a step."""
+        """AdamW with weight decay on all parameters, as in the official code; fused, which also lets it skip a step."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
                 [p for p in (model or self.model).parameters() if p.requires_grad],
@@ -305,7 +305,7 @@ class CoconutTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Logs the figures of the model as it is; the time they take counts in no rate of training."""
+        """Evaluates the model as it is and logs the figures; training rates exclude the time this takes."""
         start = time.perf_counter()
         figures = validate(self)
         self.counted["since"] += time.perf_counter() - start
@@ -318,7 +318,7 @@ class CoconutTrainer(Trainer):
     # ---- checkpoints
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Trains; goes on from a checkpoint where one is given. CheckpointError for a broken one or another run's."""
+        """Trains, resuming from a checkpoint if one is given. CheckpointError for a broken one or another run's."""
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             manifest = checkpoints.read_manifest(folder)
@@ -332,7 +332,7 @@ class CoconutTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
-            self.report.close()  # an error gets a line of its own
+            self.report.close()  # so that an error starts on a new line
             if self.args.device.type == "cpu":
                 ops.extension().keep_freed_memory(False)
 
@@ -347,7 +347,7 @@ class CoconutTrainer(Trainer):
         checkpoints.prune(target.parent, self.settings.keep_last, self.run_state.best_step)
 
     def _save_together(self, target: Path) -> None:
-        """All processes write into the directory that the first one makes appear."""
+        """All processes write into one directory, which the first one creates and renames."""
         folder = target.with_name(checkpoints.UNFINISHED + target.name)
         if self.args.should_save:
             with checkpoints.atomic_directory(target) as folder:
@@ -372,7 +372,7 @@ class CoconutTrainer(Trainer):
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _facts(self) -> dict[str, Any]:
-        """What checkpoint.json holds: the run it belongs to, the stages so far and the best one."""
+        """What checkpoint.json holds: the run it belongs to, its epochs so far and the best one."""
         return {
             "step": self.state.global_step,
             "stage": self.stage,
@@ -391,7 +391,7 @@ class CoconutTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         ours = self.accelerator.unwrap_model(self.model)
         own = None
-        if type(ours.feedback) not in FEEDBACKS.values():  # a module of the user's, which its name cannot make
+        if type(ours.feedback) not in FEEDBACKS.values():  # a user's module, which cannot be built from its name
             with sharding.gathered(ours):
                 own = copy.deepcopy(ours.feedback)
         state = checkpoints.read_model(Path(resume_from_checkpoint), own).state_dict()

@@ -1,7 +1,7 @@
-"""A model in training on the validation problems: accuracy by batched generation, and the loss of their rows.
+"""Validation during training: accuracy by batched generation, and the loss of the validation rows.
 
-Both are those of the trainer's present stage. Problems and rows are dealt to processes, and each ends with the figures
-of all.
+Both are for the trainer's current stage. Problems and rows are split over the processes, and each process gets the
+figures of all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def validate(trainer: CoconutTrainer) -> dict[str, Any]:
-    """The figures of answers.Evaluation.summary, and "loss"; the model is left in the mode it was in."""
+    """The figures of infer.scoring.Evaluation.summary, and "loss"; the model keeps its mode (train or eval)."""
     assert trainer.validation is not None
     model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
@@ -37,7 +37,7 @@ def validate(trainer: CoconutTrainer) -> dict[str, Any]:
 
 
 def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Evaluation:
-    """Every problem's judged answer, with the thoughts of the stage."""
+    """Every problem's judged answer, with the stage's number of thoughts."""
     args = trainer.args
     problems = make_problems(model, validation.examples, validation.fixed, trainer.stage, trainer.curriculum)
     mine = generate_and_score(
@@ -46,7 +46,7 @@ def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Ev
         max_new_tokens=trainer.settings.answer_length(),
         batch_size=trainer.settings.eval_batch_size,
     )
-    runner_cache.drop(model)  # training needs the memory of its cache more than the next evaluation its graphs
+    runner_cache.drop(model)  # training needs the cache's memory more than the next evaluation needs the graphs
     if args.world_size == 1:
         return mine
     parts: list[Evaluation] = [mine] * args.world_size
@@ -56,7 +56,7 @@ def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Ev
 
 @torch.no_grad()
 def _mean_loss(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> float:
-    """Over all labelled tokens of the rows of the stage."""
+    """The mean loss over all labelled tokens of the stage's rows."""
     args = trainer.args
     rows = StageRows(validation, trainer.curriculum, model.tokens, trainer.settings.seed)
     mine = range(args.process_index, len(rows), args.world_size)

@@ -34,7 +34,7 @@ struct Kernels {
   {isa::rows_forward<F>, isa::tiles_forward<isa::Fp32Products>, isa::rows_backward<F>, \
    isa::tiles_backward<isa::Fp32Products>}
 
-// In bf16 arithmetic where query and cache are bf16 and the machine has it. A few queries wait for memory, not for it.
+// Tiles use bf16 arithmetic where query and cache are bf16 and the CPU has it; few queries are memory-bound without it.
 Kernels kernels(Dtype query, Dtype cache) {
   const Isa isa = best_isa();
   const bool f64 = query == Dtype::f64;
@@ -49,10 +49,10 @@ Kernels kernels(Dtype query, Dtype cache) {
   return f64 ? Kernels KERNELS(portable, double) : Kernels KERNELS(portable, float);
 }
 
-// A row's lanes go to tasks in chunks forward, all to one task backward, which fixes the order in which dK and dV are
-// summed; longest first. Tiles take one kv head, in smaller chunks where threads would have nothing to do; for few
-// queries all heads share the pages they stream through, and are parted only as far as it takes to occupy the threads.
-// How tasks are cut never changes a result.
+// Forward, a row's lanes are cut into chunks, one task each, those with the most keys first; backward, all go to one
+// task, which fixes the order in which dK and dV are summed. A tile task has one kv head, and smaller chunks where
+// threads would be idle. With few queries the heads of a task share the pages they read, so heads are split only as far
+// as it takes to occupy the threads. How tasks are cut never changes a result.
 std::vector<Task> cut(const Attention& a, int64_t threads, bool backward) {
   const int64_t group = a.heads / a.kv_heads;
   auto lanes_of = [&](int64_t b) { return static_cast<int64_t>(a.offsets[b + 1] - a.offsets[b]) * group; };

@@ -1,6 +1,6 @@
 // Ragged attention over the paged cache on CPU, forward and backward; kernels/reference.py says what is computed.
 //
-// Results are a function of each row alone: neither the number of threads nor the other rows of the call change a bit.
+// A row's results depend on that row alone: neither the number of threads nor the other rows of the call change a bit.
 #pragma once
 
 #include <cstdint>
@@ -31,9 +31,9 @@ struct Parallel {
 // out (T, heads, value_dim) of query_dtype, lse (T, heads) fp32 (fp64 for f64); every element is written.
 void attention_forward(const Attention& attention, void* out, void* lse, const Parallel& parallel);
 
-// One kv head of row b of the call (f32 query), by tiles of queries and keys, for a caller with threads of its own.
-// `out` may be `query`. A query's bits do not depend on the other queries of its row's call. Where the cache is bf16
-// and the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
+// Attention of one kv head of row b of the call (f32 query), by tiles of queries and keys, for a caller that has its
+// own threads. `out` may be `query`. A query's result does not depend, to the bit, on the row's other queries in the
+// call. Where the cache is bf16 and the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
 void attend_prompt(const Attention& attention, int64_t b, int64_t kv_head, void* out, void* lse);
 
 struct AttentionGrads {
@@ -41,7 +41,7 @@ struct AttentionGrads {
   const void* lse;               // (T, heads)
   void* grad_query;              // (T, heads, key_dim) of query_dtype; every element is written
   void *grad_keys, *grad_values;  // as keys and values, fp32 (fp64 for f64); added to
-  const int32_t* grads_from;      // (batch,) or null: grad_keys and grad_values of positions before it stay as they are
+  const int32_t* grads_from;      // (batch,) or null: grad_keys and grad_values of positions before it are left alone
 
   int64_t from(int64_t b) const { return grads_from ? grads_from[b] : 0; }
 };

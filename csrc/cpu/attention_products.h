@@ -1,7 +1,7 @@
 // The small matrix products of attention_tiles.h, in one of two arithmetics: fp32, or bf16 products summed in fp32.
 //
-// An operand lies in words of 32 bits along the dimension that is summed: one fp32 value (kStep 1) or a pair of bf16
-// values (kStep 2). The left one is ROWS, (m, steps), or columns, (steps, m); the right one is always (steps, n). So a
+// An operand is stored as 32-bit words along the dimension that is summed: one fp32 value (kStep 1) or a pair of bf16
+// values (kStep 2). The left one is (m, steps) if ROWS, else (steps, m); the right one is always (steps, n). So a
 // product is broadcast words times vectors of words, whatever a word holds.
 // Included once per instruction set after vec.h.
 
@@ -12,7 +12,7 @@ struct Fp32Products {
   static constexpr int64_t kStep = 1;
   static INLINE Vec broadcast(const float* word) { return splat(*word); }
   static INLINE Vec add_product(Vec sum, Vec a, Vec b) { return sum + a * b; }
-  // Words of kStep rows, from the rows.
+  // A vector of words from kStep rows.
   static INLINE Vec word(const Vec* rows) { return rows[0]; }
   static INLINE void put(float* to, Vec v) { store(to, v); }
   static INLINE void put(float* to, const void* from, Dtype dtype, int64_t n) { widen(to, from, dtype, n); }
@@ -26,7 +26,7 @@ struct Bf16Products {
   static INLINE Vec add_product(Vec sum, Vec a, Vec b) {
     return bits<Vec>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
   }
-  // By intrinsics: for a conversion from HalfVec to WordVec GCC 12 writes five instructions.
+  // Intrinsics, because GCC 12 emits five instructions for a conversion from HalfVec to WordVec.
   static INLINE Vec word(__m256i low, __m256i high) {
     return bits<Vec>(_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
   }
@@ -45,7 +45,7 @@ struct Bf16Products {
 
 static INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Rows of values (n, width) -> words along n, (up(n, kStep) / kStep, width): those rows themselves, or rows by twos.
+// Rows of values (n, width) -> words along n, (up(n, kStep) / kStep, width): the rows themselves, or pairs of rows.
 template <class P>
 static INLINE const float* stack(const float* rows, int64_t n, int64_t width, float* to) {
   if constexpr (P::kStep == 1) {
@@ -92,7 +92,7 @@ static INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb
     for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, sums[m][n]);
 }
 
-// The same for a whole strip C[MR][width], width a multiple of 16; [first, last) in values, widened to whole words.
+// The same for a whole strip C[MR][width], width a multiple of 16; [first, last) counts values, rounded out to words.
 template <class P, bool ROWS, Start START>
 static INLINE void strip(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t width,
                          int64_t first, int64_t last, const float* factor = nullptr) {

@@ -1,5 +1,5 @@
-// What the kernels of every instruction set share: a row of a call, the task (the unit of parallel work), scratch
-// memory, and the random words of dropout.
+// Shared by the kernels of all instruction sets: a row of a call, the task (the unit of parallel work), scratch memory,
+// and the random words of dropout.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace coconut_fast {
 constexpr int64_t kGroupLanes = 32;   // lanes whose scores against one block of keys are in L1 together
 constexpr int64_t kChunkLanes = 384;  // lanes of a tile task, which share packed keys and values; 128: 6% slower
 constexpr int64_t kBlockKeys = 64;    // keys of a block
-constexpr int64_t kFewLanes = 8;      // up to here a row is bound by memory, and dot products beat tiles
+constexpr int64_t kFewLanes = 8;      // up to this many, a row is memory-bound and dot products beat tiles
 
 struct Task {
   int64_t b;                      // index into the call's rows
@@ -54,10 +54,10 @@ struct Row {
 // Memory that a thread keeps between calls, cut into 64-byte aligned pieces.
 class Scratch {
  public:
-  // Starts over with room for `bytes` (pieces are rounded up to 64 bytes each: leave some).
+  // Starts over with `bytes` of capacity (each piece is rounded up to 64 bytes: allow for it).
   void reset(int64_t bytes) {
     if (bytes > capacity_) {
-      capacity_ = 0;  // where there is no memory
+      capacity_ = 0;  // in case the allocation fails
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       if (!memory_) throw std::bad_alloc();
       capacity_ = bytes;

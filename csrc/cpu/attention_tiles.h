@@ -1,18 +1,18 @@
 // Attention of many queries: small matrix products over tiles of keys and lanes (a lane is one query of one head of the
-// kv group), in the arithmetic P. Scores are laid out keys x lanes, so that the softmax runs down the vectors without a
-// single horizontal operation, and all products have one form, rows of broadcasts times vectors:
+// kv group), in the arithmetic P. Scores are laid out keys x lanes, so that the softmax needs no horizontal operation,
+// and all products have one form, broadcast values times vectors:
 //
 //     S[key][lane] = K[key][:] Qt[:][lane]        dP[key][lane] = V[key][:] dOt[:][lane]
 //     O[lane][:] += P[key][lane] V[key][:]        dQ[lane][:] += dS[key][lane] K[key][:]
 //     dV[key][:] += P[key][lane] dO[lane][:]      dK[key][:] += dS[key][lane] Q[lane][:]
 //
-// Per score that is K + Kv multiply-adds forward and 3 K + 2 Kv backward; the bound is their rate. In bf16 arithmetic
+// Per score that is K + Kv multiply-adds forward and 3 K + 2 Kv backward, whose rate is the bound. In bf16 arithmetic
 // weights and their gradients are rounded to bf16 for the products that follow; scores, softmax and sums are fp32.
 // Included once per instruction set after attention_products.h.
 
 // Up to 32 lanes of a task. Lanes beyond the row's last one repeat its position and hold zeros.
 struct Group {
-  int64_t first, count, width;  // lanes [first, first + count) of the row, width: count in whole vectors of 16
+  int64_t first, count, width;  // lanes [first, first + count) of the row, width: count rounded up to 16s
   int64_t seen_from, seen_to;   // cache positions that any of them sees
   int64_t least, most;          // positions of the first and the last lane
   alignas(64) int32_t position[kGroupLanes];
@@ -33,7 +33,7 @@ struct Group {
     }
   }
 
-  // Of the keys [start, start + count): the part these lanes see, in whole register tiles.
+  // The part [from, to) of the keys [start, start + keys) that these lanes see, in whole register tiles.
   void range(int64_t start, int64_t keys, int64_t& from, int64_t& to) const {
     from = std::max<int64_t>(0, seen_from - start) / MR * MR;
     to = std::max(from, up(std::min(keys, seen_to - start), MR));
@@ -44,8 +44,8 @@ struct Group {
   }
 };
 
-// Keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values. Fetches those
-// of the next block, which lie apart: a slot holds all heads.
+// Packs keys [start, start + keys) of one head, zero padded to whole tiles: (up(keys, MR), up(dim, 16)) values.
+// Prefetches those of the next block, which are not contiguous because a slot holds all heads.
 template <class P>
 static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_head, const void* tensor, int64_t dim,
                               int64_t start, int64_t keys, float* block) {
@@ -62,8 +62,8 @@ static INLINE void pack_block(const Attention& a, const Row& row, int64_t kv_hea
   }
 }
 
-// A group's lanes of a (T, heads, dim) tensor: as rows (width, up(dim, 16)) of values, zero padded, and as words along
-// dim, (up(dim, 16) / kStep, 32), behind which up to W - 1 rows are written with anything. Fetches the next group's.
+// Packs a group's lanes of a (T, heads, dim) tensor: as rows of values, (width, up(dim, 16)), zero padded, and as words
+// along dim, (up(dim, 16) / kStep, 32), after which up to W - 1 rows of garbage are written. Prefetches the next group.
 template <class P>
 static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_head, const Group& group,
                               const void* tensor, int64_t dim, float* rows, float* columns) {
@@ -88,7 +88,7 @@ static INLINE void pack_lanes(const Attention& a, const Row& row, int64_t kv_hea
     }
 }
 
-// What turns raw scores into weights, one vector of lanes at a time.
+// Turns raw scores into weights, one vector of lanes at a time.
 struct Softener {
   const Attention& a;
   const Group& group;
@@ -116,7 +116,7 @@ struct Softener {
 };
 
 // Online softmax of one block: products q.k (keys, 32) -> weights in place, as words along the keys; per lane the
-// largest score, the total of the weights, and alpha, the factor on what was summed before this block.
+// largest score, the total of the weights, and alpha, the factor on the sums of the blocks before.
 template <class P, bool CAP, bool DROP>
 static void soften_block(const Softener& soft, float* scores, int64_t start, int64_t from, int64_t to, float* most,
                          float* total, float* alpha) {
@@ -161,7 +161,7 @@ static void tiles_forward(const Attention& a, const Task& t, void* out, void* ls
   float *alpha = scratch.take<float>(kGroupLanes), *rows = scratch.take<float>(kGroupLanes * Kp);
 
   std::fill(sums, sums + lanes * Vp, 0.0f);
-  // Not -inf: exp(most - top) must be 0 or 1, never NaN, while nothing is seen. Below every score that is finite.
+  // Below every finite score, but not -inf: exp(most - top) must be 0 or 1, never NaN, before any key has been seen.
   std::fill(most, most + lanes, std::numeric_limits<float>::lowest());
   std::fill(total, total + lanes, 0.0f);
   for (int64_t g = 0; g < groups; ++g)

@@ -2,8 +2,8 @@
 // row, all its lanes in rising order, so that dK and dV are summed in one fixed order.
 // Included once per instruction set after attention_tiles.h.
 
-// What one block of keys is to one lane group, (keys, 32): products q.k; dP, and in place of it the score gradients as
-// words along the keys; weights (times the dropout factor) and score gradients as rows of values.
+// One block of keys against one lane group, (keys, 32) each: the products q.k; dP, later overwritten by the score
+// gradients as words along the keys; weights (times the dropout factor) and score gradients as rows of values.
 struct BlockGrads {
   float *scores, *slopes, *weight_rows, *slope_rows;
 };
@@ -43,8 +43,8 @@ static void soften_block_backward(const Softener& soft, const BlockGrads& block,
   }
 }
 
-// What one lane group keeps while the blocks of keys go by: query and dO as words along their dims and as words along
-// the lanes, dQ, and what softens.
+// The state of one lane group across the blocks of keys: query and dO as words along their dims and as words along the
+// lanes, dQ, lse and delta.
 template <class P>
 struct GroupGrads {
   float *query, *query_rows, *dout, *dout_rows, *dquery, *lse, *delta;
@@ -76,7 +76,7 @@ struct GroupGrads {
     const auto* given = static_cast<const float*>(grads.lse);
     for (int64_t i = 0; i < group.width; ++i)
       lse[i] = i < group.count ? given[row.pair(group.first + i, kv_head, a.heads)] : INFINITY;  // weights become 0
-    // In the order of the product dP = V dO: where one weight is 1 and out is its value, dP - delta is exactly 0.
+    // Summed in the order of dP = V dO: where one weight is 1 and out is its value, dP - delta is exactly 0.
     for (int64_t i = 0; i < group.width; i += W) {
       Vec sum{};
       for (int64_t d = 0; d < dim; d += P::kStep) {
@@ -129,7 +129,7 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
       pack_block<P>(a, row, kv_head, a.values, Kv, start, count, values);
       const float* key_words = stack<P>(keys, up(count, MR), Kp, stacked);
       const int64_t kept_from = std::clamp<int64_t>(grads.from(t.b) - start, 0, count);
-      // What add_block will wait for: a sixth of a tail's time.
+      // Prefetch what add_block adds to: waiting for it was a sixth of a tail's time.
       for (int64_t j = start + kept_from; j < start + count; ++j) {
         const int64_t at = row.slot(j) * a.kv_heads + kv_head;
         fetch(static_cast<const float*>(grads.grad_keys) + at * K, K * 4);
@@ -152,7 +152,7 @@ static void tiles_backward(const Attention& a, const Task& t, const AttentionGra
         const Softener soft{a, group, group.sees_all(row, start, from, to)};
         soften(soft, block, start, from, to, mine.lse, mine.delta);
         for (int64_t j = std::max(from, kept_from / MR * MR); j < to; j += MR) {
-          // Lanes before `first` stand before all of these keys.
+          // Lanes before `first` have positions before all of these keys.
           const int64_t first = std::max<int64_t>(0, row.first_lane(start + j) - group.first);
           strip<P, true, Start::add>(weight_rows + j * lanes / step, lanes / step, mine.dout_rows, Vp,
                                      dvalues + j * Vp, Vp, Vp, first, group.width);

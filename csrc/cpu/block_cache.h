@@ -1,10 +1,10 @@
-// Large blocks of memory that are used again instead of going back to the system, for a training step on the CPU.
+// Reuses large blocks of memory instead of returning them to the system, for training steps on the CPU.
 //
-// malloc either returns a large freed block to the system, and the next one comes as fresh pages that the kernel must
-// clear (a seventh of an fp32 step of GPT-2), or keeps it, and aligned requests do not fit into the holes that those of
-// their size left (0.65 GB of them beside 3.55 GB in use). Here a freed block waits for a request of its size or up to
-// an eighth less. In use and waiting together are at most an eighth and 64 MiB more than were ever in use: before a new
-// block is mapped, waiting ones go, the longest waiting first.
+// malloc either returns a large freed block to the system, and the next one consists of fresh pages that the kernel
+// must clear (a seventh of an fp32 step of GPT-2), or keeps it, and then aligned requests do not fit into the holes
+// left by others of their size (0.65 GB of holes beside 3.55 GB in use). Here a freed block waits for a request of its
+// size or up to an eighth less. Blocks in use and waiting together exceed the peak in use by at most an eighth and
+// 64 MiB: before a new block is mapped, waiting ones are unmapped, the longest waiting first.
 #pragma once
 
 #include <cstddef>
@@ -22,14 +22,14 @@ class BlockCache {
   BlockCache& operator=(const BlockCache&) = delete;
   ~BlockCache();
 
-  // A block of at least `bytes`, page-aligned, with any content; nullptr where the system has none, even with all
-  // waiting blocks given back.
+  // A block of at least `bytes`, page-aligned, with arbitrary content; nullptr if the system has none even after all
+  // waiting blocks were unmapped.
   void* take(size_t bytes);
 
-  // Takes back what take() gave; false, and nothing done, for any other address.
+  // Takes back a block from take(); for any other address, returns false and does nothing.
   bool give(void* block);
 
-  // Whether blocks wait when they come back; those that wait go where not.
+  // Whether freed blocks wait for reuse; if not, the waiting ones are unmapped too.
   void keep(bool on);
 
   struct Sizes {

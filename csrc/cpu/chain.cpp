@@ -9,7 +9,7 @@ namespace coconut_fast {
 
 namespace {
 
-// Bytes of a row, such that rows start on different cache sets: an odd number of lines.
+// `bytes` rounded up to an odd number of cache lines, so that rows start on different cache sets.
 size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 }  // namespace
@@ -44,7 +44,7 @@ Chain::Rows Chain::make_rows(int width) const {
   return rows;
 }
 
-// `width`: values that may be written to a row, where that is more than the layer reads.
+// `width`: values that may be written to a row, if more than the layer reads.
 Chain::Inputs Chain::make_inputs(const Linear& linear, int width) const {
   Inputs inputs;
   inputs.kind = kernels_.input[static_cast<int>(linear.format)];
@@ -130,7 +130,7 @@ size_t Chain::head_bytes() const { return bytes_of(head_); }
 
 // ---- calls --------------------------------------------------------------------------------------------------------
 
-// Rows that a call may have at a time: the passes gather all of them.
+// Throws if a call has more rows than one pass can hold.
 static void check_rows(const RowsView& rows, int most) {
   if (rows.count > most)
     throw std::invalid_argument("rows: at most " + std::to_string(most) + " in one call, found " +
@@ -139,7 +139,7 @@ static void check_rows(const RowsView& rows, int most) {
 
 template <class Position>
 int Chain::gather(int t, const RowsView& rows, Position position) {
-  team_.barrier();  // everybody is done with the list before
+  team_.barrier();  // all threads are done with the previous list
   if (t == 0) {
     gathered_ = 0;
     for (int i = 0; i < rows.count; ++i) {
@@ -157,10 +157,10 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
                     float* hidden) {
   const std::lock_guard<std::mutex> turn(turn_);
   team_.run([&](int t) {
-    int row = 0, done = 0;  // next token: the done-th of this row
+    int row = 0, done = 0;  // the next token is number `done` of this row
     const int32_t* next = ids;
     while (true) {
-      // Every thread walks alike; thread 0 writes the list down.
+      // All threads step through the rows alike; thread 0 writes the list.
       int count = 0;
       if (t == 0) runs_.count = runs_.finished = 0;
       for (; row < rows.count && count < max_tokens_;) {

@@ -1,9 +1,9 @@
-// The native chain: a known model family from packed weights, k thoughts or n tokens for a batch of rows in one call.
+// The native chain: runs a model of a known family from packed weights, k thoughts or n tokens for many rows per call.
 //
 // No allocation and no Python inside a call: one team of threads walks through the phases of every layer together, a
 // barrier after each. Calls from several threads take turns, since they share the team and its buffers. Keys and values
-// go to the paged cache its caller owns; rows may differ in length and in what is asked of them. The residual stream,
-// norms, attention and all sums are fp32.
+// go to the paged cache, which the caller owns; rows may differ in length and in the number of thoughts or tokens. The
+// residual stream, norms, attention and all sums are fp32.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ struct CacheView {
 };
 
 // Arrays over the rows of a call: which cache row, and how many tokens it had before. The positions that the call
-// writes must be in the table already.
+// writes must already be in the page table.
 struct RowsView {
   int count;
   const int32_t *rows, *starts;
@@ -59,7 +59,7 @@ struct RowsView {
 struct DecodeRequest {
   int steps;               // at most this many tokens per row
   const int32_t* pending;  // per row: a token sampled earlier and not in the cache yet, or -1: start from `hidden`
-  const int32_t* limits;   // per row: how many of the steps
+  const int32_t* limits;   // per row: its own limit
   const int32_t* stops;    // a row ends after one of these
   int stop_count;
   float temperature, top_p;
@@ -77,17 +77,17 @@ class Chain {
 
   void set_layer(int layer, const LayerWeights& weights);
   void set_embeddings(const EmbeddingWeights& weights);
-  // What a hidden state becomes when it is fed back: it is scaled to this norm (0: left as it is), or replaced by a
-  // constant vector (null: not).
+  // How a hidden state is fed back: scaled to this norm (0: unchanged), or replaced by a constant vector (null: not
+  // replaced).
   void set_feedback(float norm, const float* constant);
-  bool ready() const;  // every layer and the ends were set, as the calls below take for granted
+  bool ready() const;  // whether all layers and the embeddings are set, as the calls below require
 
-  // Prompt tokens of each row, end to end; hidden (rows, dim) receives the state after each row's last one. An id of -1
-  // stands for a thought: what hidden holds for the row is fed back there.
+  // Prefills each row's prompt tokens, concatenated in `ids`; hidden (rows, dim) receives the state after each row's
+  // last token. An id of -1 stands for a thought: the row's state in hidden is fed back there.
   void prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts, float* hidden);
 
-  // counts[i] latent passes for row i: hidden is fed back, and becomes the state after the last one. `thoughts`, if not
-  // null, receives what was fed back: (sum of counts, dim), row after row.
+  // Runs counts[i] latent passes for row i: hidden is fed back, and becomes the state after the last pass. `thoughts`,
+  // if not null, receives the states that were fed back: (sum of counts, dim), row after row.
   void think(const CacheView& cache, const RowsView& rows, const int32_t* counts, float* hidden, float* thoughts);
 
   // hidden is read where a row has no pending token. The last token produced is not written to the cache.
@@ -128,8 +128,7 @@ class Chain {
     int32_t row, position;
   };
 
-  // The tokens of a pass of prefill, as rows of a ragged attention: `count` of them, the first `finished` with their
-  // last token.
+  // One prefill pass grouped by row: `count` groups, of which the first `finished` reach the end of their prompt.
   struct Runs {
     int count = 0, finished = 0;
     std::vector<int32_t> rows, offsets, lengths;
@@ -146,10 +145,11 @@ class Chain {
   const float* keep(const float* values, int n);
   Linear pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired);
 
-  // Phases: called by every thread of the team, each does its part and waits.
-  // Lists the rows i with position(i) >= 0 in active_ and tokens_, and says how many.
+  // Phases: every thread of the team calls them, does its part and waits.
+  // Lists the rows i with position(i) >= 0 in active_ and tokens_, and returns how many there are.
   template <class Position>
   int gather(int t, const RowsView& rows, Position position);
+  // All layers. `after`: the weights used next, whose first bytes are prefetched at the end.
   void body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt = false);
   void plan_kv_prefetch(int t, int tokens, const CacheView& cache, int layer);
   void finish_attended(int m, int first, int count);
@@ -200,13 +200,13 @@ class Chain {
   Memory<float> queries_, lse_;  // of prefill: (tokens, heads, head_dim), (tokens, heads)
   Runs runs_;
   static constexpr int kSpans = 256;
-  static constexpr size_t kLead = 12 << 10;  // bytes of weights that one or two rows fetch ahead
+  static constexpr size_t kLead = 12 << 10;  // bytes of weights prefetched ahead for one or two rows
   std::vector<Span> spans_;                        // [thread][kSpans]: of kv_prefetches_
   std::vector<KVPrefetch> kv_prefetches_;          // of the next attention, per thread
   std::vector<WeightPrefetch> weight_prefetches_;  // per thread
   std::vector<Token> tokens_;
   int gathered_ = 0;
-  std::vector<int> active_;  // index among the call's rows of each token of the pass
+  std::vector<int> active_;  // per token of the pass: index of its row in the call
   std::vector<RowState> states_;
   std::vector<Draw> draws_;
   std::vector<Picked> picked_;         // [thread][row]

@@ -1,4 +1,4 @@
-// One pass of the chain through all layers, and the choice of tokens behind it: the phases, each shared by the team.
+// One pass of the chain through all layers, and the choice of tokens after it: phases, each shared by the team.
 #include <algorithm>
 #include <cmath>
 
@@ -11,8 +11,8 @@ const char* Chain::start_of(const Linear& linear, int t) const {
   return linear.chunk(share(linear.chunks, t, team_.size()).first);
 }
 
-// One or two rows fetch kLead bytes ahead, up to twice that after a wait. L1 has 48 KiB; a whole unit of fp32 weights,
-// 64, cost 6% of a pass.
+// With one or two rows, weights are prefetched kLead bytes ahead, up to twice that after a wait. L1 has 48 KiB; a whole
+// unit of fp32 weights ahead, 64 KiB, cost 6% of a pass.
 void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
   const auto [first, last] = share(linear.chunks, t, team_.size());
   WeightPrefetch& prefetch = weight_prefetches_[t];
@@ -23,7 +23,7 @@ void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
   prefetch.limit = prefetch.next + 2 * kLead;
 }
 
-// sums = linear(input) without bias, chunk by chunk: finish(chunk, sums). Fetches the start of `next` at the end.
+// Calls finish(chunk, sums) for every chunk of linear(input) without bias. Prefetches the start of `next` at the end.
 template <class Finish>
 void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens, const Linear& next, Finish finish) {
   const auto [first, last] = share(linear.chunks, t, team_.size());
@@ -49,8 +49,8 @@ void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear,
   wait(t);
 }
 
-// fp32 kernels read the rows where they are, bf16 ones what was rounded where it was made; int8 ones need a row's whole
-// segments.
+// fp32 kernels read the rows in place; bf16 ones read values that were rounded when they were computed; for int8 ones
+// rows are converted here, since that takes whole segments.
 Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to) {
   if (to.kind == InputKind::fp32)
     return {reinterpret_cast<const char*>(rows.data.get()), rows.stride * sizeof(float), 0, nullptr, nullptr, 0};
@@ -60,7 +60,7 @@ Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear
   return to.view();
 }
 
-// `count` values of row m of attended_ are done: rounded here, they stay in this core's cache.
+// Rounds `count` finished values of row m of attended_ while they are in this core's cache.
 void Chain::finish_attended(int m, int first, int count) {
   if (from_attended_.kind != InputKind::bf16) return;
   InputRow to = from_attended_.row(m);
@@ -68,8 +68,8 @@ void Chain::finish_attended(int m, int first, int count) {
   kernels_.prepare(attended_.row(m) + first, count, to);
 }
 
-// Thoughts and tokens: one position a row, head by head through its keys and values. A head of a row is read by the
-// thread that has written it, so nobody waits in between.
+// Thoughts and tokens: one position per row, head by head through its keys and values. A head of a row is read by the
+// thread that wrote it, so no barrier is needed in between.
 void Chain::attend_tokens(int t, int tokens, const DecodeAttention& attend) {
   const int heads = shape_.kv_heads;
   const auto [first, last] = share(tokens * heads, t, team_.size());
@@ -81,14 +81,14 @@ void Chain::attend_tokens(int t, int tokens, const DecodeAttention& attend) {
     m = i / heads;
     end = std::min(last, (m + 1) * heads);
     kernels_.attend(attend, m, i % heads, end - m * heads, tokens_[m].row, tokens_[m].position);
-    const int values = attend.heads / heads * attend.head_dim;  // of the queries that share a key
+    const int values = attend.heads / heads * attend.head_dim;  // of the queries that share a kv head
     finish_attended(m, i % heads * values, (end - i) * values);
   }
   wait(t);
 }
 
-// What attend_tokens() will read in this layer on this thread, for the products before it to fetch: as many spans as
-// there is room for, the rest it fetches itself.
+// Lists what attend_tokens() will read in this layer on this thread, for the products before it to prefetch: up to
+// kSpans spans; the rest it fetches itself.
 void Chain::plan_kv_prefetch(int t, int tokens, const CacheView& cache, int layer) {
   KVPrefetch& kv = kv_prefetches_[t];
   kv = {};
@@ -123,8 +123,8 @@ void Chain::write_runs(int t, int tokens, const DecodeAttention& a) {
   team_.barrier();
 }
 
-// Behind the last layer's keys and values only the last tokens of rows go on, since no other state is read: as the
-// first tokens of the pass.
+// After the last layer's keys and values only the last tokens of finished prompts continue, since no other state is
+// used; they become the first tokens of the pass.
 int Chain::keep_ends(int t) {
   const size_t width = size_t(shape_.heads) * shape_.head_dim;
   if (t == 0) {
@@ -141,8 +141,8 @@ int Chain::keep_ends(int t) {
   return runs_.count;
 }
 
-// Prefill: all tokens of a row in this pass together. Which of the two ways a token goes depends on the call alone,
-// never on what it is batched with.
+// All tokens of a row in this pass together. Prefill always comes here, thoughts and decoded tokens always go to
+// attend_tokens(), whatever the batch: results must not depend on it.
 void Chain::attend_runs(int t, const DecodeAttention& a) {
   const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
   const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
@@ -299,7 +299,7 @@ int Chain::best_of_threads(int m) const {
   Picked best = picked_[m];
   for (int t = 1; t < team_.size(); ++t) {
     const Picked& other = picked_[size_t(t) * max_tokens_ + m];
-    if (other.value > best.value) best = other;  // threads have rising ids: a tie stays with the lower
+    if (other.value > best.value) best = other;  // ids rise from thread to thread: a tie keeps the lower
   }
   return best.id;
 }
@@ -318,14 +318,14 @@ Input Chain::head_input(int m) const {
   return input;
 }
 
-// Computes the logits of one chunk of ids again: the one where the running sum of probabilities passes the draw.
+// Recomputes the logits of one chunk of ids: the one in which the running sum of probabilities passes the draw.
 int Chain::draw_any(int t, int m, const Draw& draw) {
   const Tally* tallies = tallies_.get() + size_t(m) * head_.chunks;
   const Total total = total_of(tallies, used_chunks());
   const Place found = place(tallies, used_chunks(), total, draw.uniform);
   float* logits = sums_.get() + t * sums_stride_;
   const int width = head_.width(), first = found.chunk * width;
-  WeightPrefetch prefetch{head_.chunk(found.chunk)};  // nothing follows
+  WeightPrefetch prefetch{head_.chunk(found.chunk)};  // nothing to prefetch after it
   kernels_.linear[static_cast<int>(head_.format)](head_, found.chunk, head_input(m), 1, logits, width,
                                                   prefetch, kv_prefetches_[t]);
   if (head_.bias) kernels_.finish_store(logits, 1, width, head_.bias + first, logits, width);
@@ -333,7 +333,7 @@ int Chain::draw_any(int t, int m, const Draw& draw) {
   return first + place_within(logits, ids_of(found.chunk), total.largest, found.left);
 }
 
-// The rare row that keeps more ids than Candidates hold: all its logits, then a sort.
+// For the rare row that keeps more ids than Candidates holds: computes all its logits, then sorts them.
 void Chain::pick_exactly(int t, int m) {
   const int width = head_.width();
   const float inverse = 1 / draws_[m].temperature;

@@ -1,10 +1,10 @@
 // Attention of one new token over its row of the paged cache, included once per instruction set after rowwise_kernel.h.
 //
-// W positions at a time: their scores are W dot products side by side, turned into one vector by a tree of shuffles;
+// W positions at a time: their scores are W dot products side by side, reduced to one vector by a tree of shuffles;
 // softmax is online (running maximum and sum, output rescaled when the maximum grows). Everything is fp32, in an order
 // that depends on the row alone. Bound by reading keys and values: 2 * K values per position and kv head.
 
-// vectors -> one vector of their W sums
+// W vectors -> one vector of their sums
 template <int w = W / 2>
 static INLINE Vec sums_of(Vec* v) {
   for (int i = 0; i < w; ++i) {
@@ -24,8 +24,8 @@ struct Pair {
   Vec first, second;
 };
 
-// both(): 2 W values, by one load where they are 16 bits: those at even places come first. Queries are arranged to
-// match, in whole pairs of vectors (`zeros`: 2 W values to work in, 0 before and after), and sums restored at the end.
+// both() loads 2 W values; 16-bit ones in one load, which puts those at even indices first. arrange() permutes queries
+// to match, in whole pairs of vectors (`zeros`: 2 W scratch values, 0 before and after); restore() undoes it in sums.
 struct Fp32Cache {
   static constexpr int kBytes = 4;
   static INLINE Pair both(const char* p) { return {load(p), load(p + sizeof(Vec))}; }
@@ -71,7 +71,7 @@ struct Walk {
       : a(a), pages(a.page_table + row * a.pages_per_row), page(position / a.page_size),
         offset(position % a.page_size), slot_bytes(size_t(a.kv_heads) * a.head_dim * bytes) {}
 
-  // Of the next `count` positions, the last one repeated up to W.
+  // The offsets of the next `count` positions, the last one repeated up to W.
   INLINE void next(int count, size_t* at) {
     for (int i = 0; i < W; ++i) {
       if (i >= count) {
@@ -88,17 +88,17 @@ struct Walk {
 struct Softmax {
   const float* query;
   float* sums;     // (padded,): of exp(score - highest) * value
-  float* weights;  // (W,): scores of the positions at hand, then exp(score - highest)
+  float* weights;  // (W,): scores of the current positions, then exp(score - highest)
   float highest, total;
 };
 
-// W positions, `here` of them real, whose keys or values start at side + at[i], and those after them, to be fetched.
+// W positions, `here` of them real, whose keys or values start at side + at[i]; next: those to be prefetched.
 struct Positions {
   size_t at[W], next[W];
   int here;
 };
 
-// weights = query . keys. Fetches the values of the same positions.
+// weights = query . keys. Prefetches the values of the same positions.
 template <class Cache>
 static INLINE void score(const Softmax& s, const char* keys, const char* values, const Positions& p, int n) {
   constexpr int kPair = 2 * W * Cache::kBytes;
@@ -124,7 +124,7 @@ static INLINE void score(const Softmax& s, const char* keys, const char* values,
   store(s.weights, scores);
 }
 
-// weights = exp(weights - highest), for the real ones; 0 else
+// weights = exp(weights - highest) for real positions, else 0
 static INLINE void soften(Softmax& s, int here, int padded) {
   const Vec real = load(s.weights);
   const Vec scores = lanes(std::make_integer_sequence<int, W>{}) < here ? real : splat(-INFINITY);
@@ -139,7 +139,7 @@ static INLINE void soften(Softmax& s, int here, int padded) {
   s.total += total(weights);
 }
 
-// sums += weights . values. Fetches the keys of the next positions.
+// sums += weights . values. Prefetches the keys of the next positions.
 template <class Cache>
 static INLINE void add_values(const Softmax& s, const char* values, const char* keys, const Positions& p, int n) {
   constexpr int kPair = 2 * W * Cache::kBytes;
@@ -166,9 +166,9 @@ static INLINE void add_values(const Softmax& s, const char* values, const char* 
     for (int i = 0; i < p.here; ++i) s.sums[c] += s.weights[i] * Cache::one(values + p.at[i] + c * Cache::kBytes);
 }
 
-// All heads of a block of positions before the next block: a slot's heads lie side by side, so memory is read in long
-// runs. Scores, softmax and sums are three loops over the heads, because a head's softmax is a chain of dependent
-// instructions: those of several heads overlap.
+// All heads of a block of positions before the next block: a slot's heads are adjacent, so memory is read in long runs.
+// Scores, softmax and sums are three loops over the heads, because a head's softmax is a chain of dependent
+// instructions, and the chains of several heads overlap.
 template <class Cache>
 static void attend_row(const DecodeAttention& a, int token, int first_head, int last_head, int row, int position) {
   const int n = a.head_dim, padded = (n + W - 1) / W * W, shared = a.heads / a.kv_heads;

@@ -34,7 +34,7 @@ inline uint16_t f32_to_f16(float x) {
     half = 0x7e00;
   } else if (bits >= 0x477ff000) {  // rounds to 65536 or more
     half = 0x7c00;
-  } else if (bits < 0x38800000) {  // subnormal: the spacing of [0.5, 1) in fp32 is the one of fp16's subnormals
+  } else if (bits < 0x38800000) {  // subnormal: fp32 in [0.5, 1) has the spacing of fp16's subnormals
     half = std::bit_cast<uint32_t>(std::bit_cast<float>(bits) + 0.5f) - 0x3f000000;
   } else {
     half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;

@@ -1,6 +1,6 @@
 // Includes KERNEL_SOURCE once per instruction set, in the namespaces portable, avx2, avx512 and, where the includer
-// defines KERNEL_BF16, avx512_bf16 of coconut_fast. See isa.h for how and why; the includer has all headers that the
-// source needs before.
+// defines KERNEL_BF16, avx512_bf16 of coconut_fast. See isa.h for how and why; the includer must first include all
+// headers that the source needs.
 namespace coconut_fast {
 
 #define KERNEL_LEVEL 0

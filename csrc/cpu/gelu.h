@@ -1,4 +1,4 @@
-// GELU by tanh and its derivative, for the training step, in fp32 arithmetic. Each call is one thread's share.
+// Tanh-approximated GELU and its derivative, for training, in fp32 arithmetic. Each call is one thread's share.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
-// See gelu.h. Included once per instruction set. Bound by arithmetic: some thirty operations a vector.
+// See gelu.h. Included once per instruction set. Bound by arithmetic: about thirty operations per vector.
 #include "cpu/vec.h"
 
 constexpr int64_t kPiece = 256;  // values that are widened to fp32 at a time
 
-// y = f(x, grad) piece by piece, all of one dtype; without grad that of zeros.
+// y = f(x, grad) piece by piece, all of one dtype; a null grad counts as zeros.
 template <Vec (*f)(Vec, Vec)>
 static INLINE void map(const void* x, const void* grad, void* y, Dtype dtype, int64_t n) {
   alignas(64) float in[kPiece] = {}, gradient[kPiece] = {}, out[kPiece];

@@ -1,12 +1,12 @@
-// See Few in gemm.h. Included once, after gemm_kernel.h. Bound by memory: w streams by once, whatever the rows.
+// See Few in gemm.h. Included once, after gemm_kernel.h. Bound by memory: w is read once, for all rows.
 
 constexpr int64_t kStripRows = 128;  // of w: 24 KiB of a panel stay in the L1 cache for all rows of x
-constexpr int64_t kLines = kStripRows / W;  // that a strip has of a column
+constexpr int64_t kLines = kStripRows / W;  // cache lines of a column in a strip
 
 static INLINE __mmask16 first_lanes(int64_t n) { return n >= W ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 static INLINE Vec load(__mmask16 lanes, const float* from) { return (Vec)_mm512_maskz_loadu_ps(lanes, from); }
 
-// y (kRows, 48 columns) += x (kRows, `steps` from k on) strip.
+// y (kRows, 48 columns) += x (kRows, columns [k, k + steps)) times strip.
 template <int kRows, typename Fetch>
 static INLINE void add_strip(const Few& f, int64_t row, int64_t column, int64_t k, int64_t steps, const char* strip,
                              size_t stride, const Fetch& fetch) {

@@ -4,9 +4,9 @@
 constexpr int kVecs = kPanelColumns / W;
 
 // ---- packing ------------------------------------------------------------------------------------------------------
-// A word is what one step holds of one column: one fp32, or two bf16, the earlier k in the low half.
+// A word is one step of one column: one fp32, or two bf16, the earlier k in the low half.
 
-// By hand: GCC widens the halves of a vector apart.
+// An intrinsic, because GCC widens the two halves of a vector separately.
 static INLINE WordVec widened(const void* halves) {
   return bits<WordVec>(_mm512_cvtepu16_epi32(load<__m256i>(halves)));
 }
@@ -18,7 +18,7 @@ static INLINE __m256i halves(const Matrix& w, int64_t k, int64_t column) {
   return (__m256i)_mm512_cvtneps_pbh(load<__m512>(static_cast<const float*>(w.data) + at));
 }
 
-// One step, which begins with row k, of 16 columns.
+// One step of 16 columns, from row k on.
 template <Dtype kTo>
 static INLINE WordVec row_words(const Matrix& w, int64_t k, int64_t column) {
   if constexpr (kTo == Dtype::bf16) {
@@ -33,7 +33,7 @@ static INLINE WordVec row_words(const Matrix& w, int64_t k, int64_t column) {
   return widened(static_cast<const uint16_t*>(w.data) + at) << 16;
 }
 
-// The 16 steps from k on of one column.
+// 16 steps of one column, from row k on.
 template <Dtype kTo>
 static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
   const int64_t at = k + column * w.column_stride;
@@ -43,7 +43,7 @@ static INLINE WordVec column_words(const Matrix& w, int64_t k, int64_t column) {
   return bits<WordVec>(_mm512_cvtne2ps_pbh(load<__m512>(x + W), load<__m512>(x)));
 }
 
-// Sixteen vectors as a matrix -> its transpose.
+// Transposes sixteen vectors as a matrix.
 static INLINE void turn(Vec (&x)[W]) {
   const auto exchange_all = [&]<int w>(std::integral_constant<int, w>) __attribute__((always_inline)) {
 #pragma GCC unroll 16
@@ -65,7 +65,7 @@ static INLINE uint32_t word(const Matrix& w, int64_t k, int64_t column, int64_t 
 }
 
 // Columns [first, last), multiples of 16, of w (rows, columns): `put(step, column, words)` for 16 of them at a time.
-// All columns of 16 steps come before the next steps: 16 columns at a time through all rows read every line anew.
+// All columns of 16 steps come before the next steps: 16 columns through all rows would read cache lines repeatedly.
 template <Dtype kTo, typename Put>
 static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t rows, int64_t columns, Put put) {
   constexpr int64_t kStep = kTo == Dtype::bf16 ? 2 : 1;
@@ -75,7 +75,7 @@ static INLINE void pack(const Matrix& w, int64_t first, int64_t last, int64_t ro
       const bool inside = (step + W) * kStep <= rows && column + W <= columns;
       if (inside && w.column_stride == 1) {
         for (int64_t s = step; s < step + W; ++s) {
-          for (int64_t k = (s + 2 * W) * kStep; k < (s + 2 * W + 1) * kStep; ++k)  // rows far apart: nothing else does
+          for (int64_t k = (s + 2 * W) * kStep; k < (s + 2 * W + 1) * kStep; ++k)  // rows lie too far apart for the CPU
             __builtin_prefetch(static_cast<const char*>(w.data) + (k * w.row_stride + column) * size_of(w.dtype));
           put(s, column, row_words<kTo>(w, s * kStep, column));
         }
@@ -119,7 +119,7 @@ struct Nothing {
 };
 
 // `start` plus kRows rows of words, `row` bytes apart and `next` bytes from step to step, times a panel, whose steps
-// are `stride` bytes apart; fetch(s) meanwhile.
+// are `stride` bytes apart. Calls fetch(s) in step s.
 template <Dtype kDtype, int kRows, typename Fetch = Nothing>
 static INLINE Sums tile(const char* x, size_t row, size_t next, const char* panel, int64_t steps,
                         size_t stride = kPanelColumns * 4, const Sums& start = {}, const Fetch& fetch = {}) {
@@ -160,12 +160,12 @@ static INLINE Vec values(const char* from) {
 template <Dtype kDtype>
 static INLINE void put_values(char* to, Vec x) {
   if constexpr (kDtype == Dtype::f32) store(to, x);
-  else store(to, _mm512_cvtneps_pbh((__m512)x));  // by hand it is 3% of a product
+  else store(to, _mm512_cvtneps_pbh((__m512)x));  // written by hand it takes 3% of a product
 }
 
-constexpr int64_t kAhead = 12 << 10;  // bytes; with 6 and 24 KiB 8 rows take 10% and up to 5% longer
+constexpr int64_t kAhead = 12 << 10;  // bytes; with 6 KiB 8 rows take 10% longer, with 24 KiB up to 5%
 
-// first: the panel is not in the L2 cache yet. Fetched, 8 rows read weights at 74 GB/s where it was 50.
+// first: the panel is not in the L2 cache yet. With prefetching, 8 rows read weights at 74 GB/s, without at 50.
 template <Dtype kDtype, int kRows>
 static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, const char* panel, bool first) {
   constexpr int64_t kSize = size_of(kDtype);
@@ -188,7 +188,7 @@ static INLINE void multiply_rows(const Product& p, int64_t row, int64_t column, 
   }
 }
 
-// `task(rows, row)` for 8 rows, a constant, at a time from `row` on; then 4, then one by one.
+// Calls `task(rows, row)` for 8 rows at a time from `row` on, then 4, then 1; `rows` is a compile-time constant.
 template <typename Task>
 static INLINE void by_rows(int64_t row, int64_t last, const Task& task) {
   for (; row + 8 <= last; row += 8) task(std::integral_constant<int, 8>(), row);
@@ -207,7 +207,7 @@ static void multiply_block(const Product& p, int64_t first, int64_t last, int64_
 
 // ---- gradients of weights -----------------------------------------------------------------------------------------
 
-// A strip is eight columns of `left`, [step][8 words]; a task is a line of every row, so four strips or two.
+// A strip is eight columns of `left`, [step][8 words]; a task is a cache line of every row: four strips, in fp32 two.
 template <Dtype kDtype>
 static void gather_strips(const Gradient& g, int64_t task) {
   const int64_t bytes = steps_of(kDtype, g.rows) * 32, first = task * g.gather_columns();
@@ -234,7 +234,7 @@ static void add_panel(const Gradient& g, int64_t task, char* panel) {
   pack_columns<kDtype>(Matrix{g.right, kDtype, g.n, 1}, g.rows, g.n, task, panel);
   for (int64_t row = 0; row < g.m; row += kTileRows) {
     const char* strip = g.gathered + row * steps * 4;
-    for (int64_t m = 0; m < kTileRows; ++m)  // fetched while the sums are made, as is the next strip
+    for (int64_t m = 0; m < kTileRows; ++m)  // fetched while the sums are computed, like the next strip
       for (int j = 0; j < kVecs; ++j) __builtin_prefetch(g.total + (row + m) * g.n + column + j * W, 1);
     const auto fetch = [&](int64_t s) { __builtin_prefetch(strip + (steps + s) * 32); };
     const Sums sums = tile<kDtype, kTileRows>(strip, 4, 32, panel, steps, kPanelColumns * 4, {}, fetch);

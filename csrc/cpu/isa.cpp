@@ -23,14 +23,14 @@ Isa detect() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
     return Isa::avx2;
-  // Every CPU that multiplies bf16 this way multiplies bytes too; the int8 kernels of this set count on it.
+  // Every CPU that multiplies bf16 this way multiplies bytes too; the int8 kernels of this set rely on it.
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Isa::avx512_bf16 : Isa::avx512;
 #else
   return Isa::portable;
 #endif
 }
 
-// Linux lets a process use tiles, 8 KiB more to save of every thread, when it has asked; its children may then, too.
+// Linux lets a process use tiles (8 KiB more to save per thread) once it has asked; its children then may, too.
 bool may_use_tiles() {
 #if COCONUT_FAST_AMX
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,10 +1,9 @@
-// Which instruction set the CPU kernels use: one binary runs on every x86-64 and on Arm, and chooses at run time.
+// Which instruction set the CPU kernels use. An x86-64 binary chooses at run time; on Arm it is the portable one.
 //
-// A kernel's source is included once per instruction set, each time in another namespace under another target, exactly
-// what the Isa promises: by each_isa.h, or for the chain's many kernels in a file per set (kernels_*.cpp). Standard
-// headers are included before, outside the pragmas, so that nothing they define needs a newer CPU. The kernel knows its
-// target by KERNEL_LEVEL, the number of the Isa: up to GCC 12 the pragma does not change __AVX2__, __AVX512F__ and
-// their like in C++.
+// A kernel source is compiled once per instruction set, in its own namespace and with exactly that set enabled: by
+// each_isa.h, or, for the native engine, by one file per set (kernels_*.cpp). Standard headers are included before,
+// outside the pragmas, so that nothing they define needs a newer CPU. The source learns its target from KERNEL_LEVEL,
+// the number of the Isa: up to GCC 12 the pragma does not change macros such as __AVX2__ and __AVX512F__ in C++.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -29,12 +28,12 @@ enum class Isa {
   amx,          // + amx-tile,amx-bf16,amx-int8, for products of batches in the chain
 };
 
-// The best set that this build has and this machine runs, amx aside. The environment variable COCONUT_FAST_ISA, read at
-// every call, asks for another one by name; a name that is unknown or that this machine cannot run throws
-// std::invalid_argument. amx has to be asked for: its kernels have never run on a CPU that has tiles.
+// The best set that this build has and this machine runs, except amx. The environment variable COCONUT_FAST_ISA, read
+// at every call, requests another one by name; a name that is unknown or that this machine cannot run throws
+// std::invalid_argument. amx must be requested: its kernels have never run on a CPU that has tiles.
 Isa best_isa();
 
-// Whether amx can be asked for: the CPU has tiles, and the operating system saves them.
+// Whether amx can be requested: the CPU has tiles, and the operating system saves them.
 bool has_tiles();
 
 const char* isa_name(Isa isa);

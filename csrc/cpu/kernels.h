@@ -18,7 +18,7 @@ struct Norm {
   float eps = 0;
 };
 
-// Where an input row is written for a linear layer: row m of an Input, by mutable pointers.
+// Where a linear layer's input row is written: row m of an Input, with mutable pointers.
 struct InputRow {
   InputKind kind;
   char* data;
@@ -52,12 +52,12 @@ struct Kernels {
   LinearKernel linear[3]; // by Format
   // out = norm(x), n values
   void (*norm)(const Norm& norm, const float* x, int n, float* out);
-  // An input row of k values, already zero beyond
+  // Writes an input row of k values; beyond them it is already zero
   void (*prepare)(const float* x, int k, const InputRow& to);
   // Epilogues: `sums` are rows of `width` outputs. bias has `width` values or is null.
   void (*finish_store)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);
   void (*finish_add)(const float* sums, int rows, int width, const float* bias, float* out, size_t stride);
-  // out[i] = act(sums[i]), or where gated act(sums[i]) * sums[width / 2 + i] for i < width / 2,
+  // out[i] = act(sums[i]), or, if gated, act(sums[i]) * sums[width / 2 + i] for i < width / 2,
   // in rows of fp32 or bf16, `stride` values apart.
   void (*finish_activate)(const float* sums, int rows, int width, const float* bias, Activation activation, bool gated,
                           bool bf16, void* out, size_t stride);

@@ -1,4 +1,4 @@
-// The chain's kernels for Isa::amx: those of Isa::avx512_bf16, but products of batches run on tiles.
+// The chain's kernels for Isa::amx: those of Isa::avx512_bf16, except that products of batches run on tiles.
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -12,11 +12,11 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")
 #define KERNEL_LEVEL 4
 namespace coconut_fast::amx {
+// The order matters: linear_amx.h uses what vec.h defines.
 #include "cpu/vec.h"
-//
 #include "cpu/linear_amx.h"
 
-constexpr int kFewest = 8;  // rows on tiles: less than half a tile is for vectors
+constexpr int kFewest = 8;  // rows from which tiles are used; vectors take less than half a tile
 
 template <Format format>
 static void linear_chunk(const Linear& linear, int chunk, const Input& input, int rows, float* out, size_t out_stride,

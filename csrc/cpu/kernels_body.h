@@ -1,9 +1,8 @@
 // All kernels of one instruction set: included inside its namespace with KERNEL_LEVEL defined (the number of its Isa).
+// The order matters: each header uses what the ones before it define.
 #include "cpu/vec.h"
-//
 #define INLINE_LAMBDA __attribute__((always_inline))
 #include "cpu/rowwise_kernel.h"
-//
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/linear_kernel.h"
 #include "cpu/sampling_kernel.h"

@@ -6,7 +6,7 @@ namespace coconut_fast {
 
 namespace {
 
-// Through fp32, as PyTorch converts; only f64 to f64 keeps more, and that is a copy.
+// Converts through fp32, as PyTorch does; only f64 to f64 would keep more, and that is a plain copy.
 float read(const char* from, Dtype dtype, int64_t i) {
   switch (dtype) {
     case Dtype::f32: return reinterpret_cast<const float*>(from)[i];

@@ -1,17 +1,17 @@
 // Linear layers with packed weights: y[m] = W x[m], for a few rows m at a time, at the speed of memory.
 //
-// Packing. Outputs go in blocks of 16 (one per 32-bit lane), `wide` (1, 2 or 4) blocks to a chunk. A chunk is
+// Packing. Outputs form blocks of 16 (one per 32-bit lane), and `wide` (1, 2 or 4) blocks form a chunk. A chunk is
 //     [step of k][block of the chunk][16 outputs][k within the step]          one step = 64 bytes per block
 // where a step is one k in fp32, two in bf16 and four in int8: the operand order of VDPBF16PS, VPDPBUSD and AMX tiles.
-// Chunks follow each other, so a thread that owns a range of chunks reads memory in one straight line.
+// Chunks are contiguous, so a thread that owns a range of chunks reads memory sequentially.
 //
 // Sums. k is cut into segments (of kSegment values); within a segment one fp32 chain runs through k, and the segments'
 // sums are added in order. Every kernel of an instruction set does exactly this, however many rows it has at once, so
-// a row's result does not depend on the batch. (Isa::amx sums bf16 of 8 rows and more in the order of tiles, and of
-// fewer in that of vectors; int8 sums are exact integers everywhere.)
+// a row's result does not depend on the batch. (Isa::amx sums bf16 in the tiles' order for 8 rows and more, in the
+// vectors' order for fewer; its int8 sums are exact integers either way.)
 //
 // int8 weights are stored plus 128, with one scale per output. Where the CPU multiplies bytes (VNNI, AMX) inputs become
-// 16-bit integers with one scale per row and segment, cut into two bytes; elsewhere weights are converted and inputs
+// 16-bit integers with one scale per row and segment, split into two bytes; elsewhere weights are converted and inputs
 // stay fp32.
 #pragma once
 
@@ -42,7 +42,7 @@ struct Linear {
   const char* chunk(int c) const { return weights + c * bytes_per_chunk(); }
 };
 
-// What a kernel wants its input rows as.
+// The form in which a kernel takes its input rows.
 enum class InputKind : int { fp32, bf16, split16 };
 
 // Rows of input, zero from k to k_padded. Strides are odd multiples of 64 bytes: rows then never share cache sets.
@@ -58,17 +58,17 @@ struct Input {
 };
 
 // What a thread will read after its products: spans of keys, each followed by the same span of values. Products of many
-// rows wait for arithmetic, attention for memory: with its keys and values fetched by then it takes a third less time.
+// rows are bound by arithmetic, attention by memory: with keys and values already fetched it takes a third less time.
 struct Span {
   size_t offset, bytes;
 };
-struct alignas(64) KVPrefetch {  // a thread writes its own all the time
+struct alignas(64) KVPrefetch {  // aligned: each thread keeps writing its own
   const Span *span = nullptr, *last = nullptr;
   const char *keys = nullptr, *values = nullptr;
   const char *at = nullptr, *end = nullptr;  // of the current span
-  bool value = false;                        // the next one is of values
+  bool value = false;                        // the next span is of values
 
-  // The next span, where the current one is used up.
+  // Goes to the next span once the current one is used up.
   void advance() {
     if (at < end || span == last) return;
     at = (value ? values : keys) + span->offset;
@@ -79,15 +79,15 @@ struct alignas(64) KVPrefetch {  // a thread writes its own all the time
 };
 
 // The weights a thread reads: its share of a matrix up to `end`, then its share of the next one, from `next` on. With
-// one or two rows `at` is where fetching stands, some KiB before the products; while its thread waits for others it
-// goes on up to `limit`.
+// one or two rows `at` is what to prefetch next, some KiB ahead of the products; while the thread waits for others,
+// prefetching continues up to `limit`.
 struct alignas(64) WeightPrefetch {
   const char *at = nullptr, *end = nullptr;
   const char *next = nullptr, *limit = nullptr;
 };
 
-// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. While it computes it fetches as
-// much as it reads: the weights that follow, or for more rows the next unit (chunk and segment), and keys and values.
+// out[m * out_stride + i] = sums of the chunk's outputs, i < width(), without bias. Meanwhile it prefetches as much as
+// it reads: the weights that follow, or, for more than two rows, the next unit (chunk and segment), keys and values.
 using LinearKernel = void (*)(const Linear& linear, int chunk, const Input& input, int rows, float* out,
                               size_t out_stride, WeightPrefetch& prefetch, KVPrefetch& kv);
 

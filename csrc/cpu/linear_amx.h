@@ -1,16 +1,17 @@
-// The linear kernel of batches on AMX tiles, included inside its namespace after vec.h. No includes here.
+// The linear kernel for batches, on AMX tiles, included inside its namespace after vec.h. No includes here.
 //
-// A tile is 16 rows of 64 bytes. Weights are packed in the order that products want: a tile of them is 16 steps of a
-// block, bytes_per_step() apart. Inputs are read as they lie, 16 steps of `size` rows. Four tiles hold sums, of two
-// tiles of inputs times two blocks: of bf16 two tiles' rows, of int8 both digits of one tile's rows, so that one loop
-// serves both. Each tile that is loaded takes part in two products of 16 cycles; its 16 lines take 8 from L1.
+// A tile is 16 rows of 64 bytes. Weights are packed in the order that products need: a tile of them is 16 steps of a
+// block, bytes_per_step() apart. Inputs are read in place, 16 steps of `size` rows. Four tiles hold the sums of two
+// tiles of inputs times two blocks. In bf16 the two have different rows, in int8 both digits of the same rows, so that
+// one loop serves both. Each tile that is loaded takes part in two products of 16 cycles; loading its 16 lines from L1
+// takes 8.
 //
-// Rows are dealt evenly to as few tiles as hold them, and the last tile starts early enough to be full: what is in two
-// tiles is computed twice and counted once. So one configuration lasts for a chunk, and nothing behind rows is read.
+// Rows are divided evenly among as few tiles as hold them, and the last tile starts early enough to be full: rows in
+// two tiles are computed twice and used once. So one configuration serves a chunk, and nothing beyond the rows is read.
 
 constexpr int kTileRows = 16;
 
-// What LDTILECFG reads.
+// The operand of LDTILECFG.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -28,8 +29,8 @@ static INLINE void configure_tiles(int size) {
   _tile_loadconfig(&config);
 }
 
-// What products fetch meanwhile: weights of the next unit (chunk and segment), and with every two lines one of what is
-// ahead.
+// What products prefetch: weights of the next unit (chunk and segment), and one line of keys or values with every two
+// lines of weights.
 struct TileFetch {
   const char* weights;
   const int lines;  // per product
@@ -82,8 +83,8 @@ static INLINE void sum_tiles(const char* x, const char* x2, size_t stride, const
 
 #undef MULTIPLY_TILES
 
-// Adds rows [first, last) of tile[from], and of the one behind it for a second block, to the outputs; the tile has
-// `skipped` rows before them. int8: high digits; the low ones are two tiles on.
+// Adds rows [first, last) of tile[from], and of tile[from + 1] for a second block, to the outputs; the tile has
+// `skipped` rows before them. int8: these tiles hold the high digits, the ones two further on the low digits.
 template <Format format>
 static INLINE void finish_tile(const TileSums& sums, int from, int skipped, int blocks, const Input& input, int segment,
                                const float* scales, int first, int last, float* out, size_t out_stride) {
@@ -110,7 +111,7 @@ static void linear_tiles(const Linear& linear, int chunk, const Input& input, in
                          WeightPrefetch& prefetch, KVPrefetch& kv) {
   constexpr bool digits = format == Format::int8;
   const int tiles = (rows + kTileRows - 1) / kTileRows, size = (rows + tiles - 1) / tiles;
-  const int products = digits ? 2 * tiles : tiles;  // with each tile of weights; together they fetch another one
+  const int products = digits ? 2 * tiles : tiles;  // per tile of weights; together they prefetch another one
   const int blocks = linear.wide > 1 ? 2 : 1, segments = linear.segments();
   const size_t w_step = linear.bytes_per_step();
   const char* weights = linear.chunk(chunk);

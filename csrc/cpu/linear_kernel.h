@@ -1,8 +1,8 @@
 // The linear kernels, included once per instruction set (see isa.h) inside its namespace. No includes here.
 //
-// The tile<P, MR, NB>() below is the whole loop: MR rows times NB blocks of accumulators, one segment of k. A policy P
-// says what a step of weights is and how it multiplies: Fp32, Bf16 and Int8 convert to fp32 and work everywhere (GCC
-// vector types), Bf16Dot and Int8Dot are the AVX-512 dot product instructions.
+// tile<P, MR, NB>() below is the whole loop: MR rows times NB blocks of accumulators, one segment of k. A policy P
+// defines what a step of weights is and how it is multiplied: Fp32, Bf16 and Int8 convert to fp32 and work everywhere
+// (GCC vector types), Bf16Dot and Int8Dot use the AVX-512 dot product instructions.
 
 #if KERNEL_LEVEL >= 2
 constexpr int kAccumulators = 24, kMaxRows = 6;
@@ -72,7 +72,7 @@ struct Bf16Dot : FloatSums {
 
 #if KERNEL_LEVEL >= 3
 struct Int8Dot {
-  // Nothing but vectors: GCC keeps a struct of mixed members in memory.
+  // Only vectors: GCC keeps a struct with mixed members in memory.
   struct Acc {
     IntVec high, low;
   };
@@ -87,7 +87,7 @@ struct Int8Dot {
     acc.high = (IntVec)_mm512_dpbusd_epi32((__m512i)acc.high, weights, high4);
     acc.low = (IntVec)_mm512_dpbusd_epi32((__m512i)acc.low, weights, low4);
   }
-  // Exact: |sum| < 127 * 32512 * 512 < 2^31, and sums modulo 2^32 may pass through anything on the way.
+  // Exact: |sum| < 127 * 32512 * 512 < 2^31, and partial sums may wrap around modulo 2^32.
   static INLINE Vec sum(const Acc& acc, int, const Input& input, int row, int segment) {
     return __builtin_convertvector((acc.high << 8) + acc.low, Vec) *
            input.scales[row * input.segment_stride + segment];
@@ -115,7 +115,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
       fetch += MR <= 2 ? NB * 64 : w_step;
       if (MR <= 2 && fetch == weights_end) fetch = prefetch.next;
       countdown = fetch_every;
-      if (MR > 2 && at < end) {  // two lines, a third of what weights take at 32 rows: one or three were slower
+      if (MR > 2 && at < end) {  // two lines, a third of those of weights at 32 rows: one or three were slower
         __builtin_prefetch(at, 0, 3);
         __builtin_prefetch(at + 64, 0, 3);
         at += 128;
@@ -133,7 +133,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
   }
   if constexpr (MR <= 2) prefetch.at = fetch;
   else kv.at = at;
-  // Unrolled, or GCC takes the accumulators through memory: 2% of a pass at batch 32.
+  // Unrolled, because otherwise GCC moves the accumulators through memory: 2% of a pass at batch 32.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
@@ -147,7 +147,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
       }
 }
 
-// What stays the same over the row groups of a chunk.
+// What the row groups of a unit (a segment of a chunk) share.
 struct Unit {
   const Linear* linear;
   const Input* input;
@@ -161,9 +161,9 @@ struct Unit {
   KVPrefetch* kv;
 };
 
-// Where the fetching of a group begins: each takes its part of the next unit. A second group reads its unit again, and
-// where the unit and the next one are more than L1 holds, two groups fetch three quarters of a unit ahead (4 to 7% of a
-// bf16 pass of 8 rows).
+// Where a group starts prefetching: each group takes its part of the next unit. With two groups the unit is read twice,
+// and where it and the next one do not fit in L1 together, prefetching runs three quarters of a unit ahead (4 to 7% of
+// a bf16 pass of 8 rows).
 static INLINE const char* fetch_of(const Unit& u, int group) {
   const size_t w_step = u.linear->bytes_per_step();
   if (u.groups != 2 || u.steps * w_step <= (16 << 10)) return u.fetch + size_t(u.steps / u.groups) * group * w_step;

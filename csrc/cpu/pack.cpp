@@ -26,7 +26,7 @@ class Packer {
   Packer(const Matrix& w, int n, int k, bool paired, const Linear& to, char* weights, float* scales)
       : w_(w), n_(n), k_(k), paired_(paired), to_(to), weights_(weights), scales_(scales) {}
 
-  // Row of the source matrix behind output i of a chunk, or -1 for padding.
+  // Row of the source matrix for output i of a chunk, or -1 for padding.
   int source(int chunk, int i) const {
     const int width = to_.width(), rows = paired_ ? n_ / 2 : n_, half = paired_ ? width / 2 : width;
     const int row = chunk * half + i % half;

@@ -11,7 +11,7 @@
 
 namespace coconut_fast {
 
-// A matrix somebody else owns: element (r, c) is data[r * row_stride + c * column_stride], f32 or bf16.
+// A matrix owned elsewhere: element (r, c) is data[r * row_stride + c * column_stride], f32 or bf16.
 struct Matrix {
   const void* data = nullptr;
   Dtype dtype = Dtype::f32;

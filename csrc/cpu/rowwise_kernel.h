@@ -31,7 +31,7 @@ static INLINE float total(Vec v) {
   return v[0];
 }
 
-// Sum of f(vector) over n values, the last vector filled with zeros; four running vectors, added in order.
+// Sum of f over n values: four running vectors, added in a fixed order, then the remainder one by one.
 template <typename F>
 static INLINE float sum_over(const float* x, int n, F f) {
   Vec parts[4] = {};
@@ -46,7 +46,7 @@ static INLINE float sum_over(const float* x, int n, F f) {
 static void norm(const Norm& norm, const float* x, int n, float* out) {
   float mean = 0;
   Vec shift{};
-  // Capturing, even of zeros: GCC makes of a lambda without captures a function outside of the instruction set as well.
+  // The lambda captures, even zeros: from one without captures GCC also makes a function outside the instruction set.
   if (norm.centred) mean = sum_over(x, n, [shift](Vec v) INLINE_LAMBDA { return v - shift; }) / n;
   shift = splat(mean);
   const float variance = sum_over(x, n, [shift](Vec v) INLINE_LAMBDA { return (v - shift) * (v - shift); }) / n;
@@ -57,7 +57,7 @@ static void norm(const Norm& norm, const float* x, int n, float* out) {
   }
 }
 
-// Two digits of round(x / scale), |.| <= 32512, each in a signed byte; the scale is that of the segment's largest.
+// Two digits of round(x / scale), |.| <= 32512, each in a signed byte; the segment's largest value sets the scale.
 static void split_segment(const float* x, int n, int8_t* high, int8_t* low, float* scale, int32_t* offset) {
   Vec peak{};
   for (int i = 0; i < n; i += W) {

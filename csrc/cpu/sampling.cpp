@@ -12,7 +12,7 @@ namespace {
 
 double relative(float logit, float largest) { return std::exp(static_cast<double>(logit) - largest); }
 
-// Sorts pairs (logit, id) in place, without other memory: a heap whose top is the last in order.
+// Sorts pairs (logit, id) in place, by heapsort: the heap's top is the last in order.
 template <typename Before>
 void sort_pairs(float* logits, int* ids, int n, Before before) {
   const auto sink = [&](int root, int size) {
@@ -37,7 +37,7 @@ void sort_by_logit(float* logits, int* ids, int n) {
   });
 }
 
-// How many of n sorted logits top_p keeps, out of `sum`; n + 1 where they do not reach it.
+// How many of n sorted logits top_p keeps, out of total.sum; n + 1 if they do not reach it.
 int reach(const float* logits, int n, const Total& total, float top_p) {
   if (top_p >= 1) return n;
   double reached = 0;
@@ -48,7 +48,7 @@ int reach(const float* logits, int n, const Total& total, float top_p) {
   return n + 1;
 }
 
-// The draw among n kept ones, which it sorts by id.
+// Draws one of n kept ids, after sorting them by id.
 int draw_kept(double uniform, float* logits, int* ids, int n) {
   const float largest = logits[0];
   sort_pairs(logits, ids, n, [=](int a, int b) { return ids[a] < ids[b]; });
@@ -114,7 +114,7 @@ void merge(Candidates& candidates, const Candidates& other) {
 
 int choose(const Draw& draw, Candidates& c, const Total& total, int all) {
   sort_by_logit(c.logits, c.ids, c.count);
-  const int sure = c.count < all ? std::min(c.count, Candidates::kKeep) : all;  // beyond, some may be missing
+  const int sure = c.count < all ? std::min(c.count, Candidates::kKeep) : all;  // beyond these, some may be missing
   const bool limited = draw.top_k > 0 && draw.top_k < all;
   if (limited && draw.top_k > sure) return -1;
   const int most = limited ? draw.top_k : sure;

@@ -1,11 +1,11 @@
-// Choosing a token while the logits stream by, without storing them (but see Chain::pick_exactly).
+// Chooses a token while the logits are computed, without storing them (but see Chain::pick_exactly).
 //
-// infer/sampling.py has the definition: of the softmax of logits / temperature the top_k likeliest are kept (ties to
-// the lowest id), of these the fewest likeliest that reach top_p together; the token is the first id, in order of ids,
-// at which the kept probabilities add up to more than uniform(seed, step) of their sum.
+// infer/sampling.py has the definition: softmax of logits / temperature; the top_k likeliest ids are kept (ties to the
+// lowest id), of these the fewest likeliest that together reach top_p; the token is the first id, in order of ids, at
+// which the kept probabilities add up to more than uniform(seed, step) times their sum.
 //
-// The head leaves a Tally per chunk of ids. A draw from all ids finds its chunk from the tallies and computes that one
-// again; a draw from kept ones works on Candidates, the largest logits, which nearly always contain all that is kept.
+// The head writes a Tally per chunk of ids. A draw from all ids finds its chunk from the tallies and recomputes it; a
+// draw from kept ids works on Candidates, the largest logits, which nearly always contain all that are kept.
 #pragma once
 
 #include <cstdint>
@@ -28,19 +28,19 @@ struct Picked {
   int id;
 };
 
-// Of a chunk of logits (divided by the temperature): the largest, and the sum of exp(logit - largest).
+// The largest logit of a chunk (divided by the temperature), and the chunk's sum of exp(logit - largest).
 struct Tally {
   float largest, sum;
 };
 
-// Of many chunks; the sum is relative to `largest`.
+// The same for many chunks; `sum` is relative to the largest of all.
 struct Total {
   float largest;
   double sum;
 };
 Total total_of(const Tally* tallies, int count);
 
-// The chunk in which the running sum passes draw * total, and what of that is left for the chunk itself.
+// The chunk in which the running sum passes draw * total, and how much of that is left for the chunk itself.
 struct Place {
   int chunk;
   double left;
@@ -54,7 +54,7 @@ int place_within(const float* logits, int count, float largest, double left);
 struct Candidates {
   static constexpr int kKeep = 1024;
   int count;
-  float least;  // of those to be kept: what is not larger need not be stored
+  float least;  // of those kept: only larger ones need to be stored
   float logits[2 * kKeep];
   int ids[2 * kKeep];
 };
@@ -67,8 +67,8 @@ void shrink(Candidates& candidates);
 // Adds those of `other`, whose ids are all higher.
 void merge(Candidates& candidates, const Candidates& other);
 
-// The token, for a draw that top_k or top_p limits; -1 where they reach beyond the candidates. `all` is the number of
-// ids there are.
+// The token for a draw that top_k or top_p limits; -1 if they may keep more than the candidates. `all` is the number of
+// ids in total.
 int choose(const Draw& draw, Candidates& candidates, const Total& total, int all);
 
 // The same from all n logits of a row; `order` has room for n ids.

@@ -16,7 +16,7 @@ inline void pause_briefly() {
 #endif
 }
 
-// Spins while `changed()` is false; gives the CPU away from time to time, in case the one waited for has none.
+// Spins while `changed()` is false; yields the CPU from time to time, in case the thread waited for has none.
 template <typename F>
 bool spin(F changed, int tries) {
   for (int i = 1; i <= tries; ++i) {
@@ -35,14 +35,14 @@ Team::Team(int threads) : size_(threads), process_(getpid()) {
   try {
     for (int t = 1; t < threads; ++t) threads_.emplace_back(&Team::work, this, t);
   } catch (const std::exception& error) {
-    stop();  // a thread that still runs when its object goes would end the process
+    stop();  // destroying a std::thread that still runs would terminate the process
     throw std::runtime_error(std::to_string(threads) + " threads cannot be started (" + error.what() +
                              "); ask for fewer (threads, or OMP_NUM_THREADS)");
   }
 }
 
 Team::~Team() {
-  if (getpid() != process_) {  // a forked child: there is nobody to join
+  if (getpid() != process_) {  // a forked child has no threads to join
     for (auto& thread : threads_) thread.detach();
     return;
   }
@@ -68,7 +68,7 @@ void Team::start(const std::function<void(int)>& job) {
 
 void Team::work(int thread) {
   for (uint32_t seen = 0;;) {
-    // A short spin catches a caller that comes back at once; then the thread sleeps.
+    // A short spin catches a caller that runs the next job at once; then the thread sleeps.
     if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, 4096))
       epoch_.wait(seen, std::memory_order_acquire);
     if (epoch_.load(std::memory_order_acquire) == seen) continue;

@@ -11,21 +11,21 @@ namespace coconut_fast {
 
 class Team {
  public:
-  explicit Team(int threads);  // std::runtime_error where the system does not start so many
+  explicit Team(int threads);  // std::runtime_error if the system cannot start that many
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
 
-  // job(thread) on every thread, the caller being thread 0; returns when all are done. Throws std::runtime_error in a
-  // process forked after the team was made: its threads are not there.
+  // Runs job(thread) on every thread, the caller being thread 0; returns when all are done. Throws std::runtime_error
+  // in a process forked after the team was made, since the threads do not exist there.
   template <class Job>
   void run(const Job& job) {
-    start(std::cref(job));  // a function that holds no more than a reference is made without allocating memory
+    start(std::cref(job));  // a std::function of a reference does not allocate memory
   }
 
-  // Inside a job: waits until every thread is here; meanwhile fetches from `at` on, up to `end`.
+  // Inside a job: waits until every thread has arrived; meanwhile prefetches from `at` on, up to `end`.
   void barrier();
   void barrier(const char*& at, const char* end);
 
@@ -38,9 +38,9 @@ class Team {
   const int process_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
-  alignas(64) std::atomic<uint32_t> epoch_{0};  // of runs; workers sleep on it
+  alignas(64) std::atomic<uint32_t> epoch_{0};  // counts runs; workers sleep on it
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};  // of barriers
+  alignas(64) std::atomic<uint32_t> phase_{0};  // counts barriers
   bool stop_ = false;
 };
 

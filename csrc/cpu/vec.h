@@ -1,7 +1,7 @@
 // Vectors of W fp32 lanes for the instruction set of the enclosing target pragma (see isa.h); included once per set,
-// inside its namespace, hence without an include guard. The includer has <cmath>, <cstring>, <utility> and cpu/dtype.h,
-// and defines KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros such as
-// __AVX512F__ in C++, where the whole file is preprocessed before the pragma is seen.
+// inside its namespace, hence without an include guard. The includer first includes <cmath>, <cstring>, <utility> and
+// cpu/dtype.h and defines KERNEL_LEVEL, the number of the Isa: up to GCC 12 `#pragma GCC target` does not change macros
+// such as __AVX512F__ in C++, where the whole file is preprocessed before the pragma is seen.
 
 #ifndef KERNEL_LEVEL
 #error "define KERNEL_LEVEL: without it every instruction set would compute on four lanes"
@@ -60,7 +60,7 @@ static INLINE auto sum(V v) {
   }
 }
 
-// Of every 2 w lanes a keeps the first w and takes b's first w behind them, b keeps its last w behind a's last w.
+// In every 2 w lanes, a becomes a's first w followed by b's first w, and b becomes a's last w followed by b's last w.
 template <int w, int... l>
 static INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, l...>) {
 #if defined(__clang__)
@@ -73,7 +73,7 @@ static INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, l...>) {
   a = first;
 }
 
-// The sum of every vector's lanes, vector by vector.
+// Lane i of the result is the sum of vector i's lanes.
 template <int w = 1>
 static INLINE Vec sums(Vec (&x)[W]) {
   for (int i = 0; i < W; i += 2 * w) {
@@ -102,8 +102,8 @@ static INLINE Vec exp(Vec x) {
   return x > 88.3f ? splat(INFINITY) : y;
 }
 
-// 2 to the power of x, within 2 ulp; 2^-126 below -126, inf from 128 on, NaN stays NaN. Cheaper than exp() by a
-// reduction.
+// 2 to the power of x, within 2 ulp; 2^-126 below -126, inf from 128 on, NaN stays NaN. Cheaper than exp(), whose
+// reduction by ln 2 it does not need.
 static INLINE Vec exp2(Vec x) {
   x = smaller(splat(128.0f), larger(splat(-126.0f), x));
   const Vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);  // see exp()

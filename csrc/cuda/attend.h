@@ -3,13 +3,11 @@
 //     s_j = scaling q.k_j,  top = max s_j,  partial = sum exp(s_j - top) v_j,  stats = (top, sum exp(s_j - top))
 //
 // for the split's positions j that the query sees. q and the token's own key are normed and rotated here; the block
-// that has the last split of a kv head's first query appends key and value to the cache, and the others take them from
-// the projection as well, rounded as the cache holds them: nobody waits for the append. The next phase adds the splits
-// up.
+// that has the last split of a kv head's first query appends key and value to the cache. All blocks take them from the
+// projection, rounded as the cache stores them, so that none waits for the append. The next phase combines the splits.
 //
-// Grouped heads read the same keys and values each for itself, from L2: at batch 1 that makes 32 blocks busy where 8
-// would be; at batch 8 it costs about 5 us a layer on a Llama-1B shape with 400 tokens, beside 30 us of weights
-// (predicted).
+// Each of the grouped heads reads the same keys and values, from L2: at batch 1 this keeps 32 blocks busy instead of 8;
+// at batch 8 it costs about 5 us per layer on a Llama-1B shape with 400 tokens, beside 30 us for weights (predicted).
 #pragma once
 
 #include "cuda/device.h"
@@ -18,7 +16,7 @@
 
 namespace coconut_fast {
 
-// The splits that a query at `position` sees, and the first position of the first.
+// The first position that a query at `position` sees, and the first and last split of those it sees.
 struct Splits {
   int low, first, last;
   __device__ Splits(int position, int window) {
@@ -32,8 +30,8 @@ static inline __host__ __device__ int attend_floats(int head_dim, int threads) {
   return 8 * threads + (2 + head_dim) * (threads / kWarp);
 }
 
-// Every warp takes every so many positions of a split, kHeld times 32 x 16 bytes of keys and of values at a time, and
-// keeps its own top, total and sums; they are joined at the end. Lanes that share a position hold 16 bytes of it each.
+// The warps take turns through a split's positions, each loading kHeld times 32 x 16 bytes of keys and of values at a
+// time. Lanes that share a position hold 16 bytes of it each and keep their own top, total and sums, joined at the end.
 template <class T>
 struct DecodeAttention {
   static constexpr int V = kVector<T>, kHeld = 2;
@@ -41,7 +39,7 @@ struct DecodeAttention {
   const Layer& layer;
   const int32_t* pages;  // of the row
   float* shared;
-  int head, kv_head, position, i, turn, step;  // i: first of a lane's elements; positions of a warp's turn, of a round
+  int head, kv_head, position, i, turn, step;  // i: the lane's first element; turn: its position in a round of `step`
   int lanes, head_dim, page_size, thread;
   uint4 keys[kHeld], values[kHeld];
 
@@ -58,13 +56,13 @@ struct DecodeAttention {
     head = query_head, kv_head = head / (a.heads / a.kv_heads), position = at_position, pages = row_pages;
   }
 
-  // Where a position's 16 bytes of the lane are, in elements.
+  // The offset of the lane's 16 bytes of position j, in elements.
   __device__ __forceinline__ size_t at(int j) const {
     const int slot = pages[j / page_size] * page_size + j % page_size;
     return (size_t(slot) * a.kv_heads + kv_head) * head_dim + i;
   }
 
-  // Keys and values of the positions from `from` on that are in the cache.
+  // Loads keys and values of the positions from `from` on that are in the cache.
   __device__ __forceinline__ void load(int from) {
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
@@ -77,7 +75,7 @@ struct DecodeAttention {
     }
   }
 
-  // The lane's elements of a vector; zero behind the end.
+  // The lane's elements of a vector; zero beyond the end.
   __device__ __forceinline__ void piece(const float* from, float (&to)[V]) const {
 #pragma unroll
     for (int u = 0; u < V; u += 4) put4(i < head_dim ? load4(from + i + u) : float4{}, to + u);
@@ -124,7 +122,7 @@ struct DecodeAttention {
     const float* fused = a.qkv + size_t(m) * (a.heads + 2 * a.kv_heads) * n;
     float query[V];
     uint4* stash = reinterpret_cast<uint4*>(shared) + thread;
-    if (split == seen.last) {  // the token's own key and value, rounded as the cache holds them
+    if (split == seen.last) {  // the token's own key and value, rounded as the cache stores them
       const float* own = fused + (a.heads + kv_head) * n;
       rotate(own, layer.k_norm, 1.0f, query);
       const uint4 own_key = pack<T>(query);
@@ -181,7 +179,7 @@ struct DecodeAttention {
   }
 
  private:
-  // What lanes and warps have found of a split, into partial and stats.
+  // Combines the lanes' and warps' results for a split into partial and stats.
   __device__ __forceinline__ void join(int lane, int warp, float top, float total, float (&sum)[V], size_t index) {
     const int n = head_dim, warps = blockDim.x / kWarp;
     float *tops = shared + 8 * blockDim.x, *totals = tops + warps, *sums = totals + warps;
@@ -219,7 +217,7 @@ struct DecodeAttention {
   }
 };
 
-// Elements [k, k + V) of a row's attention, of one head, the splits added up in order.
+// Elements [k, k + V) of a row's attention output, of one head, the splits combined in order.
 template <int V>
 static __device__ __forceinline__ void combined(const Arguments& a, int m, int k, const Splits& seen, float (&x)[V]) {
   const size_t head = (size_t(m) * a.heads + k / a.head_dim) * a.splits;

@@ -10,15 +10,15 @@ namespace coconut_fast {
 
 constexpr int kOpcodes = kDown + 1;
 
-// What a launch is given, and where the parts of shared memory lie, in units of 16 bytes.
+// The arguments of a launch, and the offsets of the parts of shared memory, in units of 16 bytes.
 struct Work {
   Arguments a;
   Deal deals[kOpcodes];
   float per_dim;  // 1 / dim
-  int layers, rows, scratch, moments, data, ring;  // behind this block's instructions and the deals
+  int layers, rows, scratch, moments, data, ring;  // after this block's instructions and the deals
 };
 
-// Rows of the batch, before the first pass.
+// The rows of the batch, as they are before the first pass.
 struct RowStates {
   int passes[kMaxRows], lengths[kMaxRows], table[kMaxRows];
 };
@@ -66,7 +66,7 @@ struct Block {
 
   __device__ __forceinline__ bool active(int m) const { return pass < rows.passes[m]; }
 
-  // The lane's piece of the norm that stands before a linear phase; zero behind the end.
+  // The lane's piece of the weight of the norm before a linear phase; zero beyond the end.
   __device__ __forceinline__ uint4 norm_weight(const Instruction& now, int k) const {
     const Layer& layer = layers[now.layer];
     const T* weight = static_cast<const T*>(now.opcode == kQkv ? layer.norm1 : layer.norm2);
@@ -83,7 +83,7 @@ struct Block {
     return vector ? to_float(vector[now.first + output]) : 0.0f;
   }
 
-  // The lane's piece of all rows of (B, width) floats; zero for rows that rest, and behind the end.
+  // The lane's piece of all rows of (B, width) floats; zero for inactive rows and beyond the end.
   __device__ __forceinline__ void load(const float* from, int width, int k, float (&x)[B][V]) const {
 #pragma unroll
     for (int m = 0; m < B; ++m)
@@ -92,7 +92,7 @@ struct Block {
         put4(k < width && active(m) ? load4(from + size_t(m) * width + k + v) : float4{}, x[m] + v);
   }
 
-  // The same of what the splits of attention add up to.
+  // The same for the attention output, combined from its splits.
   __device__ __forceinline__ void load_attention(int width, int window, int k, float (&x)[B][V]) const {
 #pragma unroll
     for (int m = 0; m < B; ++m) {
@@ -102,8 +102,8 @@ struct Block {
     }
   }
 
-  // Moments of this warp's slice of x, into shared memory. About the slice's own mean: GPT-2's x has components
-  // hundreds of times the others, and sums of squares about zero would cancel.
+  // Writes the moments of this warp's slice of x to shared memory. About the slice's own mean: GPT-2's x has components
+  // hundreds of times as large as the others, and sums of squares about zero would suffer from cancellation.
   __device__ __forceinline__ void slice_moments(int slice, bool inside, const float (&x)[B][V]) const {
     constexpr int kEach = kWarp / B, kSlice = Rows<T>::kSlice;
     const int lane = threadIdx.x % kWarp, there = min(kSlice, a.dim - slice * kSlice);
@@ -132,7 +132,7 @@ struct Block {
     if (lane % kEach == 0) moments[slice * B + lane / kEach] = {mean, sums[0]};
   }
 
-  // The norm, from all slices' moments.
+  // Applies the norm, from all slices' moments.
   __device__ __forceinline__ void norm(const uint4& by, const uint4& with, float (&x)[B][V]) const {
     constexpr int kSlice = Rows<T>::kSlice;
     const int lane = threadIdx.x % kWarp, slices = deals[kQkv].slices;
@@ -155,7 +155,7 @@ struct Block {
     }
   }
 
-  // y = linear(input). Norm and biases are asked for before the barrier.
+  // y = linear(input). Norm weights and biases are loaded before the barrier.
   __device__ __forceinline__ void linear(const Instruction& now, uint32_t due) {
     const Deal& by = deals[now.opcode];
     const bool norms = now.opcode == kQkv || now.opcode == kUp, adds = !norms;
@@ -201,7 +201,7 @@ struct Block {
     for (int i = thread; i < outputs; i += blockDim.x) {
       const int m = i % B, output = i / B, n = now.first + output;
       if (!active(m)) continue;
-      if (i >= int(blockDim.x)) {  // a share of more outputs than threads
+      if (i >= int(blockDim.x)) {  // the share has more outputs than threads
         early_bias = bias(now, output);
         if (adds) before = *residual(now, i);
       }
@@ -219,7 +219,7 @@ struct Block {
     }
   }
 
-  // Where output i (output of the share, then row) is added to.
+  // The element to which output i (output of the share, then row) is added.
   __device__ __forceinline__ float* residual(const Instruction& now, int i) const {
     return a.x + size_t(i % B) * a.dim + now.first + i / B;
   }
@@ -231,7 +231,7 @@ struct Block {
     return sum;
   }
 
-  // All splits of this block's share; the first one's keys and values are asked for before the barrier.
+  // All splits of this block's share; the first one's keys and values are loaded before the barrier.
   __device__ __forceinline__ void attend(const Instruction& now, uint32_t due) {
     DecodeAttention<T> attend(a, layers[now.layer], data);
     const int ways = opaque(a.ways), heads = opaque(a.heads);
@@ -254,12 +254,12 @@ struct Block {
     if (!waited) wait(a.counter, due);
   }
 
-  // The end of a pass and the start of the next; behind the last pass, its end alone.
+  // The end of a pass and the start of the next; after the last pass, only its end.
   __device__ void feed(const Instruction& now) {
     for (int m = now.first; m < now.last; ++m) {
       const bool made = pass > 0 && pass <= rows.passes[m];
       float *x = a.x + size_t(m) * a.dim, *hidden = a.hidden + size_t(m) * a.dim;
-      // Each thread comes back to its own elements only, so nobody waits between these loops.
+      // Each thread only touches its own elements, so these loops need no synchronisation.
       if (made) {
         const T *weight = static_cast<const T*>(a.final_norm), *bias = static_cast<const T*>(a.final_norm_bias);
         float mean = 0, squares = 0;

@@ -1,6 +1,6 @@
-// The few device words the persistent kernel uses, each in one place: loads, prefetch, warp sums, the grid barrier.
-// Inline PTX stands behind __CUDA_ARCH__; elsewhere plain C++ with the same meaning, which is how the kernel's own
-// source runs on a CPU in the tests (tests/cuda_on_cpu.h gives the rest: __syncthreads, threadIdx, shuffles).
+// The few device primitives the persistent kernel uses: loads, prefetch, warp sums, the grid barrier. Inline PTX is
+// under __CUDA_ARCH__; elsewhere plain C++ does the same, so that the tests can run the kernel's own source on a CPU
+// (tests/cuda_on_cpu.h provides the rest: __syncthreads, threadIdx, shuffles).
 #pragma once
 
 #ifdef __CUDACC__
@@ -53,8 +53,8 @@ __device__ __forceinline__ Bf16 from_float<Bf16>(float x) {  // to the nearest, 
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// The same number, of which the compiler knows nothing: what is computed of it cannot be moved out of the loop over
-// phases, where it would fill registers through all of them.
+// Returns x, hiding its value from the compiler: computations with it cannot be hoisted out of the loop over phases,
+// where they would occupy registers in all of them.
 static __device__ __forceinline__ int opaque(int x) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(x));
@@ -62,7 +62,7 @@ static __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// The values in one 128-bit load.
+// How many values one 128-bit load has.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
@@ -100,7 +100,7 @@ static __device__ __forceinline__ void put4(const float4& v, float* x) {
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// Sixteen bytes from global to shared memory, not waited for.
+// Copies sixteen bytes from global to shared memory asynchronously.
 static __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
@@ -117,7 +117,7 @@ static __device__ __forceinline__ void copies_end() {
 #endif
 }
 
-// All groups of this thread's copies but the last N have come, for this thread to see.
+// Waits until all but the last N groups of this thread's copies have arrived, visible to this thread.
 template <int N>
 static __device__ __forceinline__ void copies_wait() {
 #ifdef __CUDA_ARCH__
@@ -136,8 +136,8 @@ static __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves how many sums
-// a lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
+// N sums over the warp at once: afterwards v[0] of a lane is sum number lane / (32 / N). Each step halves the number
+// of sums a lane works on, so 32 sums cost 31 shuffles, not 160. Every sum is the same tree as warp_sum's, whatever N.
 template <int N, int Mask = kWarp / 2>
 static __device__ __forceinline__ void warp_sums(float* v) {
   if constexpr (N > 1) {
@@ -157,7 +157,7 @@ static __device__ __forceinline__ void warp_sums(float* v) {
 // A sum over the block, known to all of its threads afterwards. scratch: a float of shared memory for each warp.
 static __device__ __forceinline__ float block_sum(float x, float* scratch) {
   x = warp_sum(x);
-  __syncthreads();  // the last sums have been read
+  __syncthreads();  // the previous sums have been read
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
   float sum = 0;
@@ -167,7 +167,7 @@ static __device__ __forceinline__ float block_sum(float x, float* scratch) {
 
 // ---- the grid barrier: one number that only grows ---------------------------------------------------------------
 
-// All that this block has written is visible to whoever sees the count.
+// Everything this block has written is visible to any block that sees the count.
 static __device__ __forceinline__ void arrive(uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -185,7 +185,7 @@ static __device__ __forceinline__ void wait(const uint32_t* counter, uint32_t co
     uint32_t seen;
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     while (seen < count);
-#elif !defined(__CUDACC__)  // nvcc reads this for the host too
+#elif !defined(__CUDACC__)  // nvcc compiles this for the host too
     while (*static_cast<const volatile uint32_t*>(counter) < count) yield_block();
 #endif
   }

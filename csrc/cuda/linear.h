@@ -2,13 +2,13 @@
 //
 // A row of weights is cut into slices of 32 x 16 bytes. A warp owns one slice (of each panel, where a row has more
 // slices than the block has warps) and every groups-th row of the share. Its lanes hold their piece of the inputs of
-// all B batch rows in registers, so that the loop over rows reads weights and nothing else. The warp adds up a slice's
-// sums and puts them down; the slices of an output are then added in order. So the order in which an output's terms are
-// added depends neither on B nor on the number of blocks.
+// all B batch rows in registers, so that the loop over rows reads only weights. The warp reduces a slice's sums and
+// writes them to shared memory; the slices of an output are then added in order. So the order in which an output's
+// terms are added depends neither on B nor on the number of blocks.
 //
-// Weights depend on nothing and are read far ahead of the barriers: every thread copies the 16 bytes that it will
-// multiply into a ring of its own in shared memory, kDepth units ahead through all phases and passes to come, 96 KB of
-// a block together. Nobody but the thread itself reads them, so only the copies' own wait is needed.
+// Weights depend on no other phase and are loaded far ahead of the barriers: every thread copies the 16 bytes that it
+// will multiply into its own ring in shared memory, kDepth units ahead across phases and passes, 96 KB per block. Only
+// the thread itself reads them, so waiting for its own copies suffices.
 #pragma once
 
 #include "cuda/device.h"
@@ -18,13 +18,13 @@ namespace coconut_fast {
 
 static inline __host__ __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// How the weights of an opcode are dealt to the warps of a block; worked out on the host. None: no parts.
+// How the weights of an opcode are dealt to the warps of a block; computed on the host. No weights: no parts.
 struct Deal {
   int width, slices;  // of a row: elements, and loads of 32 x 16 bytes
   int wide, groups;   // slices of a panel, one a warp; warps that share a slice's rows
   int inverse;        // warp / wide is warp * inverse >> 16
-  int second;         // the row where a second matrix (up, behind gate) begins, or 0
-  int parts;          // of panel 0 the first matrix, the second, of panel 1 ...
+  int second;         // the row where a second matrix (up, after gate) begins, or 0
+  int parts;          // how many: panel 0 of the first matrix, of the second, panel 1 ...
 };
 
 template <class T>
@@ -49,9 +49,9 @@ static __device__ __forceinline__ const void* bias_of(const Layer& layer, int op
 template <class T>
 struct Rows {
   static constexpr int V = kVector<T>, kSlice = kWarp * V;
-  int slice, k;          // of the warp, of the weight row; the lane's first element
-  int row, count, step;  // the next row, of so many of the share, and on to the one after it
-  bool inside;           // whether the lane's elements are there
+  int slice, k;          // the warp's slice of a weight row; the lane's first element
+  int row, count, step;  // the next row, the rows of the share, the distance to the row after
+  bool inside;           // whether the lane's elements exist
 
   __device__ __forceinline__ void init(const Instruction& now, const Deal& by, int part, int thread) {
     const int warp = thread / kWarp, group = warp * by.inverse >> 16;
@@ -62,17 +62,17 @@ struct Rows {
   }
 };
 
-// Where a thread's copies have come to. In shared memory: between phases no register is to hold it.
+// How far a thread's copies have got. In shared memory, so that it occupies no registers between phases.
 template <class T>
 struct alignas(16) Place {
-  int index, left, part, parts;  // instruction that is copied, those behind it; part of how many of its share
-  int row, count, step, put;     // as in Rows; the place that is filled next
+  int index, left, part, parts;  // instruction being copied, how many follow; part, number of parts of its share
+  int row, count, step, put;     // as in Rows; the slot that is filled next
   const T* next;
   int stride, inside;  // elements between the warp's rows
 };
 
-// What a thread will multiply, kDepth units of 16 bytes ahead of it. A unit is taken where it is used; its place is
-// filled anew at once in a phase of many units, else behind the phase, while the block waits for others anyway.
+// What a thread will multiply, up to kDepth units of 16 bytes ahead. A unit is taken when it is used; its slot is
+// refilled at once in a phase of many units, else after the phase, while the block waits for others anyway.
 template <class T>
 struct Ring {
   static constexpr int kDepth = 12, kFew = 6;
@@ -81,9 +81,9 @@ struct Ring {
   const Deal* deals;
   uint4* slots;     // (kDepth, threads), from this thread's first
   Place<T>* place;  // of this thread
-  int owed;         // units that have been taken and not filled anew
+  int owed;         // slots whose units have been taken and that are not refilled yet
 
-  // Shared memory of a ring.
+  // Shared memory of a block's rings.
   static __host__ __device__ size_t bytes(int threads) { return (sizeof(uint4) * kDepth + sizeof(Place<T>)) * threads; }
 
   __device__ __forceinline__ Ring(const Instruction* program, const Layer* layers, const Deal* deals, uint4* memory)
@@ -96,7 +96,7 @@ struct Ring {
     pay(a.phases);
   }
 
-  // On to the next part in which this warp has rows; false behind the last.
+  // Advances to the next part in which this warp has rows; false after the last.
   __device__ __forceinline__ bool turn(Place<T>& at, int phases) const {
 #pragma unroll 1
     while (at.row >= at.count) {
@@ -118,7 +118,7 @@ struct Ring {
     return true;
   }
 
-  // Fills the places of the units that have been taken, a group of copies each.
+  // Refills the slots whose units have been taken, one group of copies each.
   __device__ __forceinline__ void pay(int phases) {
     if (owed == 0) return;
     Place<T> at = *place;
@@ -134,14 +134,14 @@ struct Ring {
     *place = at;
   }
 
-  // The next unit; `put` is the first that is owed.
+  // The next unit; `put` is the first slot that is owed.
   __device__ __forceinline__ uint4 take(int put, bool inside) {
     const int at = put + owed++;
     return inside ? slots[(at < kDepth ? at : at - kDepth) * blockDim.x] : uint4{};
   }
 };
 
-// sums (rows, slices, B), of the first matrix, then of the second: what part `part` of a share adds to them.
+// Writes this warp's slice of sums (rows, slices, B) for one part of a share.
 template <class T, int B>
 static __device__ __forceinline__ void products(Ring<T>& ring, int phases, Rows<T>& rows, bool few,
                                                 const float (&x)[B][kVector<T>], float* sums, int slices) {

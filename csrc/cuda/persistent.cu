@@ -1,9 +1,9 @@
 // The persistent kernel: runs a schedule (coconut_fast/infer/persistent.py) on thread blocks that stay resident.
 //
-// A block reads its next instruction, asks for the first weights of it, waits until all blocks have finished the phase
-// before, runs its share, and counts up. The residual stream, all sums and the state are fp32 and added in a fixed
-// order; weights and cache are bf16 or fp32. Memory a pass moves: all weights once, the keys and values of the rows,
-// and per barrier a few KB of activations that stay in L2.
+// A block reads its next instruction, waits until all blocks have finished the phase that it depends on, runs its share
+// and increments the barrier's counter; weights are copied ahead of the barriers. The residual stream, all sums and the
+// state are fp32 and added in a fixed order; weights and cache are bf16 or fp32. A pass moves all weights once, the
+// keys and values of the rows, and per barrier a few KB of activations that stay in L2.
 #include <algorithm>
 
 #include "cuda/block.h"
@@ -59,7 +59,7 @@ static size_t lay_out(Work& work, int blocks, int threads) {
   return at * 16;
 }
 
-// The error in words; the runtime forgets it, or it would show it to whoever asks for one next.
+// The error's text. Clears it in the runtime, which would otherwise report it to the next caller that checks.
 static const char* explain(cudaError_t error) {
   cudaGetLastError();
   return cudaGetErrorString(error);

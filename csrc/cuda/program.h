@@ -1,5 +1,5 @@
-// What the persistent kernel is given: its instructions, the weights of each layer, and the arguments of a launch.
-// Plain data, known to the kernel, to the binding and to the tests.
+// The persistent kernel's input: its instructions, the weights of each layer, and the arguments of a launch. Plain
+// data, shared by the kernel, the binding and the tests.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ constexpr int kSplit = 256;    // positions of one partial sum of attention
 constexpr int kMaxRows = 4;    // of a batch
 constexpr int kThreads = 512;  // of a block, one block an SM: 128 registers each
 
-// One block's share of one phase; FIELDS in persistent.py. reads and writes are for the proof, not for the kernel.
+// One block's share of one phase; FIELDS in persistent.py. reads and writes are for tests/persistent_vm.py alone.
 struct Instruction {
   int32_t opcode, layer, first, last, reads, writes, wait, arrive;
 };
 
-// Matrices (out, in), rows back to back, and vectors, all in the storage type; null for what the model has not.
+// Matrices (out, in), rows back to back, and vectors, all in the storage type; null where the model has none.
 struct Layer {
   const void *norm1, *norm1_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias;
   const void *norm2, *norm2_bias, *up, *up_bias, *down, *down_bias;  // up: gate rows, then up rows, where it is gated
@@ -29,7 +29,7 @@ struct Layer {
 };
 static_assert(sizeof(Instruction) == 32 && sizeof(Layer) == 136, "persistent.py lays both out by hand");
 
-// X(type, name): the one list of arguments, from which the struct and its setters by name are made.
+// X(type, name): the single list of arguments, from which the struct and its setters by name are made.
 #define COCONUT_FAST_POINTERS(X)                                                                        \
   X(const Instruction, program)  /* (blocks, phases) */                                                 \
   X(const Layer, layers)                                                                                \
@@ -40,10 +40,10 @@ static_assert(sizeof(Instruction) == 32 && sizeof(Layer) == 136, "persistent.py 
   X(const float, sin)                                                                                   \
   X(const int32_t, page_table)   /* (R, pages_per_row) */                                               \
   X(const int32_t, rows)         /* (B,): row of the page table */                                      \
-  X(int64_t, positions)          /* (B,): of the last token in the cache; moves on behind the last pass */ \
-  X(int32_t, lengths)            /* (B,): tokens in the cache; moves on likewise */                     \
+  X(int64_t, positions)          /* (B,): of the last token in the cache; advanced after the last pass */ \
+  X(int32_t, lengths)            /* (B,): tokens in the cache; advanced likewise */                      \
   X(int32_t, remaining)          /* (B,): passes to go; counted down likewise */                        \
-  X(float, hidden)               /* (B, D): the state that is fed back, behind the final norm */        \
+  X(float, hidden)               /* (B, D): the state that is fed back, after the final norm */          \
   X(float, x)                    /* (B, D): the residual stream. Scratch, as all below */               \
   X(float, qkv)                  /* (B, (H + 2 Hkv) K) */                                               \
   X(float, partial)              /* (B, H, splits, K): sums of exp(score - top) value */                \
@@ -54,7 +54,7 @@ static_assert(sizeof(Instruction) == 32 && sizeof(Layer) == 136, "persistent.py 
   X(int32_t, phases)             /* instructions of a block in one pass */                              \
   X(int32_t, passes)             /* thoughts; a row with fewer `remaining` stops there */               \
   X(int32_t, begin)              /* instructions [begin, end) of passes * phases + 1 are run: all of */ \
-  X(int32_t, end)                /* them, or one phase to look at */                                    \
+  X(int32_t, end)                /* them, or one phase to inspect */                                     \
   X(int32_t, bf16)               /* storage type: 1 bf16, 0 fp32 */                                     \
   X(int32_t, depth)              /* layers */                                                           \
   X(int32_t, batch) X(int32_t, dim) X(int32_t, heads) X(int32_t, kv_heads) X(int32_t, head_dim)         \
