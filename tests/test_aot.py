@@ -98,7 +98,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
 @pytest.mark.parametrize("tokens", [64, 16384])
 @pytest.mark.parametrize("shape", ["gpt2", "llama1b"])
 def test_reading_prompts(compiled, shape, tokens) -> None:
-    mine = [found for found in compiled if found["case"] == f"fused_pass/{shape}/bfloat16/{tokens}/read"]
+    mine = [found for found in compiled if found["case"] == f"fused_pass/{shape}/bfloat16/{tokens}/prefill"]
     names = next(found["launches"] for found in mine if "launches" in found)
     few = "_decode_group" if shape == "llama1b" and tokens > 64 else "_decode"  # by rows: 64 tokens are one row
     first, last = (["_norm", "_append", attend, "_norm", "_activate"] for attend in ("_forward", few))

@@ -131,13 +131,13 @@ def test_the_host_looks_once_every_eight_tokens(kept, monkeypatch) -> None:
     """Between two checks nothing is read from the device: a row that ends early is found at the next one."""
     model, _ = make_pair("gpt2")
     looks, replays = [], []
-    write, replay = GraphRunner._write, GraphRunner.replay
-    monkeypatch.setattr(GraphRunner, "_write", lambda self, *a: (looks.append(1), write(self, *a)))
+    decode, replay = GraphRunner._decode, GraphRunner.replay
+    monkeypatch.setattr(GraphRunner, "_decode", lambda self, *a: (looks.append(1), decode(self, *a)))
     monkeypatch.setattr(
         GraphRunner, "replay", lambda self, batch, kind, *n: (replays.append(kind), replay(self, batch, kind, *n))
     )
     answer = generate(model, [PROMPTS[0]], max_new_tokens=33).token_ids[0]
-    assert len(answer) == 33 and len(looks) == 4 and replays.count("write") == 32
+    assert len(answer) == 33 and len(looks) == 4 and replays.count("decode") == 32
     assert replays.count("think") == 1 and replays.count("feed") == 1
 
 
@@ -159,8 +159,10 @@ def test_groups_wait_for_a_quarter_of_the_batch(kept, monkeypatch) -> None:
     limits = [8 * (1 + n % 12) for n in range(30)]  # one row ends between two checks
     expected = [generate(model, [p], max_new_tokens=m).token_ids[0] for p, m in zip(prompts, limits, strict=True)]
     groups = []
-    read = GraphRunner.read
-    monkeypatch.setattr(GraphRunner, "read", lambda self, rows, *a: (groups.append(len(rows)), read(self, rows, *a))[1])
+    begin = GraphRunner.prefill_and_think
+    monkeypatch.setattr(
+        GraphRunner, "prefill_and_think", lambda self, rows, *a: (groups.append(len(rows)), begin(self, rows, *a))[1]
+    )
     assert generate(model, prompts, max_new_tokens=limits, batch_size=12).token_ids == expected
     assert groups[0] == 12 and sum(groups) == 30 and min(groups[:-1]) >= 3
 
@@ -173,7 +175,7 @@ def test_fused_kernels_that_fail_give_way_to_hugging_faces_body(kept, monkeypatc
     def fails(self, batch: StaticBatch) -> None:
         raise ValueError("no such instruction\nand more")
 
-    monkeypatch.setattr(FusedPasses, "write", fails)
+    monkeypatch.setattr(FusedPasses, "decode", fails)
     for _ in range(2):
         output = generate(model, PROMPTS, max_new_tokens=11)
         assert output.token_ids == expected
@@ -186,13 +188,13 @@ def test_prompts_that_fused_kernels_have_begun_to_read_are_read_from_their_start
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
     runner_cache._kept.clear()
-    begin = FusedPasses.read
+    begin = FusedPasses.prefill
 
     def fails(self, prompts: StaticPrompts) -> None:
         begin(self, prompts)
         raise ValueError("out of shared memory")
 
-    monkeypatch.setattr(FusedPasses, "read", fails)
+    monkeypatch.setattr(FusedPasses, "prefill", fails)
     output = generate(model, PROMPTS, max_new_tokens=11)
     assert output.stats.reason.endswith("body: fused kernels failed: ValueError: out of shared memory")
     assert output.token_ids == expected
@@ -214,7 +216,7 @@ def test_want_of_memory_is_not_taken_for_a_kernel_that_fails(kept, monkeypatch) 
     why = "body: no memory to pack the weights: OutOfMemoryError: CUDA out of memory"
     assert output.stats.reason.endswith(why)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(FusedPasses, "write", fails)
+        patch.setattr(FusedPasses, "decode", fails)
         generate(model, PROMPTS, max_new_tokens=11)
     assert "fused kernels" in generate(model, PROMPTS, max_new_tokens=11).stats.reason
 
@@ -345,14 +347,14 @@ def _first(seen: list[torch.Tensor], first, runner: GraphRunner, hidden_BD: torc
 def test_replay_equals_launch_by_launch(family: str, dtype: torch.dtype, options: dict, monkeypatch) -> None:
     """Tokens and states are equal bit for bit, for a chain that replays its graph twice and for several batch sizes."""
     prompts = [make_row(9 + n, 1 + n % 19, 0, n) for n in range(20)]
-    runs, begun = [], GraphRunner.first
+    runs, begun = [], GraphRunner.first_tokens
     for pool in (True, False):
         if not pool:
             monkeypatch.setattr(GraphRunner, "_capture", lambda self, passes, stream: passes)
         model = make_pair(family, dtype)[0].cuda()
         seen: list[torch.Tensor] = []
         first = partial(_first, seen, begun)
-        monkeypatch.setattr(GraphRunner, "first", lambda self, h, d, first=first: first(self, h, d))
+        monkeypatch.setattr(GraphRunner, "first_tokens", lambda self, h, d, first=first: first(self, h, d))
         answers = [generate(model, prompts[:n], max_new_tokens=12, **options) for n in (1, 3, 20)]
         assert all("capture failed" not in a.stats.reason for a in answers)
         runs.append(([a.token_ids for a in answers], seen))

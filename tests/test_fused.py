@@ -155,8 +155,10 @@ def test_kernels_that_overlap_change_no_bit(family: str, rows: int, monkeypatch)
     depth = {"gpt2": "n_layer", "llama": "num_hidden_layers"}[family]
     prompts = [[(7 * r + i) % 90 + 1 for i in range(9 + r)] + [94] * (1 + 5 * r % 17) + [95] for r in range(rows)]
     states: list[torch.Tensor] = []
-    first = GraphRunner.first
-    monkeypatch.setattr(GraphRunner, "first", lambda self, h, d: (states.append(h.clone()), first(self, h, d))[1])
+    first = GraphRunner.first_tokens
+    monkeypatch.setattr(
+        GraphRunner, "first_tokens", lambda self, h, d: (states.append(h.clone()), first(self, h, d))[1]
+    )
 
     def answers(count: int) -> list[list[list[int] | None]]:
         model = make_pair(family, torch.bfloat16, **{depth: 12})[0].cuda()

@@ -39,7 +39,7 @@ SPOTS = [
     ("coconut_fast.train.trainer", "CoconutTrainer._save_optimizer_and_scheduler", 2),  # the weights are written
     ("coconut_fast.train.checkpoints", "write_manifest", 1),  # all but the manifest is written
     ("coconut_fast.train.checkpoints", "sync", 1),  # everything is written, nothing is renamed
-    ("coconut_fast.train.validation", "answer", 1),  # in an evaluation
+    ("coconut_fast.train.validation", "generate_and_score", 1),  # in an evaluation
     ("coconut_fast.train.checkpoints", "shutil.rmtree", 3),  # while an old checkpoint is removed
     ("coconut_fast.train.run", "finish", 1),  # trained, but the best model is not in its place
     ("coconut_fast.model.saving", "write", 1),  # the best model is half-way to its place
