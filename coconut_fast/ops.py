@@ -77,6 +77,11 @@ def use(backend: str | None) -> Iterator[None]:
         _forced = before
 
 
+def asked() -> str | None:
+    """The backend that `use` or COCONUT_FAST_BACKEND names for every op."""
+    return _forced or os.environ.get("COCONUT_FAST_BACKEND") or None
+
+
 def why_not(op: str, backend: str, device: torch.device) -> str | None:
     """The reason `backend` cannot run `op` on `device`; None where it can."""
     if backend not in BACKENDS[op]:
@@ -97,12 +102,14 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
 
 def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[str, str]:
     """(backend, reason) for `op` on `device`; ValueError where an explicit choice cannot be honoured."""
-    asked = backend or _forced or os.environ.get("COCONUT_FAST_BACKEND")
-    if asked:
-        reason = why_not(op, asked, device)
+    if op not in BACKENDS:
+        raise ValueError(f"ops has no op {op!r}; it has {', '.join(BACKENDS)}")
+    wanted = backend or asked()
+    if wanted:
+        reason = why_not(op, wanted, device)
         if reason:
-            raise ValueError(f"ops.{op}: backend {asked!r} was asked for, but {reason}")
-        return asked, "asked for"
+            raise ValueError(f"ops.{op}: backend {wanted!r} was asked for, but {reason}")
+        return wanted, "asked for"
     passed_over: list[str] = []
     for candidate in BACKENDS[op]:
         # TRITON_INTERPRET lets Triton run on a CPU, but only when asked for by name.

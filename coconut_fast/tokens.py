@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 START_LATENT = "<|start-latent|>"
 LATENT = "<|latent|>"
@@ -24,3 +24,14 @@ class LatentTokens:
     end: int | None = None
     eos: int | None = None
     pause: int | None = None
+
+
+def check_tokens(tokens: LatentTokens, rows: int) -> None:
+    """ValueError for tokens that a model with so many embeddings cannot have."""
+    if not isinstance(tokens, LatentTokens):
+        raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
+    for name, value in asdict(tokens).items():
+        if value is not None and not (isinstance(value, int) and 0 <= value < rows):
+            raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value!r}")
+        if name != "thought" and value == tokens.thought:
+            raise ValueError(f"tokens.{name}: found {value}, which is tokens.thought; expected another id")

@@ -174,7 +174,7 @@ def test_no_prompts_give_no_answers() -> None:
         ([[1, 2]], {"max_new_tokens": 0}, "max_new_tokens: expected an int of at least 1, found 0"),
         ([[1, 2]], {"max_new_tokens": [1, 2]}, r"max_new_tokens: expected one per prompt \(1\), found 2"),
         ([[1, 2]], {"max_new_tokens": [True]}, "max_new_tokens of prompt 0: expected an int of at least 1, found True"),
-        ([[1, 2]], {"num_thoughts": 10**12}, "prompt 0 has 1000000000000 tokens .* more than the 256 positions"),
+        ([[1, 2]], {"num_thoughts": 10**12}, "prompt 0 gets 1000000000000 thoughts, more than the 256 positions"),
         ([[1, 2]], {"temperature": -1.0}, "temperature: expected"),
         ([[1, 2]], {"top_p": 0.0}, "top_p: expected"),
         ([[1, 2]], {"top_k": -1}, "top_k: expected"),

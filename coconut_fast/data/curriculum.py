@@ -92,8 +92,12 @@ class CurriculumConfig:
             raise ValueError(f"target: found {self.target!r}, expected one of {', '.join(TARGETS)}")
         for name in ("c_thought", "max_latent_stage", "tokens_per_stage"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 0:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}: found {value!r}, expected 0 or more, a whole number")
+        if not isinstance(self.pad_latent_to_max, bool):
+            raise ValueError(f"pad_latent_to_max: found {self.pad_latent_to_max!r}, expected True or False")
+        if not isinstance(self.markers, bool | None):
+            raise ValueError(f"markers: found {self.markers!r}, expected True, False or None")
         for name in ("uniform_prob", "replay_prob"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:

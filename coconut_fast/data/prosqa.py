@@ -99,6 +99,8 @@ def generate_prosqa(
     hops: fewest and most hops from root to target; None: the algorithm's own (calibrated: 3 to 6). Narrow bounds far
         from the usual 3 to 5 cost many draws per graph; ValueError where none of 50,000 fits.
     """
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"count: found {count!r}, expected a whole number of 0 or more")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: found {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
     nodes = ALGORITHMS[algorithm][0] if nodes is None else nodes

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from coconut_fast import ops
 from coconut_fast.infer import machine, runner_cache
 from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner, ParallelRunner
@@ -42,11 +43,11 @@ class GenerateOutput:
     thoughts: list[torch.Tensor | None] | None = field(repr=False)
     stats: GenerateStats = field(repr=False)
     # As the model read it, with thoughts, markers and anything else that frames a question: the answer's tokens follow.
-    prompt_ids: list[list[int]] = field(repr=False)
+    prompt_ids: list[list[int]] = field(default_factory=list, repr=False)
 
 
 def generate(
-    model: Coconut | str | Path,
+    model: Coconut | str | os.PathLike[str],
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     num_thoughts: int | Sequence[int] | None = None,
@@ -91,7 +92,7 @@ def generate(
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights: expected {', '.join(WEIGHTS)} or None, found {weights!r}")
     if not isinstance(model, Coconut):
-        if not isinstance(model, str | Path):
+        if not isinstance(model, str | os.PathLike):
             raise ValueError(f"model: found a {type(model).__name__}, expected a Coconut model, a path or a hub id")
         from coconut_fast.model.loading import load
 
@@ -127,6 +128,8 @@ def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRun
             return runner_cache.acquire, "chains of thoughts and tokens replay as CUDA graphs"
         return EagerRunner, f"no CUDA graphs, which would not call it: {hook}"
     reason = reason_not(model)
+    if reason is None and ops.asked() not in (None, "cpu"):
+        reason = f"backend {ops.asked()!r} was asked for"
     if reason is None:
         return NativeRunner, "this family has a native chain on the CPU"
     return EagerRunner, f"no native chain: {reason}"

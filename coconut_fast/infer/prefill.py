@@ -25,6 +25,8 @@ def prefill(
     With `thoughts_BD` each row's thought is fed before its tokens, in the same pass.
     """
     counts = [len(t) + (thoughts_BD is not None) for t in tokens]
+    if 0 in counts:
+        raise ValueError(f"tokens: row {counts.index(0)} of the call has none, expected one at least")
     ragged = cache.append(rows, counts)
     ids = torch.tensor([t for row in tokens for t in row], dtype=torch.int64, device=cache.device)
     embeds_TD = model.embed(ids)

@@ -15,7 +15,7 @@ from coconut_fast.data.curriculum import question_row, saved_curriculum
 from coconut_fast.data.examples import TokenizedExample, unknown_word, warn_of_unknown
 from coconut_fast.data.graphs import ANSWER, EDGE, EOS
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.tokens import LATENT
+from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def whole(name: str, value: Any, low: int) -> int:
 
 def _each(name: str, value: Any, low: int, prompts: int) -> list[int]:
     """One int per prompt."""
-    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "shape", None) == ():
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping) or getattr(value, "shape", None) == ():
         return [whole(name, value, low)] * prompts
     values = list(value)
     if len(values) != prompts:
@@ -126,7 +126,9 @@ def _read(
             ids = [index(t) for t in prompt]
         except TypeError as error:
             raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
-    if count is not None and (limit is None or count <= limit):
+    if count is not None:
+        if limit is not None and count > limit:
+            raise ValueError(f"prompts: prompt {i} gets {count} thoughts, more than the {limit} positions of the model")
         try:
             ids = with_thoughts(model, ids, count)
         except ValueError as error:
@@ -138,10 +140,9 @@ def _read(
         raise ValueError(f"prompts: prompt {i} holds token id {wrong}, expected 0 to {vocabulary - 1}")
     if ids[0] == tokens.thought:
         raise ValueError(f"prompts: prompt {i} starts with a thought; a thought needs a token in front of it")
-    length = max(len(ids), count or 0)
-    if limit is not None and length + max_new_tokens - 1 > limit:  # an answer's last token is never fed
+    if limit is not None and len(ids) + max_new_tokens - 1 > limit:  # an answer's last token is never fed
         raise ValueError(
-            f"prompts: prompt {i} has {length} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
+            f"prompts: prompt {i} has {len(ids)} tokens with its thoughts, which with max_new_tokens={max_new_tokens} "
             f"is more than the {limit} positions of the model"
         )
     return Prompt(tuple(ids), split_at_thoughts(ids, tokens.thought), max_new_tokens)
@@ -169,7 +170,8 @@ def with_thoughts(model: Coconut, ids: list[int], count: int) -> list[int]:
         return [*ids[:first], *[tokens.thought] * count, *ids[last:]]
     if tokens.start is not None and tokens.start in ids:
         at = ids.index(tokens.start) + 1
-        return [*ids[:at], *[tokens.thought] * count, *ids[at:]]
+        end = [] if tokens.end is None or tokens.end in ids[at:] else [tokens.end]
+        return [*ids[:at], *[tokens.thought] * count, *end, *ids[at:]]
     framed = [tokens.thought] * count
     if model.settings.markers and tokens.start is not None and tokens.end is not None:
         framed = [tokens.start, *framed, tokens.end]
@@ -192,8 +194,8 @@ def split_at_thoughts(ids: Sequence[int], thought_id: int) -> tuple[Piece, ...]:
 def _tokenize(model: Coconut, i: int, text: str) -> list[int]:
     if model.tokenizer is None:
         raise ValueError("prompts: this model has no tokenizer; pass lists of token ids")
-    has_thoughts = LATENT in text
-    suffix = "" if has_thoughts or text.endswith(model.settings.suffix) else model.settings.suffix
+    framed = any(mark in text for mark in (START_LATENT, LATENT, END_LATENT))
+    suffix = "" if framed or text.endswith(model.settings.suffix) else model.settings.suffix
     try:
         ids = model.tokenizer.encode(text + suffix, add_special_tokens=True)
     except (TypeError, UnicodeError) as error:  # a lone surrogate: what a shell's undecodable bytes become

@@ -23,6 +23,8 @@ def think(
 
     thoughts: where given, every hidden state that is fed back is appended to its row's list, (D,) each.
     """
+    if len(counts) != len(rows) or min(counts, default=0) < 0:
+        raise ValueError(f"counts: found {list(counts)}, expected 0 or more for each of {len(rows)} rows")
     last_BD = hidden_BD.clone()
     for step in range(max(counts, default=0)):
         members = [i for i, count in enumerate(counts) if step < count]

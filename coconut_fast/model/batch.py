@@ -313,7 +313,10 @@ def from_padded(
     ids = input_ids.cpu().numpy()
     columns: list[Any] = [np.arange(shape[1])] * shape[0]
     if attention_mask is not None:
-        columns = [np.flatnonzero(m) for m in attention_mask.cpu().numpy()]
+        mask = attention_mask.cpu().numpy()
+        if not np.isin(mask, (0, 1)).all():
+            raise ValueError("attention_mask: expected 1 for tokens and 0 for pads, found other values")
+        columns = [np.flatnonzero(m) for m in mask]
 
     def pick(tensor: torch.Tensor | None) -> list[Any] | None:
         return None if tensor is None else [v[c] for v, c in zip(tensor.cpu().numpy(), columns, strict=True)]

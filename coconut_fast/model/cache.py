@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -114,10 +115,10 @@ class KVCache(Storage):
         device: torch.device | str = "cpu",
     ) -> None:
         max_length = num_slots if max_length is None else max_length
-        sizes = {"num_slots": num_slots, "max_rows": max_rows, "max_length": max_length, "page_size": page_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: found {size}, expected 1 or more")
+        sizes = {"num_layers": num_layers, "num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
+        for name, size in (sizes | {"page_size": page_size}).items():
+            if not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name}: found {size!r}, expected a whole number of 1 or more")
         num_pages = -(-num_slots // page_size)
         self.layout = ops.extension().CacheLayout(
             num_pages=num_pages,

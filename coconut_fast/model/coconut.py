@@ -30,7 +30,7 @@ from coconut_fast.model.last_layer import only_used
 from coconut_fast.model.parallel import refine
 from coconut_fast.model.saving import save
 from coconut_fast.model.weight import has_own_products
-from coconut_fast.tokens import LatentTokens
+from coconut_fast.tokens import LatentTokens, check_tokens
 
 
 @dataclass
@@ -75,15 +75,28 @@ class CoconutOutput:
     embeds_TD: tuple[torch.Tensor, ...] = field(repr=False)
     loss_only: bool = False
 
+    def __post_init__(self) -> None:
+        self._with_grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._head_version = self._version()
+
     @functools.cached_property
     def logits(self) -> torch.Tensor:
         """(B, T, V) in the padded layout of the input; zero on pads."""
         if self.loss_only:
             raise ValueError("logits: this forward had loss_only=True, so most of its last hidden states do not exist")
-        return self.batch.padded(self.model.head(torch.cat(self.hidden_TD)))
+        if self._version() != self._head_version:
+            raise RuntimeError("logits: the head's weight has changed since this forward; read them before the step")
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
+            return self.batch.padded(self.model.head(torch.cat(self.hidden_TD)))
 
-    def __getitem__(self, place: int) -> torch.Tensor | None:
-        """The loss (0) or the logits (1), for code that indexes outputs as transformers.Trainer does."""
+    def _version(self) -> int:
+        weight = self.model.hf.get_output_embeddings().weight
+        return 0 if weight.is_inference() else weight._version
+
+    def __getitem__(self, place: int | str) -> torch.Tensor | None:
+        """The loss (0) or the logits (1), for code that indexes outputs as transformers.Trainer does; or by name."""
+        if isinstance(place, str):
+            return getattr(self, place)
         return (lambda: self.loss, lambda: self.logits)[place]()
 
     @functools.cached_property
@@ -115,6 +128,8 @@ class Coconut(nn.Module):
         or one of model/feedback.py by name; None: identity. settings: None: those of an untrained model.
         """
         super().__init__()
+        if not isinstance(hf, nn.Module):
+            raise ValueError(f"hf: found {hf!r}, expected a model of transformers; `coconut_fast.load` takes a path")
         hf = getattr(hf, "get_base_model", lambda: hf)()  # unwraps peft's model: the adapters are inside
         hf.set_attn_implementation(attention.NAME)
         if hf.config.get_text_config()._attn_implementation != attention.NAME:
@@ -126,6 +141,9 @@ class Coconut(nn.Module):
         self.training = hf.training
         if feedback is None or isinstance(feedback, str):
             feedback = make_feedback(feedback or "identity", hf.get_input_embeddings())
+        if not isinstance(feedback, nn.Module):
+            raise ValueError(f"feedback: found {feedback!r}, expected a name or a module (hidden_BD) -> embeds_BD")
+        check_tokens(tokens, hf.get_input_embeddings().weight.shape[0])
         self.feedback: nn.Module = feedback
         self.tokens = tokens
         self.tokenizer: Any = tokenizer

@@ -32,10 +32,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def load(
-    path_or_id: str | Path,
+    path_or_id: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     tokens: LatentTokens | None = None,
     feedback: str | nn.Module | None = None,
     base: str | Path | None = None,
@@ -47,16 +47,16 @@ def load(
     - a directory written by `Coconut.save_pretrained`;
     - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
 
-    device: default the CPU. dtype: default the checkpoint's. tokens: for models without a tokenizer. feedback: a name
-    (see FEEDBACKS) or a module, default that of the checkpoint. base: the directory or hub id that has the
-    configuration and tokenizer of a torch file, default the file's folder.
+    device: default the CPU. dtype: a torch.dtype or its name, default the checkpoint's. tokens: for models without a
+    tokenizer. feedback: a name (see FEEDBACKS) or a module, default that of the checkpoint. base: the directory or hub
+    id that has the configuration and tokenizer of a torch file, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, weights that are missing
     or of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
     model), weights that are NaN or infinite, special tokens that cannot be determined, a model that cannot run ragged,
     and a feedback that does not map hidden states to embeddings (see model/checks.py).
     """
-    check_path(path_or_id)
-    device = _check_arguments(device, dtype, tokens)
+    path_or_id = check_path(path_or_id)
+    device, dtype = _check_arguments(device, dtype, tokens)
     path = Path(path_or_id)
     trained_tokens = False
     if os.path.isfile(path):
@@ -77,7 +77,6 @@ def load(
                 "the weights, or tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
             )
         tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
-    _check_tokens(tokens, hf)
 
     settings = SavedSettings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
@@ -91,10 +90,12 @@ def load(
     return model
 
 
-def check_path(path_or_id: str | Path) -> None:
-    """ValueError if there is nothing that `load` could read; does not ask the hub whether it has an id."""
-    if not isinstance(path_or_id, str | os.PathLike):
+def check_path(path_or_id: str | os.PathLike[str]) -> str:
+    """The path, with `~` expanded, or the hub id. ValueError if there is nothing that `load` could read; does not ask
+    the hub whether it has an id."""
+    if not isinstance(path_or_id, str | os.PathLike) or not os.fspath(path_or_id):
         raise ValueError(f"path_or_id: found {path_or_id!r}, expected a path or a hub id")
+    path_or_id = os.path.expanduser(os.fspath(path_or_id))
     path = Path(path_or_id)
     # If the parent folder exists, a mistyped run is not taken for a hub id, which would mean a slow request. (os.path's
     # tests, as pathlib's raise for a name that is too long, such as a prompt in a model's place, and for a folder
@@ -111,6 +112,7 @@ def check_path(path_or_id: str | Path) -> None:
             raise ValueError(f"{path} has no config.json; expected a model directory or a checkpoint file")
     elif os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is a device, expected a model directory or a checkpoint file")
+    return path_or_id
 
 
 def add_latent_tokens(
@@ -120,22 +122,21 @@ def add_latent_tokens(
 
     trained: the model has rows for them already, and only the tokenizer lacks them (official checkpoints).
     """
-    known = set(tokenizer.get_vocab())
-    missing = [t for t in (START_LATENT, END_LATENT, LATENT) if t not in known]
-    if missing:
-        tokenizer.add_tokens(missing)
-    rows = hf.get_input_embeddings().weight.shape[0]
+    vocabulary, rows = tokenizer.get_vocab(), hf.get_input_embeddings().weight.shape[0]
+    known = min(len(tokenizer), rows)  # tokens that have a row of the model's own
+    tokenizer.add_tokens([t for t in (START_LATENT, END_LATENT, LATENT) if t not in vocabulary])
     if len(tokenizer) > rows:
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    start, thought, end = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
-    if missing and not trained:
-        like = tokenizer.get_vocab().get("<<")
-        new = torch.tensor(tokenizer.convert_tokens_to_ids(missing))
-        old = len(tokenizer) - len(missing)
+    ids = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
+    if not trained:
+        like, new = vocabulary.get("<<", known), [i for i in ids if i >= known]
         with torch.no_grad():
             tables = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings())}
             for weight in tables.values():
-                weight[new] = weight[like].clone() if like is not None else weight[:old].mean(0)
+                mean_D = weight[:known].mean(0)
+                weight[rows:] = mean_D  # other tokens may be new to the model as well
+                weight[new] = weight[like].clone() if like < known else mean_D
+    start, thought, end = ids
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
 
 
@@ -197,7 +198,7 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
     """
     if isinstance(home, Path) and not (home / "config.json").is_file():
         raise ValueError(f"{path} needs the model's config.json beside it; there is none in {home}")
-    state = _read_pickle(path)
+    state = {_unwrapped(k): v for k, v in _read_pickle(path).items()}
     is_coconut = any(k.startswith(REFERENCE_PREFIX) for k in state)
     if is_coconut:
         # `embedding.weight` is the same tensor as the model's own table.
@@ -235,6 +236,13 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
         if table is not None and not _same(state[name], state[table]):
             raise ValueError(f"{path} does not fit {home}: {name} differs from {table}, which config.json ties it to")
     return hf, is_coconut or has_more_rows
+
+
+def _unwrapped(name: str) -> str:
+    """A weight's name without those of wrappers around the model that was saved (DDP, torch.compile)."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -323,23 +331,18 @@ def _read_feedback(
 
 
 def _check_arguments(
-    device: torch.device | str | None, dtype: torch.dtype | None, tokens: LatentTokens | None
-) -> torch.device:
-    """ValueError for arguments that `load` cannot use, before it reads a model."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: found {dtype!r}, expected a floating-point torch.dtype")
+    device: torch.device | str | None, dtype: torch.dtype | str | None, tokens: LatentTokens | None
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the dtype; ValueError for arguments that `load` cannot use, before it reads a model."""
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"dtype: found {dtype!r}, expected a floating-point torch.dtype or its name")
     if tokens is not None and not isinstance(tokens, LatentTokens):
         raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
     try:
-        return torch.empty(0, device=device or "cpu").device
+        place = torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
-
-
-def _check_tokens(tokens: LatentTokens, hf: PreTrainedModel) -> None:
-    rows = hf.get_input_embeddings().weight.shape[0]
-    for name, value in asdict(tokens).items():
-        if value is not None and not (isinstance(value, int) and 0 <= value < rows):
-            raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value}")
-        if name != "thought" and value == tokens.thought:
-            raise ValueError(f"tokens.{name}: found {value}, which is tokens.thought; expected another id")
+    if place.type == "meta":
+        raise ValueError("device: meta cannot be used here (it has no memory)")
+    return place, kind

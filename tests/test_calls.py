@@ -1,0 +1,198 @@
+"""Calls of the public functions as outsiders write them: what is taken, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from coconut_fast import Coconut, GenerateOutput, LatentTokens, generate, load, ops
+from coconut_fast.data.curriculum import CurriculumConfig
+from coconut_fast.data.prosqa import generate_prosqa
+from coconut_fast.infer.prefill import prefill
+from coconut_fast.infer.think import think
+from coconut_fast.model.cache import KVCache
+from coconut_fast.model.coconut import SavedSettings
+from tests.families import TOKENS, VOCAB, make_hf
+from tests.test_loading import make_tokenizer
+
+THOUGHT = TOKENS.thought
+PROMPT = [5, 6, TOKENS.start, THOUGHT, TOKENS.end]
+
+
+@pytest.fixture(scope="module")
+def model() -> Coconut:
+    return Coconut(make_hf("gpt2"), TOKENS)
+
+
+REFUSED = {
+    "a path in a model's place": (lambda: Coconut("gpt2", TOKENS), "hf: found 'gpt2'"),
+    "no tokens": (lambda: Coconut(make_hf("gpt2"), None), "tokens: found None, expected LatentTokens"),
+    "a token as text": (lambda: Coconut(make_hf("gpt2"), LatentTokens(thought="5")), "tokens.thought: .* found '5'"),
+    "a token beyond the table": (lambda: Coconut(make_hf("gpt2"), LatentTokens(thought=VOCAB)), f"found {VOCAB}"),
+    "one token for two": (lambda: Coconut(make_hf("gpt2"), LatentTokens(thought=5, eos=5)), "which is tokens.thought"),
+    "no feedback": (lambda: Coconut(make_hf("gpt2"), TOKENS, feedback=5), "feedback: found 5"),
+    "layers": (lambda: KVCache(0, num_slots=16), "num_layers: found 0, expected a whole number of 1 or more"),
+    "half a slot": (lambda: KVCache(2, num_slots=1.5), r"num_slots: found 1\.5"),
+    "a flag for a number": (lambda: CurriculumConfig(c_thought=True), "c_thought: found True"),
+    "text for a flag": (lambda: CurriculumConfig(pad_latent_to_max="yes"), "pad_latent_to_max: found 'yes'"),
+    "text for a marker": (lambda: CurriculumConfig(markers="x"), "markers: found 'x'"),
+    "fewer than no problems": (lambda: generate_prosqa(-1), "count: found -1"),
+    "an unknown op": (lambda: ops.choose("nope", torch.device("cpu")), "ops has no op 'nope'; it has "),
+}
+
+
+@pytest.mark.parametrize("call, message", REFUSED.values(), ids=REFUSED)
+def test_what_makes_no_sense_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_prompts_are_refused_by_what_is_wrong_with_them(model: Coconut) -> None:
+    with pytest.raises(ValueError, match="num_thoughts: expected an int of at least 0, found {0: 1, 1: 2}"):
+        generate(model, [[5], [6]], num_thoughts={0: 1, 1: 2})
+    limit = model.max_positions
+    with pytest.raises(ValueError, match=f"prompts: prompt 0 gets {limit + 1} thoughts, more than the {limit} pos"):
+        generate(model, [[5]], num_thoughts=limit + 1)
+    with pytest.raises(ValueError, match=f"prompts: prompt 0 has {limit + 3} tokens with its thoughts"):
+        generate(model, [[5]], num_thoughts=limit, max_new_tokens=1)
+
+
+def test_masks_that_are_none_are_refused(model: Coconut) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    for mask in ([[0.0, 0.0, -1.0]], [[2, 2, 2]]):
+        with pytest.raises(ValueError, match="attention_mask: expected 1 for tokens and 0 for pads"):
+            model(ids, torch.tensor(mask))
+    assert torch.equal(model(ids, torch.tensor([[True, True, False]])).logits[:, :2], model(ids[:, :2]).logits)
+
+
+def test_searches_are_told_of_empty_rows_and_counts(model: Coconut) -> None:
+    cache = KVCache(model.num_layers, num_slots=64, max_rows=2)
+    rows = cache.alloc(2)
+    with pytest.raises(ValueError, match="tokens: row 1 of the call has none"):
+        prefill(model, cache, rows, [[5], []])
+    hidden_BD = prefill(model, cache, rows, [[5], [6]])
+    for counts in ([1], [1, -1]):
+        with pytest.raises(ValueError, match="counts: found .* expected 0 or more for each of 2 rows"):
+            think(model, cache, rows, hidden_BD, counts)
+    assert cache.layout.lengths[rows].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("backend", ["triton", "nonsense"])
+def test_a_backend_that_generation_cannot_have_is_an_error(model: Coconut, backend: str, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.use(backend), pytest.raises(ValueError, match=f"backend {backend!r} was asked for, but"):
+        generate(model, [PROMPT], max_new_tokens=2)
+
+
+def test_plain_pytorch_is_what_generation_runs_where_it_is_asked_for(model: Coconut) -> None:
+    expected = generate(model, [PROMPT], max_new_tokens=4)
+    with ops.use("torch"):
+        plain = generate(model, [PROMPT], max_new_tokens=4)
+    with ops.use("cpu"):
+        native = generate(model, [PROMPT], max_new_tokens=4)
+    assert plain.stats.backend == "eager" and "backend 'torch' was asked for" in plain.stats.reason
+    assert native.stats.backend == expected.stats.backend == "native"
+    assert plain.token_ids == native.token_ids == expected.token_ids
+
+
+def test_an_output_is_made_of_five_fields() -> None:
+    output = GenerateOutput(texts=["a"], token_ids=[[1]], num_thoughts=[0], thoughts=None, stats=None)
+    assert output.prompt_ids == []
+
+
+def test_paths_and_dtypes_are_taken_as_transformers_does(model: Coconut, tmp_path: Path, monkeypatch) -> None:
+    class Entry:  # a path that is no Path, as os.scandir gives
+        def __fspath__(self) -> str:
+            return str(tmp_path)
+
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for path in (Entry(), f"~/{tmp_path.name}"):
+        assert load(path, dtype="bfloat16").dtype == torch.bfloat16
+        assert (
+            generate(path, [PROMPT], max_new_tokens=2).token_ids
+            == generate(model, [PROMPT], max_new_tokens=2).token_ids
+        )
+    with pytest.raises(ValueError, match="dtype: found 'half a float', expected a floating-point torch.dtype or its"):
+        load(tmp_path, dtype="half a float")
+    with pytest.raises(ValueError, match="device: meta cannot be used here"):
+        load(tmp_path, device="meta")
+    with pytest.raises(ValueError, match="path_or_id: found ''"):
+        load("")
+
+
+def test_logits_are_read_as_the_forward_was_run(model: Coconut) -> None:
+    ids = torch.tensor([PROMPT])
+    expected = model(ids).logits
+    assert expected.requires_grad
+    with torch.inference_mode():
+        inference = model(ids)
+    with torch.no_grad():
+        plain, under = model(ids), model(ids)
+        assert not under.logits.requires_grad
+    for output in (inference, plain):
+        torch.testing.assert_close(output.logits, expected.detach())
+    assert not plain.logits.requires_grad and plain["logits"] is plain[1] is plain.logits
+    with torch.no_grad():
+        assert not model(ids).logits.requires_grad
+
+
+def test_logits_of_another_weight_are_refused() -> None:
+    model = Coconut(make_hf("gpt2"), TOKENS)
+    output = model(torch.tensor([PROMPT]))
+    with torch.no_grad():
+        model.hf.get_output_embeddings().weight.mul_(2)
+    with pytest.raises(RuntimeError, match="logits: the head's weight has changed since this forward"):
+        _ = output.logits
+
+
+@pytest.mark.parametrize("known", [("a", "<<"), ("a",)], ids=["with <<", "without"])
+@pytest.mark.parametrize("added", [["<|latent|>"], ["<|start-latent|>", "<|end-latent|>", "<|latent|>"], ["<pad>"]])
+def test_tokens_that_only_the_tokenizer_knows_get_their_rows(known, added: list[str], tmp_path: Path) -> None:
+    """The tokenizer was extended, and the model's table was not: its new rows are no random ones."""
+    tokenizer = make_tokenizer(*known)
+    hf = make_hf("llama", vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=0)
+    tokenizer.add_tokens(added)
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one, other = load(tmp_path), load(tmp_path)
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = getattr(hf, table)().weight, getattr(one.hf, table)().weight
+        start = before[tokenizer.get_vocab()["<<"]] if "<<" in known else before.mean(0)
+        latent = [one.tokens.start, one.tokens.thought, one.tokens.end]
+        assert torch.equal(after[: len(before)], before)
+        torch.testing.assert_close(after[latent], start.expand(3, -1))
+        if added == ["<pad>"]:
+            torch.testing.assert_close(after[tokenizer.get_vocab()["<pad>"]], before.mean(0))
+        assert torch.equal(after, getattr(other.hf, table)().weight)
+
+
+def test_a_prompt_with_markers_is_framed_once(tmp_path: Path) -> None:
+    make_hf("llama", vocab_size=8).save_pretrained(tmp_path)
+    make_tokenizer("a", "b", "<|start-latent|>", "<|latent|>", "<|end-latent|>").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.settings = SavedSettings(num_thoughts=2, suffix=" b")
+    start, thought, end = model.tokens.start, model.tokens.thought, model.tokens.end
+    question = model.tokenizer.encode("a")
+
+    def read(text: str, count: int | None = None) -> list[int]:
+        return generate(model, text, num_thoughts=count, max_new_tokens=1).prompt_ids[0]
+
+    whole = [*question, start, thought, thought, end]
+    for inner in ("<|end-latent|>", "", "<|latent|> <|end-latent|>"):
+        assert read(f"a <|start-latent|> {inner}", 2) == whole, inner
+    assert read("a <|start-latent|> <|end-latent|>") == whole
+    assert read("a") == [*model.tokenizer.encode("a b"), start, thought, thought, end]
+
+
+def test_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    hf = make_hf("gpt2")
+    hf.config.save_pretrained(tmp_path)
+    state = {f"module._orig_mod.base_causallm.{name}": value for name, value in hf.state_dict().items()}
+    torch.save(state, tmp_path / "checkpoint_1")
+    again = load(tmp_path / "checkpoint_1", tokens=TOKENS)
+    assert all(torch.equal(a, b) for a, b in zip(again.hf.parameters(), hf.parameters(), strict=True))
+    assert isinstance(again.feedback, nn.Module)
