@@ -127,6 +127,21 @@ def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
     assert [ids is not None for ids in output.token_ids] == [True, True, False, False, False]
 
 
+def test_prompts_of_a_group_fit_one_forward(model, monkeypatch) -> None:
+    expected, groups = generate(model, PROMPTS, max_new_tokens=3).token_ids, []
+    runner, _ = engine.choose_runner(model)
+    begin = runner.prefill_and_think
+
+    def watched(self, rows, prompts, kept):
+        groups.append([len(p.ids) for p in prompts])
+        return begin(self, rows, prompts, kept)
+
+    monkeypatch.setattr(runner, "max_prefill_tokens", 16)
+    monkeypatch.setattr(runner, "prefill_and_think", watched)
+    assert generate(model, PROMPTS, max_new_tokens=3).token_ids == expected
+    assert groups == [[9], [14], [10, 3], [10]]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_of_the_optimizer_is_seen(fused: bool, tmp_path) -> None:
     """Weights packed for an engine are packed again; a fused optimizer does not raise their version counters."""

@@ -206,9 +206,11 @@ class Engine:
         tokens, most = 0, self.runner.max_prefill_tokens
         if most is None and room < min(self.batch_size // 4, len(waiting) * self.num_samples):
             return group
-        while waiting and room >= self.num_samples and (most is None or tokens <= most):
+        while waiting and room >= self.num_samples:
+            tokens += len(self.prompts[waiting[0]].ids)
+            if group and most is not None and tokens > most:
+                break
             group.append(waiting.popleft())
-            tokens += len(self.prompts[group[-1]].ids)
             room -= self.num_samples
         return group
 
