@@ -72,9 +72,9 @@ void run(Linear linear, const float* x, int rows, float* out) {
   const int width = linear.width();
   for (int c = 0; c < linear.chunks; ++c) {
     Guarded<float> sums(size_t(rows) * width);
-    Stream stream{linear.chunk(c), linear.chunk(linear.chunks), linear.weights, nullptr};
-    Ahead ahead;
-    linear_tiles<format>(linear, c, input, rows, sums.data(), width, stream, ahead);
+    WeightPrefetch prefetch{linear.chunk(c), linear.chunk(linear.chunks), linear.weights, nullptr};
+    KVPrefetch kv;
+    linear_tiles<format>(linear, c, input, rows, sums.data(), width, prefetch, kv);
     if (amx_on_cpu::state.configured) std::abort();  // a thread that sleeps must not hold tiles
     for (int m = 0; m < rows; ++m)
       for (int i = 0; i < width && c * width + i < linear.n; ++i)

@@ -83,7 +83,7 @@ void run_chain(const std::string& name, bool llama, Format format, int threads) 
   const auto norm = numbers.many(kDim, 0.1f, 1);
   std::vector<float> frequencies;
   for (int i = 0; i < kHeadDim / 2; ++i) frequencies.push_back(std::pow(10000.0f, -2.0f * i / kHeadDim));
-  chain.set_ends({embed.matrix, llama ? Matrix{} : positions.matrix, embed.matrix, nullptr, norm.data(), nullptr,
+  chain.set_embeddings({embed.matrix, llama ? Matrix{} : positions.matrix, embed.matrix, nullptr, norm.data(), nullptr,
                   llama ? frequencies.data() : nullptr});
 
   CacheLayout layout(kRows * 6, 16, kRows, 6);

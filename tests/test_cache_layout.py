@@ -307,5 +307,5 @@ def test_impossible_layouts_are_refused(arguments, named):
 
 @pytest.mark.parametrize("name", ["num_slots", "max_rows", "max_length", "page_size"])
 def test_a_cache_without_room_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name}: found 0, expected 1 or more"):
+    with pytest.raises(ValueError, match=f"{name}: found 0, expected a whole number of 1 or more"):
         KVCache(1, **{"num_slots": 8, name: 0})
