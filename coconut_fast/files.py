@@ -22,8 +22,8 @@ UNFINISHED = ".unfinished-"  # the start of a directory's, while it is written o
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. A missing folder is created. A link stays a link: its target is written.
-    ValueError where `path` is a folder or a device.
+    Text is UTF-8 with "\\n" line ends. A missing folder is created. A link stays a link: its target is written. A
+    file keeps its mode. ValueError where `path` is a folder or a device.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
@@ -40,6 +40,8 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -118,9 +118,11 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
     assert path.read_text() == "old"
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"), write_atomically(path):
         raise OSError(28, "No space left on device")  # as raised on a full disk, without a file name
+    path.chmod(0o600)
     with write_atomically(path, binary=True) as file:
         file.write(b"\0\1")
     assert path.read_bytes() == b"\0\1"
+    assert path.stat().st_mode & 0o777 == 0o600
     write_json(path, {"ä": [1]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1]}
     with pytest.raises(ValueError, match="a folder is there"), write_atomically(tmp_path):
