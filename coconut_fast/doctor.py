@@ -103,7 +103,8 @@ def _runners(device: torch.device) -> Iterator[str]:
         return
     isa = module.isa()
     tiles = "; AMX tiles, untried so far, with COCONUT_FAST_ISA=amx" if module.has_tiles() and isa != "amx" else ""
-    yield _line(", ".join(FAMILIES), f"native chain, {isa}, {machine.cpus()} threads{tiles}")
+    if ops.asked() in (None, "cpu"):
+        yield _line(", ".join(FAMILIES), f"native chain, {isa}, {machine.cpus()} threads{tiles}")
     yield _line("any other model", "eager: plain PyTorch over the ragged attention")
     yield _line("persistent kernel", _persistent(device))
 

@@ -66,6 +66,10 @@ def extension() -> Any:
         ) from error
 
 
+class BackendError(ValueError):
+    """A backend that was asked for by name and cannot run an op."""
+
+
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
     """Within the block every op runs on `backend` ("triton", "cpu", "torch"), or raises where it cannot."""
@@ -108,7 +112,7 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
     if wanted:
         reason = why_not(op, wanted, device)
         if reason:
-            raise ValueError(f"ops.{op}: backend {wanted!r} was asked for, but {reason}")
+            raise BackendError(f"ops.{op}: backend {wanted!r} was asked for, but {reason}")
         return wanted, "asked for"
     passed_over: list[str] = []
     for candidate in BACKENDS[op]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 
 START_LATENT = "<|start-latent|>"
 LATENT = "<|latent|>"
@@ -26,12 +27,13 @@ class LatentTokens:
     pause: int | None = None
 
 
-def check_tokens(tokens: LatentTokens, rows: int) -> None:
-    """ValueError for tokens that a model with so many embeddings cannot have."""
+def check_tokens(tokens: LatentTokens, rows: int) -> LatentTokens:
+    """The tokens, as plain ints. ValueError for tokens that a model with so many embeddings cannot have."""
     if not isinstance(tokens, LatentTokens):
         raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
     for name, value in asdict(tokens).items():
-        if value is not None and not (isinstance(value, int) and 0 <= value < rows):
+        if value is not None and not (isinstance(value, Integral) and 0 <= int(value) < rows):
             raise ValueError(f"tokens.{name}: expected an id below the model's {rows} embeddings, found {value!r}")
         if name != "thought" and value == tokens.thought:
             raise ValueError(f"tokens.{name}: found {value}, which is tokens.thought; expected another id")
+    return replace(tokens, **{name: int(value) for name, value in asdict(tokens).items() if value is not None})

@@ -240,6 +240,7 @@ A model of a known family from packed weights; see csrc/cpu/chain.h, and infer/n
 hidden is float32 (rows, dim), read and written in place; other arrays are int32, seeds int64. The rows' new tokens must
 have been appended to the layout before.)")
       .def(py::init(&make_chain), py::arg("shape"), py::arg("format"), py::arg("threads"), py::arg("max_tokens"))
+      .def("set_threads", &Chain::set_threads, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("set_layer", &set_layer, py::arg("layer"), py::arg("tensors"), py::arg("scaling"), py::arg("window"))
       .def("set_embeddings", &set_embeddings, py::arg("tensors"))
       .def("set_feedback", &set_feedback, py::arg("norm"), py::arg("constant"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from coconut_fast import Coconut, GenerateOutput, LatentTokens, generate, load, ops
 from coconut_fast.data.curriculum import CurriculumConfig
@@ -65,7 +69,9 @@ def test_masks_that_are_none_are_refused(model: Coconut) -> None:
     for mask in ([[0.0, 0.0, -1.0]], [[2, 2, 2]]):
         with pytest.raises(ValueError, match="attention_mask: expected 1 for tokens and 0 for pads"):
             model(ids, torch.tensor(mask))
-    assert torch.equal(model(ids, torch.tensor([[True, True, False]])).logits[:, :2], model(ids[:, :2]).logits)
+    for kind in (torch.bool, torch.int64, torch.float32, torch.bfloat16):
+        mask = torch.tensor([[1, 1, 0]]).to(kind)
+        assert torch.equal(model(ids, mask).logits[:, :2], model(ids[:, :2]).logits)
 
 
 def test_searches_are_told_of_empty_rows_and_counts(model: Coconut) -> None:
@@ -81,8 +87,11 @@ def test_searches_are_told_of_empty_rows_and_counts(model: Coconut) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "nonsense"])
-def test_a_backend_that_generation_cannot_have_is_an_error(model: Coconut, backend: str, monkeypatch) -> None:
+def test_a_backend_that_generation_cannot_have_is_an_error(model: Coconut, backend: str, monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model.save_pretrained(tmp_path)
+    with ops.use(backend), pytest.raises(ValueError, match=f"^ops.* backend {backend!r} was asked for, but"):
+        load(tmp_path)
     with ops.use(backend), pytest.raises(ValueError, match=f"backend {backend!r} was asked for, but"):
         generate(model, [PROMPT], max_new_tokens=2)
 
@@ -103,20 +112,18 @@ def test_an_output_is_made_of_five_fields() -> None:
     assert output.prompt_ids == []
 
 
-def test_paths_and_dtypes_are_taken_as_transformers_does(model: Coconut, tmp_path: Path, monkeypatch) -> None:
+def test_paths_and_dtypes_are_taken_as_transformers_does(model: Coconut, tmp_path: Path) -> None:
     class Entry:  # a path that is no Path, as os.scandir gives
         def __fspath__(self) -> str:
             return str(tmp_path)
 
     model.save_pretrained(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    for path in (Entry(), f"~/{tmp_path.name}"):
-        assert load(path, dtype="bfloat16").dtype == torch.bfloat16
-        assert (
-            generate(path, [PROMPT], max_new_tokens=2).token_ids
-            == generate(model, [PROMPT], max_new_tokens=2).token_ids
-        )
-    with pytest.raises(ValueError, match="dtype: found 'half a float', expected a floating-point torch.dtype or its"):
+    expected = generate(model, [PROMPT], max_new_tokens=2).token_ids
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert load(Entry(), dtype=dtype).dtype == torch.bfloat16
+    assert load(os.fsencode(tmp_path).decode(), dtype="auto").dtype == torch.float32
+    assert generate(Entry(), [PROMPT], max_new_tokens=2).token_ids == expected
+    with pytest.raises(ValueError, match="dtype: found 'half a float', expected float64, float32, bf"):
         load(tmp_path, dtype="half a float")
     with pytest.raises(ValueError, match="device: meta cannot be used here"):
         load(tmp_path, device="meta")
@@ -128,25 +135,36 @@ def test_logits_are_read_as_the_forward_was_run(model: Coconut) -> None:
     ids = torch.tensor([PROMPT])
     expected = model(ids).logits
     assert expected.requires_grad
+    later = model(ids)
     with torch.inference_mode():
         inference = model(ids)
     with torch.no_grad():
-        plain, under = model(ids), model(ids)
-        assert not under.logits.requires_grad
-    for output in (inference, plain):
+        plain = model(ids)
+        assert not later.logits.requires_grad and later.logits.numpy().shape == expected.shape
+    for output in (inference, plain, later):
         torch.testing.assert_close(output.logits, expected.detach())
-    assert not plain.logits.requires_grad and plain["logits"] is plain[1] is plain.logits
-    with torch.no_grad():
-        assert not model(ids).logits.requires_grad
+        assert not output.logits.requires_grad
+    assert plain["logits"] is plain[1] is plain[1:][0] is plain[:2][1] and plain["loss"] is plain[0] is None
 
 
-def test_logits_of_another_weight_are_refused() -> None:
-    model = Coconut(make_hf("gpt2"), TOKENS)
-    output = model(torch.tensor([PROMPT]))
-    with torch.no_grad():
-        model.hf.get_output_embeddings().weight.mul_(2)
-    with pytest.raises(RuntimeError, match="logits: the head's weight has changed since this forward"):
-        _ = output.logits
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    model = Coconut(make_hf("gpt2"), LatentTokens(thought=np.int64(THOUGHT)))
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).tokens == LatentTokens(thought=THOUGHT)
+    assert len(generate_prosqa(np.int64(2))) == 2
+    assert KVCache(1, num_slots=np.int64(16)).layout.num_pages == 1
+
+
+def test_trained_rows_are_kept_where_ids_have_gaps(tmp_path: Path) -> None:
+    """Ids of the three tokens beyond the number of words, in a table that has their rows."""
+    words = {"<eos>": 0, "<unk>": 1, "<<": 2, "<|start-latent|>": 13, "<|end-latent|>": 14, "<|latent|>": 15}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    hf = make_hf("llama", vocab_size=16)
+    hf.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert (model.tokens.start, model.tokens.end, model.tokens.thought) == (13, 14, 15)
+    assert torch.equal(model.hf.get_input_embeddings().weight, hf.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("known", [("a", "<<"), ("a",)], ids=["with <<", "without"])

@@ -366,8 +366,8 @@ def test_unknown_tokens_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"dtype": "int8"}, "dtype: found 'int8', expected a floating-point torch.dtype or its name"),
-        ({"dtype": torch.int32}, "dtype: found torch.int32, expected a floating-point"),
+        ({"dtype": "int8"}, "dtype: found 'int8', expected float64, float32, bfloat16 or float16, or 'auto'"),
+        ({"dtype": torch.int32}, "dtype: found torch.int32, expected float64, float32"),
         ({"device": "gpu"}, "device: gpu cannot be used here"),
         ({"tokens": {"thought": 5}}, "tokens: found {'thought': 5}, expected LatentTokens"),
         ({"tokens": LatentTokens(thought=5.0)}, "tokens.thought: expected an id below .* found 5.0"),

@@ -47,9 +47,11 @@ def test_threads_are_torchs_within_the_process_and_its_container(
         torch.set_num_threads(3)
         three = native.packed(model)
         assert three.chain.threads == machine.cpus() == 3
+        expected = native_chains(three)
         torch.set_num_threads(2)
         two = native.packed(model)
-        assert two.chain.threads == 2 and torch.equal(native_chains(two), native_chains(three))
+        assert two is three and two.chain.threads == 2, "weights are packed once"
+        assert torch.equal(native_chains(two), expected)
         torch.set_num_threads(8)
         assert machine.cpus() == 4  # CPUs it may run on
         for file, text, count in (

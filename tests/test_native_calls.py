@@ -91,7 +91,7 @@ def test_passes_are_counted_that_ran(runner: str, monkeypatch) -> None:
 
 
 def test_stats_say_who_ran_and_where_the_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(native, "read_bandwidth", lambda threads: 1e9)
     model = make_pair("gpt2")[0]
     stats = generate(model, PROMPTS, max_new_tokens=5).stats
     assert (stats.backend, stats.reason) == ("native", "this family has a native chain on the CPU")

@@ -22,6 +22,7 @@ from bisect import bisect
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import exp, factorial
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -99,7 +100,7 @@ def generate_prosqa(
     hops: fewest and most hops from root to target; None: the algorithm's own (calibrated: 3 to 6). Narrow bounds far
         from the usual 3 to 5 cost many draws per graph; ValueError where none of 50,000 fits.
     """
-    if not isinstance(count, int) or count < 0:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
         raise ValueError(f"count: found {count!r}, expected a whole number of 0 or more")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: found {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")

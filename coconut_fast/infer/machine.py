@@ -65,6 +65,6 @@ def cpus() -> int:
             quota, period = (int(word) for name in names for word in (CONTAINER / name).read_text().split())
         except (OSError, ValueError):  # no container, or one without a quota ("max")
             continue
-        if quota > 0:  # -1: none
+        if quota > 0 and period > 0:  # -1: none
             count = min(count, quota // period)
     return max(count, 1)

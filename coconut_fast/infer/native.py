@@ -218,7 +218,7 @@ class NativeRunner:
         self.clock = Clock(model.device)
         chain = self.native.chain
         self.bytes_per_pass = (chain.body_bytes, chain.body_bytes + chain.head_bytes)
-        self.measure_bandwidth = read_bandwidth
+        self.measure_bandwidth = functools.partial(read_bandwidth, chain.threads)
         self.cache = self.native.make_cache(num_slots=num_slots, max_rows=max_rows, max_length=max_length)
 
     def prefill_and_think(
@@ -301,16 +301,18 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
         if native is not None:
             kept.clear()  # other formats are stale too
         native = kept[name] = NativeModel(model, weights=name)
+    if native.chain.threads != machine.cpus():
+        native.chain.set_threads(machine.cpus())
     return native
 
 
 def fingerprint(model: Coconut) -> tuple[object, ...]:
-    """Changes when packed weights would (except by writes through `.data`, see `packed`), when the chain would have
-    another number of threads, and in a forked process, which lacks the threads of its parent's chain."""
+    """Changes when packed weights would (except by writes through `.data`, see `packed`) and in a forked process,
+    which lacks the threads of its parent's chain."""
     plan = describe(model.hf)  # described again: a replaced weight is another tensor
     weights = plan if isinstance(plan, str) else plan.fingerprint()
     buffers = versions([*model.feedback.parameters(), *model.feedback.buffers()])
-    return weights, type(model.feedback), buffers, _optimizer_steps, machine.cpus(), os.getpid()
+    return weights, type(model.feedback), buffers, _optimizer_steps, os.getpid()
 
 
 _optimizer_steps = 0
@@ -328,14 +330,14 @@ os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @functools.cache
-def read_bandwidth(threads: int | None = None) -> float:
+def read_bandwidth(threads: int) -> float:
     """Bytes per second this machine reads from memory with `threads` threads: the bound of a pass. Takes about 1 s.
 
     Reads a GiB (a quarter of free memory, if that is less) repeatedly: part of a smaller buffer stays in the last-level
     cache between readings, an eighth of 256 MiB in a cache of 32, and would count as read from memory.
     """
     size = min(1 << 30, machine.free_bytes(torch.device("cpu")) // 4)
-    return ops.extension().read_bandwidth(threads or machine.cpus(), size, 8)
+    return ops.extension().read_bandwidth(threads, size, 8)
 
 
 @contextmanager

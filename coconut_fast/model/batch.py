@@ -313,7 +313,7 @@ def from_padded(
     ids = input_ids.cpu().numpy()
     columns: list[Any] = [np.arange(shape[1])] * shape[0]
     if attention_mask is not None:
-        mask = attention_mask.cpu().numpy()
+        mask = attention_mask.detach().cpu().float().numpy()
         if not np.isin(mask, (0, 1)).all():
             raise ValueError("attention_mask: expected 1 for tokens and 0 for pads, found other values")
         columns = [np.flatnonzero(m) for m in mask]

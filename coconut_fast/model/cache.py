@@ -117,7 +117,7 @@ class KVCache(Storage):
         max_length = num_slots if max_length is None else max_length
         sizes = {"num_layers": num_layers, "num_slots": num_slots, "max_rows": max_rows, "max_length": max_length}
         for name, size in (sizes | {"page_size": page_size}).items():
-            if not isinstance(size, Integral) or size < 1:
+            if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}: found {size!r}, expected a whole number of 1 or more")
         num_pages = -(-num_slots // page_size)
         self.layout = ops.extension().CacheLayout(

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from coconut_fast import ops
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import Coconut
 
@@ -40,7 +41,7 @@ def check_ragged(model: Coconut, what: str) -> None:
         calls: list[tuple[int, int | None]] = []
         together_TD, theirs_TV = _run_together(model, calls)
         alone_TD = _run_alone(model)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ops.BackendError):
         raise
     except Exception as error:  # a model's code may raise anything for arguments it does not know
         raise ValueError(f"{what}: {name} cannot run ragged: {error}") from error

@@ -77,26 +77,22 @@ class CoconutOutput:
 
     def __post_init__(self) -> None:
         self._with_grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self._head_version = self._version()
 
     @functools.cached_property
     def logits(self) -> torch.Tensor:
-        """(B, T, V) in the padded layout of the input; zero on pads."""
+        """(B, T, V) in the padded layout, zero on pads. Computed when first read, with the weights of then."""
         if self.loss_only:
             raise ValueError("logits: this forward had loss_only=True, so most of its last hidden states do not exist")
-        if self._version() != self._head_version:
-            raise RuntimeError("logits: the head's weight has changed since this forward; read them before the step")
-        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._with_grad and torch.is_grad_enabled()):
+        with_grad = self._with_grad and torch.is_grad_enabled()  # first: inference_mode(False) enables gradients
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(with_grad):
             return self.batch.padded(self.model.head(torch.cat(self.hidden_TD)))
 
-    def _version(self) -> int:
-        weight = self.model.hf.get_output_embeddings().weight
-        return 0 if weight.is_inference() else weight._version
-
-    def __getitem__(self, place: int | str) -> torch.Tensor | None:
+    def __getitem__(self, place: int | str | slice) -> Any:
         """The loss (0) or the logits (1), for code that indexes outputs as transformers.Trainer does; or by name."""
         if isinstance(place, str):
             return getattr(self, place)
+        if isinstance(place, slice):
+            return tuple(self[i] for i in range(*place.indices(2)))
         return (lambda: self.loss, lambda: self.logits)[place]()
 
     @functools.cached_property
@@ -143,9 +139,8 @@ class Coconut(nn.Module):
             feedback = make_feedback(feedback or "identity", hf.get_input_embeddings())
         if not isinstance(feedback, nn.Module):
             raise ValueError(f"feedback: found {feedback!r}, expected a name or a module (hidden_BD) -> embeds_BD")
-        check_tokens(tokens, hf.get_input_embeddings().weight.shape[0])
         self.feedback: nn.Module = feedback
-        self.tokens = tokens
+        self.tokens = check_tokens(tokens, hf.get_input_embeddings().weight.shape[0])
         self.tokenizer: Any = tokenizer
         self.settings = settings or SavedSettings()
         self.detach_after: int | None = None

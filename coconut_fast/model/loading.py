@@ -47,9 +47,9 @@ def load(
     - a directory written by `Coconut.save_pretrained`;
     - a reference checkpoint: a torch file with `base_causallm.*` keys, beside a `config.json`.
 
-    device: default the CPU. dtype: a torch.dtype or its name, default the checkpoint's. tokens: for models without a
-    tokenizer. feedback: a name (see FEEDBACKS) or a module, default that of the checkpoint. base: the directory or hub
-    id that has the configuration and tokenizer of a torch file, default the file's folder.
+    device: default the CPU. dtype: a torch.dtype or its name, default (or "auto") the checkpoint's. tokens: for models
+    without a tokenizer. feedback: a name (see FEEDBACKS) or a module, default that of the checkpoint. base: the
+    directory or hub id that has the configuration and tokenizer of a torch file, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, weights that are missing
     or of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
     model), weights that are NaN or infinite, special tokens that cannot be determined, a model that cannot run ragged,
@@ -91,11 +91,11 @@ def load(
 
 
 def check_path(path_or_id: str | os.PathLike[str]) -> str:
-    """The path, with `~` expanded, or the hub id. ValueError if there is nothing that `load` could read; does not ask
-    the hub whether it has an id."""
+    """The path or hub id as text. ValueError if there is nothing that `load` could read; whether the hub has such an id
+    is not asked."""
     if not isinstance(path_or_id, str | os.PathLike) or not os.fspath(path_or_id):
         raise ValueError(f"path_or_id: found {path_or_id!r}, expected a path or a hub id")
-    path_or_id = os.path.expanduser(os.fspath(path_or_id))
+    path_or_id = os.fsdecode(path_or_id)
     path = Path(path_or_id)
     # If the parent folder exists, a mistyped run is not taken for a hub id, which would mean a slow request. (os.path's
     # tests, as pathlib's raise for a name that is too long, such as a prompt in a model's place, and for a folder
@@ -123,19 +123,19 @@ def add_latent_tokens(
     trained: the model has rows for them already, and only the tokenizer lacks them (official checkpoints).
     """
     vocabulary, rows = tokenizer.get_vocab(), hf.get_input_embeddings().weight.shape[0]
-    known = min(len(tokenizer), rows)  # tokens that have a row of the model's own
     tokenizer.add_tokens([t for t in (START_LATENT, END_LATENT, LATENT) if t not in vocabulary])
     if len(tokenizer) > rows:
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ids = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
     if not trained:
-        like, new = vocabulary.get("<<", known), [i for i in ids if i >= known]
+        named = zip((START_LATENT, LATENT, END_LATENT), ids, strict=True)
+        like, new = vocabulary.get("<<", rows), [i for name, i in named if name not in vocabulary or i >= rows]
         with torch.no_grad():
             tables = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings())}
             for weight in tables.values():
-                mean_D = weight[:known].mean(0)
+                mean_D = weight[: min(len(vocabulary), rows)].mean(0)
                 weight[rows:] = mean_D  # other tokens may be new to the model as well
-                weight[new] = weight[like].clone() if like < known else mean_D
+                weight[new] = weight[like].clone() if like < rows else mean_D
     start, thought, end = ids
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
 
@@ -334,9 +334,10 @@ def _check_arguments(
     device: torch.device | str | None, dtype: torch.dtype | str | None, tokens: LatentTokens | None
 ) -> tuple[torch.device, torch.dtype | None]:
     """The device and the dtype; ValueError for arguments that `load` cannot use, before it reads a model."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"dtype: found {dtype!r}, expected a floating-point torch.dtype or its name")
+    kind = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    kind = None if kind == "auto" else kind
+    if kind not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: found {dtype!r}, expected float64, float32, bfloat16 or float16, or 'auto'")
     if tokens is not None and not isinstance(tokens, LatentTokens):
         raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
     try:

@@ -16,25 +16,33 @@ size_t odd_lines(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 Chain::Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa)
     : shape_(shape), format_(format), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
-      team_(threads), layers_(shape.layers), spans_(size_t(threads) * kSpans), kv_prefetches_(threads),
-      weight_prefetches_(threads), tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
-      picked_(size_t(max_tokens) * threads), chosen_(max_tokens) {
+      layers_(shape.layers), tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
+      chosen_(max_tokens) {
   x_ = make_rows(shape.dim);
   spare_.stride = odd_lines(shape.dim * sizeof(float)) / sizeof(float);
-  spare_.data = make_memory<float>(spare_.stride * threads);
   attended_ = make_rows(shape.heads * shape.head_dim);
   sums_stride_ = size_t(max_tokens) * 64 + 16;
-  sums_ = make_memory<float>(sums_stride_ * threads);
   scratch_stride_ = attend_scratch(shape.heads, shape.head_dim);
-  scratch_ = make_memory<float>(scratch_stride_ * threads);
   cos_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
   sin_ = make_memory<float>(size_t(max_tokens) * shape.head_dim / 2);
   queries_ = make_memory<float>(size_t(max_tokens) * shape.heads * shape.head_dim);
   lse_ = make_memory<float>(size_t(max_tokens) * shape.heads);
   runs_.rows.resize(max_tokens), runs_.lengths.resize(max_tokens), runs_.offsets.resize(max_tokens + 1);
-  candidates_ = make_memory<Candidates>(size_t(max_tokens) * threads);
   row_logits_ = make_memory<float>(shape.vocab);
   order_ = make_memory<int>(shape.vocab);
+  set_threads(threads);
+}
+
+void Chain::set_threads(int threads) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  auto team = std::make_unique<Team>(threads);  // first: where it throws, nothing has changed
+  spare_.data = make_memory<float>(spare_.stride * threads);
+  sums_ = make_memory<float>(sums_stride_ * threads);
+  scratch_ = make_memory<float>(scratch_stride_ * threads);
+  spans_.resize(size_t(threads) * kSpans), kv_prefetches_.resize(threads), weight_prefetches_.resize(threads);
+  picked_.resize(size_t(max_tokens_) * threads);
+  candidates_ = make_memory<Candidates>(size_t(max_tokens_) * threads);
+  team_ = std::move(team);
 }
 
 Chain::Rows Chain::make_rows(int width) const {
@@ -66,7 +74,7 @@ const float* Chain::keep(const float* values, int n) {
 }
 
 Linear Chain::pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired) {
-  return pack(w, bias, n, k, format_, paired, arena_, team_);
+  return pack(w, bias, n, k, format_, paired, arena_, *team_);
 }
 
 void Chain::set_layer(int index, const LayerWeights& w) {
@@ -139,7 +147,7 @@ static void check_rows(const RowsView& rows, int most) {
 
 template <class Position>
 int Chain::gather(int t, const RowsView& rows, Position position) {
-  team_.barrier();  // all threads are done with the previous list
+  team_->barrier();  // all threads are done with the previous list
   if (t == 0) {
     gathered_ = 0;
     for (int i = 0; i < rows.count; ++i) {
@@ -149,14 +157,14 @@ int Chain::gather(int t, const RowsView& rows, Position position) {
       tokens_[gathered_++] = {rows.rows[i], at};
     }
   }
-  team_.barrier();
+  team_->barrier();
   return gathered_;
 }
 
 void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts,
                     float* hidden) {
   const std::lock_guard<std::mutex> turn(turn_);
-  team_.run([&](int t) {
+  team_->run([&](int t) {
     int row = 0, done = 0;  // the next token is number `done` of this row
     const int32_t* next = ids;
     while (true) {
@@ -181,8 +189,8 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
         ++row, done = 0;
       }
       if (count == 0) return;
-      team_.barrier();
-      for (int m = t; m < count; m += team_.size()) {
+      team_->barrier();
+      for (int m = t; m < count; m += team_->size()) {
         if (next[m] < 0) embed_state(m, hidden + size_t(active_[m]) * shape_.dim);
         else embed_id(m, next[m]);
       }
@@ -197,11 +205,11 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
 void Chain::think(const CacheView& cache, const RowsView& rows, const int32_t* counts, float* hidden, float* thoughts) {
   check_rows(rows, max_tokens_);
   const std::lock_guard<std::mutex> turn(turn_);
-  team_.run([&](int t) {
+  team_->run([&](int t) {
     for (int step = 0;; ++step) {
       const int count = gather(t, rows, [&](int i) { return step < counts[i] ? rows.starts[i] + step : -1; });
       if (count == 0) return;
-      for (int m = t; m < count; m += team_.size()) {
+      for (int m = t; m < count; m += team_->size()) {
         const float* state = hidden + size_t(active_[m]) * shape_.dim;
         embed_state(m, state);
         if (thoughts) {
@@ -224,13 +232,13 @@ void Chain::decode(const CacheView& cache, const RowsView& rows, const DecodeReq
     states_[i] = {request.pending[i], rows.starts[i], request.limits[i] > 0 && request.steps > 0};
     request.produced[i] = 0;
   }
-  team_.run([&](int t) {
+  team_->run([&](int t) {
     while (true) {
       int count = gather(t, rows, [&](int i) {
         return states_[i].running && states_[i].pending >= 0 ? states_[i].position : -1;
       });
       if (count > 0) {
-        for (int m = t; m < count; m += team_.size()) embed_id(m, states_[active_[m]].pending);
+        for (int m = t; m < count; m += team_->size()) embed_id(m, states_[active_[m]].pending);
         start_tokens(t, count);
         body(t, count, cache, head_);
         finish_states(t, count, hidden);
@@ -239,7 +247,7 @@ void Chain::decode(const CacheView& cache, const RowsView& rows, const DecodeReq
       if (count == 0) return;
       pick_tokens(t, count, request, hidden);
       if (t == 0) accept(count, request);
-      team_.barrier();
+      team_->barrier();
     }
   });
 }

@@ -75,6 +75,8 @@ class Chain {
   // max_tokens: rows (or prompt tokens) of one pass.
   Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa);
 
+  // With how many threads later calls run. std::runtime_error where the system does not start so many.
+  void set_threads(int threads);
   void set_layer(int layer, const LayerWeights& weights);
   void set_embeddings(const EmbeddingWeights& weights);
   // How a hidden state is fed back: scaled to this norm (0: unchanged), or replaced by a constant vector (null: not
@@ -94,7 +96,7 @@ class Chain {
   void decode(const CacheView& cache, const RowsView& rows, const DecodeRequest& request, float* hidden);
 
   const ChainShape& shape() const { return shape_; }
-  int threads() const { return team_.size(); }
+  int threads() const { return team_->size(); }
   Isa isa() const { return kernels_.isa; }
   size_t body_bytes() const;  // read by a latent pass
   size_t head_bytes() const;  // read in addition for a token
@@ -176,14 +178,14 @@ class Chain {
   void accept(int count, const DecodeRequest& request);
   const char* start_of(const Linear& linear, int t) const;
   void start_stream(int t, const Linear& linear, const Linear& next);
-  void wait(int t) { team_.barrier(weight_prefetches_[t].at, weight_prefetches_[t].limit); }
+  void wait(int t) { team_->barrier(weight_prefetches_[t].at, weight_prefetches_[t].limit); }
 
   const ChainShape shape_;
   const Format format_;
   const int max_tokens_;
   const Kernels& kernels_;
   std::mutex turn_;  // held for a whole call, by callers that do not hold the GIL
-  Team team_;
+  std::unique_ptr<Team> team_;
   Arena arena_;
   std::vector<Layer> layers_;
   Linear head_;

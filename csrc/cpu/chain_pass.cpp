@@ -8,13 +8,13 @@
 namespace coconut_fast {
 
 const char* Chain::start_of(const Linear& linear, int t) const {
-  return linear.chunk(share(linear.chunks, t, team_.size()).first);
+  return linear.chunk(share(linear.chunks, t, team_->size()).first);
 }
 
 // With one or two rows, weights are prefetched kLead bytes ahead, up to twice that after a wait. L1 has 48 KiB; a whole
 // unit of fp32 weights ahead, 64 KiB, cost 6% of a pass.
 void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
-  const auto [first, last] = share(linear.chunks, t, team_.size());
+  const auto [first, last] = share(linear.chunks, t, team_->size());
   WeightPrefetch& prefetch = weight_prefetches_[t];
   const char* start = linear.chunk(first) + kLead;
   prefetch.end = linear.chunk(last);
@@ -26,7 +26,7 @@ void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
 // Calls finish(chunk, sums) for every chunk of linear(input) without bias. Prefetches the start of `next` at the end.
 template <class Finish>
 void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens, const Linear& next, Finish finish) {
-  const auto [first, last] = share(linear.chunks, t, team_.size());
+  const auto [first, last] = share(linear.chunks, t, team_->size());
   const LinearKernel kernel = kernels_.linear[static_cast<int>(linear.format)];
   float* sums = sums_.get() + t * sums_stride_;
   WeightPrefetch& prefetch = weight_prefetches_[t];
@@ -41,7 +41,7 @@ void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens
 }
 
 void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to) {
-  for (int m = t; m < tokens; m += team_.size()) {
+  for (int m = t; m < tokens; m += team_->size()) {
     float* normed = spare_.row(t);
     kernels_.norm(norm, x_.row(m), shape_.dim, normed);
     kernels_.prepare(normed, shape_.dim, to.row(m));
@@ -55,8 +55,8 @@ Input Chain::inputs_of(int t, int tokens, const Rows& rows, const Linear& linear
   if (to.kind == InputKind::fp32)
     return {reinterpret_cast<const char*>(rows.data.get()), rows.stride * sizeof(float), 0, nullptr, nullptr, 0};
   if (to.kind == InputKind::bf16) return to.view();
-  for (int m = t; m < tokens; m += team_.size()) kernels_.prepare(rows.row(m), linear.k, to.row(m));
-  team_.barrier();
+  for (int m = t; m < tokens; m += team_->size()) kernels_.prepare(rows.row(m), linear.k, to.row(m));
+  team_->barrier();
   return to.view();
 }
 
@@ -72,7 +72,7 @@ void Chain::finish_attended(int m, int first, int count) {
 // thread that wrote it, so no barrier is needed in between.
 void Chain::attend_tokens(int t, int tokens, const DecodeAttention& attend) {
   const int heads = shape_.kv_heads;
-  const auto [first, last] = share(tokens * heads, t, team_.size());
+  const auto [first, last] = share(tokens * heads, t, team_->size());
   for (int i = first; i < last; ++i) {
     const Token& token = tokens_[i / heads];
     kernels_.write(attend, i / heads, i % heads, token.row, token.position);
@@ -94,7 +94,7 @@ void Chain::plan_kv_prefetch(int t, int tokens, const CacheView& cache, int laye
   kv = {};
   if (layer >= shape_.layers) return;
   const int heads = shape_.kv_heads, window = layers_[layer].window;
-  const auto [first, last] = share(tokens * heads, t, team_.size());
+  const auto [first, last] = share(tokens * heads, t, team_->size());
   const int64_t slot = int64_t(heads) * shape_.head_dim * size_of(cache.dtype);
   Span *const begin = spans_.data() + size_t(t) * kSpans, *const end = begin + kSpans, *span = begin;
   for (int m = first / heads; m * heads < last && span < end; ++m) {
@@ -115,12 +115,12 @@ void Chain::plan_kv_prefetch(int t, int tokens, const CacheView& cache, int laye
 }
 
 void Chain::write_runs(int t, int tokens, const DecodeAttention& a) {
-  for (int m = t; m < tokens; m += team_.size()) {
+  for (int m = t; m < tokens; m += team_->size()) {
     float* queries = queries_.get() + size_t(m) * a.heads * a.head_dim;
     for (int h = 0; h < a.kv_heads; ++h) kernels_.write(a, m, h, tokens_[m].row, tokens_[m].position);
     for (int h = 0; h < a.heads; ++h) kernels_.query(a, m, h, queries + size_t(h) * a.head_dim);
   }
-  team_.barrier();
+  team_->barrier();
 }
 
 // After the last layer's keys and values only the last tokens of finished prompts continue, since no other state is
@@ -137,14 +137,14 @@ int Chain::keep_ends(int t) {
     }
     runs_.count = runs_.offsets[runs_.finished] = runs_.finished;
   }
-  team_.barrier();
+  team_->barrier();
   return runs_.count;
 }
 
 // All tokens of a row in this pass together. Prefill always comes here, thoughts and decoded tokens always go to
 // attend_tokens(), whatever the batch: results must not depend on it.
 void Chain::attend_runs(int t, const DecodeAttention& a) {
-  const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_.size();
+  const int n = a.head_dim, shared = a.heads / a.kv_heads, size = team_->size();
   const auto query_of = [&](int m, int head) { return queries_.get() + (size_t(m) * a.heads + head) * n; };
   const Attention attention{queries_.get(), a.keys, a.values, a.page_table, runs_.rows.data(), runs_.offsets.data(),
                             runs_.lengths.data(), Dtype::f32, a.dtype, runs_.count, a.heads, a.kv_heads, n, n,
@@ -157,7 +157,7 @@ void Chain::attend_runs(int t, const DecodeAttention& a) {
       finish_attended(m, head * shared * n, shared * n);
     }
   }
-  team_.barrier();
+  team_->barrier();
 }
 
 // `prompt`: the tokens are those of runs_.
@@ -217,7 +217,7 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
 
 void Chain::start_tokens(int t, int tokens) {
   const int half = shape_.head_dim / 2;
-  for (int m = t; m < tokens; m += team_.size()) {
+  for (int m = t; m < tokens; m += team_->size()) {
     const int position = tokens_[m].position;
     float* x = x_.row(m);
     if (positions_.data)
@@ -226,7 +226,7 @@ void Chain::start_tokens(int t, int tokens) {
       kernels_.rotary(position, inv_freq_, half, shape_.rope_scaling, cos_.get() + size_t(m) * half,
                       sin_.get() + size_t(m) * half);
   }
-  team_.barrier();
+  team_->barrier();
 }
 
 void Chain::embed_id(int m, int32_t id) {
@@ -245,15 +245,15 @@ void Chain::embed_state(int m, const float* hidden) {
 }
 
 void Chain::finish_states(int t, int tokens, float* hidden) {
-  for (int m = t; m < tokens; m += team_.size())
+  for (int m = t; m < tokens; m += team_->size())
     kernels_.norm(final_norm_, x_.row(m), shape_.dim, hidden + size_t(active_[m]) * shape_.dim);
-  team_.barrier();
+  team_->barrier();
 }
 
 // ---- tokens -------------------------------------------------------------------------------------------------------
 
 void Chain::pick_tokens(int t, int count, const DecodeRequest& request, const float* hidden) {
-  const int threads = team_.size(), width = head_.width();
+  const int threads = team_->size(), width = head_.width();
   const bool greedy = request.temperature == 0, limited = request.top_k > 0 && request.top_k < shape_.vocab;
   const bool filtered = !greedy && (limited || request.top_p < 1);
   const float inverse = greedy ? 1 : 1 / request.temperature;
@@ -265,7 +265,7 @@ void Chain::pick_tokens(int t, int count, const DecodeRequest& request, const fl
   }
   for (int m = t; m < count; m += threads)
     kernels_.prepare(hidden + size_t(active_[m]) * shape_.dim, shape_.dim, from_x_.row(m));
-  team_.barrier();
+  team_->barrier();
   multiply(t, head_, from_x_.view(), count, layers_[0].qkv, [&](int c, float* sums) {
     const int first = c * width, ids = ids_of(c);
     if (head_.bias) kernels_.finish_store(sums, count, width, head_.bias + first, sums, width);
@@ -284,7 +284,7 @@ void Chain::pick_tokens(int t, int count, const DecodeRequest& request, const fl
     if (greedy) chosen_[m] = best_of_threads(m);
     else chosen_[m] = filtered ? draw_candidate(m, draw) : draw_any(t, m, draw);
   }
-  team_.barrier();
+  team_->barrier();
   for (int m = 0; m < count; ++m)
     if (chosen_[m] < 0) pick_exactly(t, m);
 }
@@ -297,7 +297,7 @@ int Chain::ids_of(int c) const {
 
 int Chain::best_of_threads(int m) const {
   Picked best = picked_[m];
-  for (int t = 1; t < team_.size(); ++t) {
+  for (int t = 1; t < team_->size(); ++t) {
     const Picked& other = picked_[size_t(t) * max_tokens_ + m];
     if (other.value > best.value) best = other;  // ids rise from thread to thread: a tie keeps the lower
   }
@@ -306,7 +306,7 @@ int Chain::best_of_threads(int m) const {
 
 int Chain::draw_candidate(int m, const Draw& draw) {
   Candidates& all = candidates_[m];
-  for (int t = 1; t < team_.size(); ++t) merge(all, candidates_[size_t(t) * max_tokens_ + m]);
+  for (int t = 1; t < team_->size(); ++t) merge(all, candidates_[size_t(t) * max_tokens_ + m]);
   return choose(draw, all, total_of(tallies_.get() + size_t(m) * head_.chunks, used_chunks()), shape_.vocab);
 }
 
@@ -343,7 +343,7 @@ void Chain::pick_exactly(int t, int m) {
     for (int i = 0; i < ids_of(c); ++i) row_logits_[first + i] = sums[i] * inverse;
   });
   if (t == 0) chosen_[m] = choose_exactly(draws_[m], row_logits_.get(), order_.get(), shape_.vocab);
-  team_.barrier();
+  team_->barrier();
 }
 
 }  // namespace coconut_fast
