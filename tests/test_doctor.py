@@ -20,6 +20,10 @@ def test_chosen_implementations_are_listed(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "\nops on cuda:77 (not here: what would be chosen)\n  ragged_attention" in shown
     assert "\ngeneration on cuda:77 (not here: what would be chosen)\n" in shown
+    for backend, native in (("cpu", True), ("torch", False)):
+        with ops.use(backend):
+            main(["doctor", "--device", "cpu"])
+        assert ("native chain" in capsys.readouterr().out) == native, backend
 
 
 def test_doctor_without_the_cpp_module(monkeypatch: pytest.MonkeyPatch) -> None:
