@@ -294,7 +294,7 @@ def test_an_interrupted_command_says_what_is_left(
         raise KeyboardInterrupt
 
     finish = engine.Engine._finish
-    monkeypatch.setattr(engine.Engine, "_finish", lambda self, n, draft: stop() if n else finish(self, n, draft))
+    monkeypatch.setattr(engine.Engine, "_finish", lambda self, n, answer: stop() if n else finish(self, n, answer))
     (tmp_path / "prompts.txt").write_text("go on from ada\ngo on from bo\n")
     generating = ("generate", trained / "runs" / "run", "--file", tmp_path / "prompts.txt", "--max-new-tokens", "4")
     assert main([str(a) for a in generating]) == 1

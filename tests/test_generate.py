@@ -116,8 +116,8 @@ def test_end_of_text_ends_an_answer_and_is_not_part_of_it(model) -> None:
 def test_ctrl_c_returns_what_is_finished(model, monkeypatch) -> None:
     finish = engine.Engine._finish
 
-    def interrupted(self, number, draft):
-        finish(self, number, draft)
+    def interrupted(self, number, answer):
+        finish(self, number, answer)
         if len(self.finished) == 2:
             raise KeyboardInterrupt
 
