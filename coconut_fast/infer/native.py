@@ -301,8 +301,9 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
         if native is not None:
             kept.clear()  # other formats are stale too
         native = kept[name] = NativeModel(model, weights=name)
-    if native.chain.threads != machine.cpus():
-        native.chain.set_threads(machine.cpus())
+    threads = machine.cpus()
+    if native.chain.threads != threads:
+        native.chain.set_threads(threads)
     return native
 
 

@@ -43,6 +43,7 @@ void Chain::set_threads(int threads) {
   picked_.resize(size_t(max_tokens_) * threads);
   candidates_ = make_memory<Candidates>(size_t(max_tokens_) * threads);
   team_ = std::move(team);
+  threads_ = threads;
 }
 
 Chain::Rows Chain::make_rows(int width) const {

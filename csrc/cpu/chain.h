@@ -6,6 +6,7 @@
 // residual stream, norms, attention and all sums are fp32.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -96,7 +97,7 @@ class Chain {
   void decode(const CacheView& cache, const RowsView& rows, const DecodeRequest& request, float* hidden);
 
   const ChainShape& shape() const { return shape_; }
-  int threads() const { return team_->size(); }
+  int threads() const { return threads_; }
   Isa isa() const { return kernels_.isa; }
   size_t body_bytes() const;  // read by a latent pass
   size_t head_bytes() const;  // read in addition for a token
@@ -186,6 +187,7 @@ class Chain {
   const Kernels& kernels_;
   std::mutex turn_;  // held for a whole call, by callers that do not hold the GIL
   std::unique_ptr<Team> team_;
+  std::atomic<int> threads_;  // of the team, for callers that do not wait for their turn
   Arena arena_;
   std::vector<Layer> layers_;
   Linear head_;
