@@ -24,6 +24,7 @@ def test_what_is_built_on_it_runs(tmp_path: Path, monkeypatch) -> None:
     lines = [line[4:] for line in EXTENDING.read_text("utf-8").splitlines() if line.startswith("    ") or not line]
     names: dict = {}
     exec(compile("\n".join(lines), str(EXTENDING), "exec"), names)
+    assert names["output"].logits.shape == (1, len(names["question"]) + 2, len(names["model"].tokenizer))
     assert names["log_p"].shape == (8, max(map(len, names["rows"])), len(names["model"].tokenizer))
     assert len(names["scores"]) == 8 and torch.isfinite(torch.stack(names["scores"])).all()
     assert names["noisy"].num_thoughts == [3] * 16 and len(names["noisy"].prompt_ids) == 16
