@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ class ModelPlan:
     def fingerprint(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced or written in place: tells an engine that its packed copy is stale."""
         ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
-        return versions([*self.blocks.parameters(), *(t for t in (*ends, self.head, self.head_bias) if t is not None)])
+        blocks = chain.from_iterable(module._parameters.values() for module in modules_of(self.blocks))
+        return versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -238,12 +240,12 @@ def _window(model: nn.Module, attention: nn.Module) -> int:
 
 def _unusual_module(model: nn.Module, plain: set[str]) -> str | None:
     """Why this is not the plain model: an adapter, a quantised layer, a hook, a parametrisation, a replaced module."""
-    for name, module in model.named_modules():
+    for module in modules_of(model):
         kind = type(module)
         ours = kind.__module__.startswith(("torch.nn.modules.", "transformers."))
         activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation")
         if not ours or not (activation or kind.__name__ in plain):
-            return f"module {name} is a {kind.__module__}.{kind.__name__}"
+            return f"module {_name(model, module)} is a {kind.__module__}.{kind.__name__}"
     return hooked(model)
 
 
@@ -261,12 +263,16 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
     """The first module that has a forward hook or a replaced forward, as a sentence; None if there is none."""
-    for name, module in model.named_modules(prefix=prefix):
+    for module in modules_of(model):
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"module {name or type(module).__name__} has a forward hook"
+            return f"module {_name(model, module, prefix)} has a forward hook"
         if "forward" in vars(module):
-            return f"module {name or type(module).__name__} has had its forward replaced"
+            return f"module {_name(model, module, prefix)} has had its forward replaced"
     return None
+
+
+def _name(model: nn.Module, module: nn.Module, prefix: str = "") -> str:
+    return next(n for n, m in model.named_modules(prefix=prefix) if m is module) or type(module).__name__
 
 
 def _gpt2_layer(block: nn.Module) -> LayerPlan:
