@@ -114,8 +114,9 @@ def check_rotary(
     if cos is None and sin is None:
         return 0
     if cos is None or sin is None or positions is None:
-        given = "sin is given without cos" if cos is None else "cos is given without sin and positions"
-        raise ValueError(f"{op}: {given}, expected all three or none")
+        given = {"cos": cos, "sin": sin, "positions": positions}
+        missing = ", ".join(name for name, tensor in given.items() if tensor is None)
+        raise ValueError(f"{op}: without {missing}, expected cos, sin and positions, or neither cos nor sin")
     half = cos.shape[-1]
     if 2 * half > head_dim:
         raise ValueError(f"{op}: cos has {half} columns, expected at most half of a head's {head_dim} components")
