@@ -29,9 +29,9 @@ os.environ["CFLAGS"] = f"-g0 {os.environ.get('CFLAGS', '')}"
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
 
 TORCH = re.match(r"\d+\.\d+", torch.__version__)[0]
-TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}  # torch itself requires it only if built for a GPU
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}  # torch requires it only if built for a GPU
 if TORCH not in TRITON:
-    sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.13 is needed")
+    sys.exit(f"coconut_fast: torch {torch.__version__} is installed, 2.11 to 2.14 is needed")
 DEPENDENCIES = [
     f"torch=={TORCH}.*",
     f"triton=={TRITON[TORCH]}.*; platform_system == 'Linux'",

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default benchmarks/results/<device>)
 #
-# Needs a python3 with a CUDA torch (2.11 to 2.13), nvcc of the same CUDA major, and this checkout; no network.
+# Needs a python3 with a CUDA torch (2.11 to 2.14), nvcc of the same CUDA major, and this checkout; no network.
 # COCONUT_REFERENCE, a checkout of the official code, adds it to the tables. It needs transformers 4.46.2 and so its own
 # python, COCONUT_REFERENCE_PYTHON: a 62 MB folder, made where there is a network, which uses the torch installed here.
 #   pip install --no-compile --no-deps --target ref transformers==4.46.2 'tokenizers<0.21' 'huggingface_hub<1' \

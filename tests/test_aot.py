@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [p for p in (ROOT / "kernels").glob("*.py") if "@triton.jit" in p.read_text()]
@@ -26,6 +27,13 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 
 
 LINEAR = {1: "_linear", 8: "_linear_dot", 64: "_linear_wide"}  # by the number of rows
+
+
+def spilled(found: dict) -> int:
+    """Bytes spilled for want of registers. Not the 8 that the assembler of Triton 3.8 (on sm_120 also that of 3.7)
+    spills by its own choice, to stay within 56, 72 or 80 registers, so that one more block is resident."""
+    chooses = found["capability"] == 120 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+    return 0 if chooses and found["spilled"] <= 8 and found["registers"] <= 80 else found["spilled"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,7 @@ def test_resources(compiled, op) -> None:
     mine = [found for found in compiled if found["case"].split("/")[0] == op and "kernel" in found]
     assert {found["capability"] for found in mine} == {80, 90}, f"{op} has no case in aot_cases.py for both"
     for found in mine:
-        assert found["spilled"] == 0, found
+        assert spilled(found) == 0, found
         assert found["registers"] <= int(bound[1]), found
         assert found["shared"] <= SHARED[found["capability"]], found
     if "128-bit" in doc:  # the streaming launch of a case; a reduction of partial results may do without
@@ -83,8 +91,7 @@ def test_fused_passes(compiled, shape, rows) -> None:
     built = [found for found in mine if "kernel" in found]
     assert {found["capability"] for found in built} == ({80, 90} if rows == 1 else {80, 89, 90, 120})
     for found in built:
-        # on sm_120 the compiler itself chooses to spill 8 bytes and stay within 56 registers
-        assert found["spilled"] <= (8 if found["capability"] == 120 else 0) and found["registers"] <= 255, found
+        assert spilled(found) == 0 and found["registers"] <= 255, found
         assert found["shared"] <= SHARED[found["capability"]], found
         assert found["overlaps"] == found["waits"] == (found["capability"] >= 90), found
         if found["overlaps"]:
@@ -105,5 +112,5 @@ def test_reading_prompts(compiled, shape, tokens) -> None:
     assert names == ["_feed", *first, *last, "_norm", "_norm"]
     for found in mine:
         if "kernel" in found:
-            assert found["spilled"] == 0 and found["vector_loads"], found
+            assert spilled(found) == 0 and found["vector_loads"], found
             assert found["shared"] <= SHARED[found["capability"]], found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from torch import library
+from triton.runtime.errors import InterpreterError
 
 from coconut_fast import ops
 from coconut_fast.infer.sampling import sample_at
@@ -29,6 +31,11 @@ def test_greedy_takes_the_lowest_of_the_largest(batch, dim, vocabulary, dtype, d
         assert torch.equal(ours.cpu(), logits.argmax(-1))
 
 
+@pytest.mark.xfail(
+    triton.__version__[:3] not in ("3.6", "3.7"),
+    raises=InterpreterError,
+    reason="Triton 3.8's interpreter has no maximum of a row of NaNs",
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_ids_of_a_model_that_has_diverged_are_still_ids(batch, device) -> None:
     """The next pass uses them as indices into the embedding table."""
