@@ -228,12 +228,11 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
         raise ValueError(f"{path} does not fit {home}: {wrong[0] if wrong else error}{more}") from error
     # Old releases of transformers saved constant buffers; a tied head is not saved twice.
     unexpected = [k for k in unexpected if not k.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
-    head = {k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight}
-    missing = [k for k in missing if k not in head or table is None]
+    missing = [k for k in missing if k not in names or table is None]
     if missing or unexpected:
         raise ValueError(f"{path} does not fit {home}: {_difference(missing, unexpected)}")
-    for name in head & state.keys():  # one of them would be silently dropped
-        if table is not None and not _same(state[name], state[table]):
+    for name in names:  # one of them would be silently dropped
+        if name in state and table is not None and not _same(state[name], state[table]):
             raise ValueError(f"{path} does not fit {home}: {name} differs from {table}, which config.json ties it to")
     return hf, is_coconut or has_more_rows
 
