@@ -14,7 +14,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from tqdm import tqdm
 
@@ -155,14 +154,10 @@ def symbolic_examples(
     separators: False leaves out <eos> at the start and "|" between edges: a third fewer tokens.
     ValueError where a graph has more than 31 nodes.
     """
-    written: dict[str, Any] = {
-        "seed": seed,
-        "epoch": epoch,
-        "frontier": frontier,
-        "relabel": relabel,
-        "separators": separators,
-    }
-    return [symbolic_example(graph, idx, **written) for idx, graph in enumerate(graphs)]
+    return [
+        symbolic_example(graph, idx, seed=seed, epoch=epoch, frontier=frontier, relabel=relabel, separators=separators)
+        for idx, graph in enumerate(graphs)
+    ]
 
 
 def symbolic_example(
