@@ -44,12 +44,10 @@ using coconut_fast::CacheLayout;
 using Numbers = std::vector<int64_t>;
 
 static std::shared_ptr<CacheLayout> make_layout(int64_t num_pages, int64_t page_size, int64_t max_rows,
-                                                std::optional<int64_t> max_pages_per_row,
-                                                std::optional<int64_t> reserve_pages) {
-  const int64_t reserve = reserve_pages.value_or(num_pages);
+                                                std::optional<int64_t> max_pages_per_row) {
   const int64_t fits = std::numeric_limits<int32_t>::max() / std::max<int64_t>(page_size, 1);
   return std::make_shared<CacheLayout>(num_pages, page_size, max_rows,
-                                       max_pages_per_row.value_or(std::min(reserve, fits)), reserve);
+                                       max_pages_per_row.value_or(std::min(num_pages, fits)));
 }
 
 // A tensor over memory of `layout`, which it keeps alive.
@@ -84,7 +82,7 @@ Where every row's keys and values lie: pages of `page_size` slots, shared betwee
 Position p of row r is slot `page_table[r, p // page_size] * page_size + p % page_size` of the storage. Every method
 raises ValueError, and changes nothing, where it cannot be carried out in full.)")
       .def(py::init(&make_layout), py::arg("num_pages"), py::arg("page_size") = 16, py::arg("max_rows") = 64,
-           py::arg("max_pages_per_row") = py::none(), py::arg("reserve_pages") = py::none())
+           py::arg("max_pages_per_row") = py::none())
       .def_property_readonly(
           "page_table",
           [](std::shared_ptr<CacheLayout> self) {
@@ -98,7 +96,6 @@ raises ValueError, and changes nothing, where it cannot be carried out in full.)
       .def_property_readonly("page_size", &CacheLayout::page_size)
       .def_property_readonly("num_pages", &CacheLayout::num_pages)
       .def_property_readonly("free_pages", &CacheLayout::free_pages)
-      .def_property_readonly("reserve_pages", &CacheLayout::reserve_pages)
       .def_property_readonly("max_rows", &CacheLayout::max_rows)
       .def_property_readonly("max_pages_per_row", &CacheLayout::max_pages_per_row)
       .def_property_readonly("rows_in_use", &CacheLayout::rows_in_use, "How many rows are in use.")
@@ -133,8 +130,7 @@ raises ValueError, and changes nothing, where it cannot be carried out in full.)
           [](CacheLayout& self, const Numbers& rows) {
             self.free(rows.data(), static_cast<int64_t>(rows.size()));
           },
-          py::arg("rows"), "Gives rows back; pages that nobody else holds become free.")
-      .def("grow", &CacheLayout::grow, py::arg("num_pages"), "More pages, up to reserve_pages; nothing moves.");
+          py::arg("rows"), "Gives rows back; pages that nobody else holds become free.");
 }
 
 PYBIND11_MODULE(_C, m) {

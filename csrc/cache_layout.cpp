@@ -25,8 +25,8 @@ int64_t in_range(const char* name, int64_t value, int64_t low, int64_t high = st
 
 // ---- free set -----------------------------------------------------------------------------------------------------
 
-void FreeSet::extend(int64_t size) {
-  while (size_ < size) give(size_++);
+FreeSet::FreeSet(int64_t size) : words_(size / 64 + 1), size_(size) {
+  for (int64_t i = 0; i < size; ++i) give(i);
 }
 
 void FreeSet::give(int64_t i) {
@@ -54,18 +54,17 @@ int64_t FreeSet::first_from(int64_t start) const {
 
 // ---- layout -------------------------------------------------------------------------------------------------------
 
-CacheLayout::CacheLayout(int64_t num_pages, int64_t page_size, int64_t max_rows, int64_t max_pages_per_row,
-                         int64_t reserve_pages)
-    : pages_(in_range("reserve_pages", reserve_pages, in_range("num_pages", num_pages, 1)), num_pages),
-      rows_(in_range("max_rows", max_rows, 1), max_rows),
+CacheLayout::CacheLayout(int64_t num_pages, int64_t page_size, int64_t max_rows, int64_t max_pages_per_row)
+    : pages_(in_range("num_pages", num_pages, 1)),
+      rows_(in_range("max_rows", max_rows, 1)),
       page_size_(in_range("page_size", page_size, 1)),
       max_pages_per_row_(in_range("max_pages_per_row", max_pages_per_row, 1)) {
   in_range("max_pages_per_row * page_size", max_pages_per_row * page_size, 1);
   in_range("max_rows * max_pages_per_row", max_rows * max_pages_per_row, 1);
   page_table_.resize(max_rows * max_pages_per_row);
   lengths_.resize(max_rows);
-  references_.resize(reserve_pages);
-  sharers_.resize(reserve_pages);
+  references_.resize(num_pages);
+  sharers_.resize(num_pages);
   seen_.resize(max_rows);
 }
 
@@ -174,14 +173,6 @@ void CacheLayout::free(const int64_t* rows, int64_t n) {
     drop_pages_beyond(rows[i], 0);
     rows_.give(rows[i]);
   }
-}
-
-void CacheLayout::grow(int64_t num_pages) {
-  if (num_pages < this->num_pages() || num_pages > reserve_pages()) {
-    refuse("grow: num_pages is " + text(num_pages) + ", must be " + text(this->num_pages()) + " (what there is) to " +
-           text(reserve_pages()) + " (what is reserved)");
-  }
-  pages_.extend(num_pages);
 }
 
 // ---- inside -------------------------------------------------------------------------------------------------------

@@ -19,12 +19,11 @@ namespace coconut_fast {
 // The free numbers among 0 .. size-1, as a bitmap: give() sets one bit, a search skips 64 numbers at a time.
 class FreeSet {
  public:
-  FreeSet(int64_t reserve, int64_t size) : words_(reserve / 64 + 1) { extend(size); }
+  explicit FreeSet(int64_t size);
 
   int64_t size() const { return size_; }
   int64_t count() const { return count_; }
   bool contains(int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
-  void extend(int64_t size);
   void give(int64_t i);
   // Takes the first free number at or after `start`, else the first of all. There must be one.
   int64_t take_from(int64_t start);
@@ -33,15 +32,16 @@ class FreeSet {
   int64_t first_from(int64_t start) const;  // or -1
 
   std::vector<uint64_t> words_;
-  int64_t size_ = 0, count_ = 0;
+  const int64_t size_;
+  int64_t count_ = 0;
 };
 
 class CacheLayout {
  public:
   using Copy = std::pair<int64_t, int64_t>;  // page to read, page to write
 
-  // Starts with num_pages and can grow to reserve_pages. Lengths and table entries are int32, and sizes must fit.
-  CacheLayout(int64_t num_pages, int64_t page_size, int64_t max_rows, int64_t max_pages_per_row, int64_t reserve_pages);
+  // Lengths and table entries are int32, and sizes must fit.
+  CacheLayout(int64_t num_pages, int64_t page_size, int64_t max_rows, int64_t max_pages_per_row);
 
   // n fresh rows of length 0, written to `rows`.
   void alloc(int64_t n, int64_t* rows);
@@ -61,9 +61,6 @@ class CacheLayout {
 
   void free(const int64_t* rows, int64_t n);
 
-  // More pages, up to reserve_pages.
-  void grow(int64_t num_pages);
-
   // Entries of a row beyond its length are stale, but always valid page numbers.
   int32_t* page_table() { return page_table_.data(); }
   int32_t* lengths() { return lengths_.data(); }
@@ -72,7 +69,6 @@ class CacheLayout {
   int64_t page_size() const { return page_size_; }
   int64_t num_pages() const { return pages_.size(); }
   int64_t free_pages() const { return pages_.count(); }
-  int64_t reserve_pages() const { return static_cast<int64_t>(references_.size()); }
   int64_t max_rows() const { return rows_.size(); }
   int64_t max_pages_per_row() const { return max_pages_per_row_; }
   int64_t rows_in_use() const { return rows_.size() - rows_.count(); }

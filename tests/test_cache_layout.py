@@ -44,15 +44,13 @@ class LayoutMachine(RuleBasedStateMachine):
         num_pages=st.integers(1, 24),
         page_size=st.integers(1, 5),
         max_rows=st.integers(2, 8),
-        extra=st.integers(0, 6),
         per_row=st.none() | st.integers(2, 8),
     )
-    def build(self, num_pages, page_size, max_rows, extra, per_row):
-        self.reserve, self.page_size, self.max_rows = num_pages + extra, page_size, max_rows
-        self.per_row = per_row or self.reserve
-        self.layout = CacheLayout(num_pages, page_size, max_rows, per_row, self.reserve)
+    def build(self, num_pages, page_size, max_rows, per_row):
+        self.page_size, self.max_rows, self.per_row = page_size, max_rows, per_row or num_pages
+        self.layout = CacheLayout(num_pages, page_size, max_rows, per_row)
         self.tokens: dict[int, list[int]] = {row: [] for row in self.layout.alloc(2)}
-        self.storage: list[int | None] = [None] * (self.reserve * page_size)
+        self.storage: list[int | None] = [None] * (num_pages * page_size)
         self.next_token = 0
         self.table, self.lengths = self.layout.page_table, self.layout.lengths
         self.addresses = self.table.data_ptr(), self.lengths.data_ptr()
@@ -156,13 +154,6 @@ class LayoutMachine(RuleBasedStateMachine):
         for row in rows:
             del self.tokens[row]
 
-    @rule(num_pages=st.integers(-1, 31))
-    def grow(self, num_pages):
-        if not self.layout.num_pages <= num_pages <= self.reserve:
-            return refused(self.layout, self.layout.grow, num_pages, match="grow")
-        self.layout.grow(num_pages)
-        assert self.layout.num_pages == num_pages
-
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def misuse(self, data):
@@ -250,16 +241,6 @@ def test_a_refused_copy_is_refused_again():
         refused(layout, layout.append, rows, [1, 1], match="append: 1 pages are needed, 0 of 1 are free")
 
 
-def test_a_full_cache_works_on_after_growing():
-    layout = CacheLayout(num_pages=2, page_size=4, max_rows=2, reserve_pages=4)
-    (row,) = layout.alloc(1)
-    layout.append([row], [8])
-    refused(layout, layout.append, [row], [1], match="append: 1 pages are needed, 0 of 2 are free")
-    layout.grow(4)
-    slots, _ = layout.append([row], [8])
-    assert slots.tolist() == list(range(8, 16))
-
-
 def test_a_row_holds_at_most_its_pages():
     layout = CacheLayout(num_pages=8, page_size=4, max_rows=2, max_pages_per_row=2)
     (row,) = layout.alloc(1)
@@ -275,7 +256,6 @@ def test_empty_calls_change_nothing():
     assert layout.alloc(0) == layout.fork([]) == []
     layout.truncate([], [])
     layout.free([])
-    layout.grow(2)
     assert snapshot(layout) == before
 
 
@@ -295,7 +275,6 @@ def test_unequal_lists_are_refused():
         ({"num_pages": 4, "page_size": 0}, "page_size is 0"),
         ({"num_pages": 4, "max_rows": -1}, "max_rows is -1"),
         ({"num_pages": 4, "max_pages_per_row": 0}, "max_pages_per_row is 0"),
-        ({"num_pages": 4, "reserve_pages": 3}, "reserve_pages is 3, must be 4"),
         ({"num_pages": 4, "page_size": 2**20, "max_pages_per_row": 2**12}, "max_pages_per_row \\* page_size"),
         ({"num_pages": 4, "max_rows": 2**20, "max_pages_per_row": 2**12}, "max_rows \\* max_pages_per_row"),
     ],
