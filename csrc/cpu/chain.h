@@ -160,7 +160,7 @@ class Chain {
   void write_runs(int t, int tokens, const DecodeAttention& attend);
   int keep_ends(int t);
   void attend_runs(int t, const DecodeAttention& attend);
-  void normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to);
+  void normalise(int t, int tokens, const Norm& norm, const Inputs& to);
   Input inputs_of(int t, int tokens, const Rows& rows, const Linear& linear, const Inputs& to);
   template <class Finish>
   void multiply(int t, const Linear& linear, const Input& input, int tokens, const Linear& next, Finish finish);

@@ -40,7 +40,7 @@ void Chain::multiply(int t, const Linear& linear, const Input& input, int tokens
   wait(t);
 }
 
-void Chain::normalise(int t, int tokens, const Norm& norm, const Linear& linear, const Inputs& to) {
+void Chain::normalise(int t, int tokens, const Norm& norm, const Inputs& to) {
   for (int m = t; m < tokens; m += team_->size()) {
     float* normed = spare_.row(t);
     kernels_.norm(norm, x_.row(m), shape_.dim, normed);
@@ -178,7 +178,7 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
   if (!prompt) plan_kv_prefetch(t, tokens, cache, 0);
   for (int l = 0; l < s.layers; ++l) {
     const Layer& layer = layers_[l];
-    normalise(t, tokens, layer.norm1, layer.qkv, from_x_);
+    normalise(t, tokens, layer.norm1, from_x_);
     multiply(t, layer.qkv, from_x_.view(), tokens, layer.o, store_to(layer.qkv, qkv_));
 
     const bool rotary = inv_freq_ != nullptr;
@@ -199,7 +199,7 @@ void Chain::body(int t, int tokens, const CacheView& cache, const Linear& after,
 
     multiply(t, layer.o, inputs_of(t, tokens, attended_, layer.o, from_attended_), tokens, layer.up,
              add_to(layer.o, x_));
-    normalise(t, tokens, layer.norm2, layer.up, from_x_);
+    normalise(t, tokens, layer.norm2, from_x_);
     multiply(t, layer.up, from_x_.view(), tokens, layer.down, [&](int c, const float* sums) {
       const int width = layer.up.width(), made = s.gated ? width / 2 : width;
       const bool bf16 = from_mid_.kind == InputKind::bf16;
