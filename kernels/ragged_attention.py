@@ -226,11 +226,6 @@ def _launch(
     return out, lse
 
 
-def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    shape = query.shape[:2]
-    return query.new_empty(*shape, values.shape[2]), query.new_empty(shape, dtype=torch.float32)
-
-
 KEYWORDS = (
     "*, int page_size, float scaling, int window=0, float softcap=0.0, float dropout=0.0, Tensor? seed=None, "
     "SymInt max_query, SymInt max_length"
@@ -239,7 +234,7 @@ LAYOUT = "Tensor page_table, Tensor rows, Tensor row_offsets, Tensor lengths"
 _OP = register(
     f"ragged_attention(Tensor query, Tensor keys, Tensor values, {LAYOUT}, {KEYWORDS}) -> (Tensor, Tensor)",
     _launch,
-    _fake,
+    decode._fake,
 )
 
 
