@@ -54,16 +54,6 @@ def test_what_makes_no_sense_is_refused(call, message: str) -> None:
         call()
 
 
-def test_prompts_are_refused_by_what_is_wrong_with_them(model: Coconut) -> None:
-    with pytest.raises(ValueError, match="num_thoughts: expected an int of at least 0, found {0: 1, 1: 2}"):
-        generate(model, [[5], [6]], num_thoughts={0: 1, 1: 2})
-    limit = model.max_positions
-    with pytest.raises(ValueError, match=f"prompts: prompt 0 gets {limit + 1} thoughts, more than the {limit} pos"):
-        generate(model, [[5]], num_thoughts=limit + 1)
-    with pytest.raises(ValueError, match=f"prompts: prompt 0 has {limit + 3} tokens with its thoughts"):
-        generate(model, [[5]], num_thoughts=limit, max_new_tokens=1)
-
-
 def test_masks_that_are_none_are_refused(model: Coconut) -> None:
     ids = torch.tensor([[5, 6, 7]])
     for mask in ([[0.0, 0.0, -1.0]], [[2, 2, 2]]):
