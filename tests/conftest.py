@@ -48,6 +48,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test once for each instruction set of this machine, which the C++ kernels then use."""
+    from coconut_fast import ops
+
+    monkeypatch.setenv("COCONUT_FAST_ISA", request.param)
+    try:
+        ops.extension().isa()
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
 @pytest.fixture(params=["eager", "chosen"])
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test twice: on the eager runner, and on the one the engine chooses (the native chain where possible)."""

@@ -167,13 +167,6 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
-
-def isas() -> list[str]:
-    return ISAS[: ISAS.index(ops.extension().isa()) + 1]
-
-
 # One token alone, no token, one query at the end of a page and beyond it, a prefill, a tail, several chunks of lanes.
 ROWS = ([1, 0, 1, 1, 40, 9, 200], [1, 20, 16, 33, 40, 170, 251])
 OPTIONS = {
@@ -206,12 +199,9 @@ def test_every_head_count_and_width(heads, dims):
     check(make([1, 3, 30], [50, 3, 77], heads=heads, dims=dims, dtype=FP64, softcap=2.0))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64])
-def test_every_instruction_set(isa, dtype, monkeypatch):
-    if isa not in isas():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("COCONUT_FAST_ISA", isa)
+def test_every_instruction_set(dtype):
     for options in OPTIONS.values():
         check(make([1, 50, 20, 100], [90, 50, 333, 101], heads=(6, 2), dims=(80, 48), dtype=dtype, **options))
 

@@ -13,16 +13,6 @@ from tests.compare import assert_as_good_as_torch
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setenv("COCONUT_FAST_ISA", request.param)
-    try:
-        ops.extension().isa()
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
-
-
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", HALVES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(0,), (1,), (255,), (3, 259), (2, 3, 40_000)])

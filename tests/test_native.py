@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from coconut_fast import ops
 from coconut_fast.infer import native
 from coconut_fast.infer.decode import ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner
@@ -22,7 +21,6 @@ from tests.test_plan import ROPES, gpt2, llama_like
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [30], [40, 41, 42, 43, 44]]
 COUNTS = [3, 5, 0]
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 MODELS = {
     "gpt2": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),
     "gpt2-relu": lambda: gpt2(activation_function="relu", n_head=3, n_inner=70),
@@ -34,11 +32,6 @@ MODELS = {
     "qwen3": lambda: llama_like("Qwen3", head_dim=24),
     "qwen3-wide": lambda: llama_like("Qwen3", head_dim=56),  # a pair of vectors, one vector and a rest, at any width
 }
-
-
-def available(isa: str) -> bool:
-    best = ops.extension().isa()
-    return best == "amx" or ISAS.index(isa) <= ISAS.index(best)  # a CPU with tiles has all the others
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> nn.Module:
@@ -115,12 +108,8 @@ def test_int8_chains_do_what_their_weights_say(name: str) -> None:
     assert_as_good_as_torch(ours, chains(plain), chains(truth), what=name)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
-def test_every_instruction_set(isa: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not available(isa):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("COCONUT_FAST_ISA", isa)
+def test_every_instruction_set(isa: str, weights: str) -> None:
     for name in ("gpt2", "qwen3", "qwen3-wide"):
         hf = random_model(name, torch.bfloat16 if weights != "fp32" else torch.float32)
         model = native.NativeModel(wrap(hf), weights=weights, threads=1)
@@ -143,14 +132,9 @@ def test_rope_scaling(rope: dict[str, object]) -> None:
     assert_as_good_as_torch(ours, chains(hf), chains(copy.deepcopy(hf).double()))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(
-    isa: str, weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not available(isa):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("COCONUT_FAST_ISA", isa)
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(weights: str) -> None:
     hf = random_model("qwen3-wide", torch.bfloat16 if weights != "fp32" else torch.float32)
     # Enough rows that products prefetch keys and values, from several pages per row.
     prompts = [[(7 * i + j) % 99 for j in range(1 + 7 * i % 37)] for i in range(21)]
