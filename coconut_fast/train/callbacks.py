@@ -28,7 +28,7 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        trainer.run_state.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
+        trainer.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
         if trainer.schedule.next_stage(trainer.run_state.history) is None:
             raise ValueError(
                 f"num_epochs: the run in {args.output_dir} has finished its {len(trainer.run_state.history)} epochs; "

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.checkpoints import CheckpointError
 from coconut_fast.train.schedule import EpochRecord
@@ -29,16 +27,14 @@ class RunState:
 
     history: list[EpochRecord] = field(default_factory=list)
     best: dict[str, Any] | None = None  # stage, accuracy, step
-    loss_is_finite: torch.Tensor = field(default_factory=lambda: torch.tensor(True))
 
     @property
     def best_step(self) -> int | None:
         return self.best["step"] if self.best else None
 
-    def restore(self, manifest: dict[str, Any], device: torch.device) -> None:
+    def restore(self, manifest: dict[str, Any]) -> None:
         self.history = [EpochRecord(**record) for record in manifest["history"]]
         self.best = manifest["best"]
-        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def improves(self, stage: int, accuracy: float, step: int) -> bool:
         """Records an epoch's accuracy -> whether it is its stage's best (accuracy falls when language is removed)."""

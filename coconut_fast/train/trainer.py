@@ -65,6 +65,7 @@ class CoconutTrainer(Trainer):
     control: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
     is_fsdp_enabled: bool
+    loss_is_finite: torch.Tensor  # () bool: of every batch of this step so far
 
     def __init__(
         self,
@@ -211,7 +212,7 @@ class CoconutTrainer(Trainer):
             self.thought_norm = norm.clone() if norm is not None and self._logs_now() else None
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.run_state.loss_is_finite = self.run_state.loss_is_finite & torch.isfinite(loss)
+        self.loss_is_finite = self.loss_is_finite & torch.isfinite(loss)
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # a skipped step must not spoil the mean
 
     def _forward_backward(
@@ -233,8 +234,8 @@ class CoconutTrainer(Trainer):
         """Makes the optimizer skip a step with non-finite loss or gradient, without host synchronisation."""
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.run_state.loss_is_finite
-        self.run_state.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.loss_is_finite
+        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         bad = (~finite).float()
         if self.args.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
@@ -323,7 +324,7 @@ class CoconutTrainer(Trainer):
             folder = Path(resume_from_checkpoint)
             manifest = checkpoints.read_manifest(folder)
             check_same_run(manifest["run"], run_fingerprint(self), folder)
-            self.run_state.restore(manifest, self.args.device)
+            self.run_state.restore(manifest)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
