@@ -18,8 +18,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 OPTIMISE = ["-O3", "-std=c++20"]
 # at::parallel_for runs on torch's threads only with OpenMP. It is not linked: torch brings its own runtime.
-THREADS = ["-pthread"] if sys.platform == "darwin" else ["-pthread", "-fopenmp"]
-CXX = [*OPTIMISE, *THREADS, "-fvisibility=hidden"]
+CXX = [*OPTIMISE, "-pthread", "-fopenmp", "-fvisibility=hidden"]
 NVCC = [*OPTIMISE, "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 ARCHITECTURES = "8.0;9.0+PTX"  # where there is no GPU to query
 # Python's own flags ask for debug information, 20 MB of it. CFLAGS can turn it on again.

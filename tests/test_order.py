@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import sys
 import time
 from itertools import chain
 from types import SimpleNamespace
@@ -89,7 +88,6 @@ def _parent(pipe: Any) -> None:
     time.sleep(60)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_worker_ends_with_a_killed_trainer() -> None:
     ours, theirs = multiprocessing.Pipe()
     trainer = multiprocessing.get_context("fork").Process(target=_parent, args=(theirs,), daemon=False)

@@ -58,8 +58,7 @@ def free_bytes(device: torch.device) -> int:
 def cpus() -> int:
     """The least of torch's threads (`torch.set_num_threads`, OMP_NUM_THREADS), the CPUs this process may run on, and
     the container's CPU quota: with more threads than the quota, all are stopped for most of every period."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(torch.get_num_threads(), allowed)
+    count = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     for names in _CPU_TIME:
         try:
             quota, period = (int(word) for name in names for word in (CONTAINER / name).read_text().split())
