@@ -176,6 +176,9 @@ def test_replay_draws_from_earlier_stages():
     for slots in range(2):
         assert abs(used[slots] - 0.4 / 3) < 4 * math.sqrt(0.4 / 3 * (1 - 0.4 / 3) / 3000)
     assert stages_used(CurriculumConfig(replay_prob=1.0), 0, n=50) == {0: 1.0}
+    both = stages_used(CurriculumConfig(uniform_prob=0.3, replay_prob=0.6, max_latent_stage=2), 2)
+    for slots in range(2):
+        assert abs(both[slots] - (0.3 / 4 + 0.6 / 2)) < 4 * math.sqrt(0.25 / 3000), "each takes its share"
 
 
 def test_random_rows_depend_on_seed_epoch_and_example_alone():

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from coconut_fast.data.curriculum import CurriculumConfig
 from coconut_fast.data.examples import Example, read_examples, write_examples
 from coconut_fast.data.graphs import (
     ANSWER,
@@ -24,7 +25,8 @@ from coconut_fast.data.graphs import (
     symbolic_record,
 )
 from coconut_fast.data.prosqa import generate_prosqa
-from coconut_fast.train.problems import graphs_of
+from coconut_fast.train.problems import DataSet, graphs_of
+from coconut_fast.train.rows import StageRows
 
 #     0 -> 2 -> 4 -> 6      6 is three hops from 0, by two shortest paths; 5 is a dead end; 1 -> 3 is the other part
 #     0 -> 2 -> 5 -> 6 -> 7
@@ -101,6 +103,21 @@ def test_every_epoch_has_its_own_order():
         assert sum(a.question_ids == b.question_ids for a, b in zip(first, again, strict=True)) < 3
     target_first = [e.question_ids[e.question_ids.index(QUESTION) + 1] == 6 for e in first]
     assert 10 < sum(target_first) < 40
+
+
+def test_rows_are_of_the_graphs_of_their_epoch():
+    examples = [symbolic_record(graph) for graph in layered_trees(3)]
+    for idx in range(3):
+        seen = set()
+        for seed in (0, 1):
+            data = DataSet(examples, None, {"frontier": "all", "relabel": True, "separators": True}, seed)
+            assert data.fixed[idx] == data.at(idx, 0)
+            rows = StageRows(data, CurriculumConfig("cot"), TOKENS, seed)
+            for epoch in (0, 1):
+                question = data.at(idx, epoch).question_ids
+                assert rows[idx, epoch, 0][1][: len(question)] == question
+                seen.add(tuple(question))
+        assert len(seen) == 4
 
 
 def test_relabeled_graphs_are_the_same_graphs():

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig, training_row
 from coconut_fast.data.examples import TokenizedExample
-from coconut_fast.tokens import LatentTokens
+from coconut_fast.tokens import IGNORE, LatentTokens
 from coconut_fast.train.order import EpochBatches, epoch_order
-from coconut_fast.train.rows import StageRows, end_with_parent
+from coconut_fast.train.rows import Collate, StageRows, end_with_parent
 
 
 def steps(num_examples: int, accumulation: int, processes: int, batch_size: int, epoch: int = 0) -> list[list[int]]:
@@ -72,6 +72,11 @@ def test_short_epochs_go_on_where_the_last_one_ended() -> None:
     assert np.bincount(across).tolist() == [3] * 7
 
 
+def test_every_round_is_shuffled_anew() -> None:
+    rounds = [epoch_order(50, 0, seed=0), epoch_order(50, 0, seed=1), *np.split(epoch_order(50, 1, 0, 100), 2)]
+    assert len(set(map(tuple, rounds))) == 4
+
+
 def test_keys_name_epoch_and_stage() -> None:
     sampler = EpochBatches(4, batch_size=4, accumulation=1)
     sampler.epoch, sampler.stage = 3, 2
@@ -117,3 +122,34 @@ def test_rows_are_sorted_by_what_is_not_the_same_for_all(method: str) -> None:
     for stage in (0, 2, 5):
         found = [len(training_row(e, stage, config, tokens)[0]) for e in examples]
         assert len({a - b for a, b in zip(found, rows.lengths(stage), strict=True)}) == 1
+
+
+def test_chance_draws_anew_in_every_epoch_and_for_every_seed() -> None:
+    problems = SimpleNamespace(at=lambda idx, epoch: TokenizedExample([1], [[2]] * 9, [3, 0]))
+    config = CurriculumConfig(uniform_prob=1.0, max_latent_stage=9, markers=False)
+
+    def drawn(seed: int, epoch: int) -> tuple[int, ...]:
+        rows = StageRows(problems, config, LatentTokens(thought=6), seed)
+        return tuple(rows[idx, epoch, 0][1].count(6) for idx in range(20))
+
+    assert len({drawn(0, 0), drawn(0, 1), drawn(1, 0)}) == 3
+
+
+def test_rows_that_markers_make_too_long_are_refused() -> None:
+    tokens = LatentTokens(start=5, thought=6, end=7, eos=0)
+    example = TokenizedExample([1] * 5, [[2], [2]], [3, 0])
+    config = CurriculumConfig(max_latent_stage=1)
+    rows = StageRows(SimpleNamespace(fixed=[example], where="data"), config, tokens, seed=0)
+    longest = max(len(training_row(example, stage, config, tokens)[0]) for stage in range(3))
+    rows.check(range(3), longest)
+    with pytest.raises(ValueError, match=f"problem 1 has {longest} tokens"):
+        rows.check(range(3), longest - 1)
+
+
+@pytest.mark.parametrize(("passes", "idle"), [(1, 0), (2, 0), (3, 1), (4, 1)])
+def test_an_idle_row_is_added_where_passes_are_missing(passes: int, idle: int) -> None:
+    collate = Collate(LatentTokens(thought=6, eos=0))
+    batch = collate([((0, 0, 0), [1, 6, 3], [IGNORE, IGNORE, 3])], passes)["batch"]
+    assert len(batch.passes) == max(passes, 2)
+    assert (len(batch.lengths), batch.num_targets) == (1 + idle, 1)
+    assert len(collate([], passes)["batch"].passes) == passes
