@@ -119,3 +119,14 @@ def test_learning_rates_of_steps(kind: str, behind: list[float]) -> None:
     factor = learning_rate_factor(SimpleNamespace(settings=settings), 23)
     assert [factor(step) for step in (0, 1, 2)] == [0.25, 0.5, 0.75]
     assert [factor(step) for step in (3, 13, 23)] == pytest.approx(behind)
+
+
+def test_a_final_cosine_spans_all_steps_of_the_final_epochs() -> None:
+    trainer = SimpleNamespace(
+        settings=SimpleNamespace(warmup_steps=0, lr_schedule="cosine_final", final_epochs=2),
+        schedule=StageSchedule(last_stage=1, epochs_per_stage=1, num_epochs=3, final_epochs=2),
+        run_state=SimpleNamespace(history=[EpochRecord(0)]),
+        sampler=SimpleNamespace(updates=5),
+    )
+    factor = learning_rate_factor(trainer, 15)
+    assert [factor(step) for step in (4, 5, 10, 15)] == pytest.approx([1, 1, 0.5, 0])
