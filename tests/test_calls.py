@@ -19,7 +19,9 @@ from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.think import think
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import SavedSettings
+from coconut_fast.train.build import build
 from tests.families import TOKENS, VOCAB, make_hf
+from tests.runs import chains, tiny
 from tests.test_loading import make_tokenizer
 
 THOUGHT = TOKENS.thought
@@ -193,7 +195,14 @@ def test_a_prompt_with_markers_is_framed_once(tmp_path: Path) -> None:
     for inner in ("<|end-latent|>", "", "<|latent|> <|end-latent|>"):
         assert read(f"a <|start-latent|> {inner}", 2) == whole, inner
     assert read("a <|start-latent|> <|end-latent|>") == whole
-    assert read("a") == [*model.tokenizer.encode("a b"), start, thought, thought, end]
+    assert read("a") == read("a b") == [*model.tokenizer.encode("a b"), start, thought, thought, end]
+
+
+def test_texts_have_no_special_tokens(tmp_path: Path) -> None:
+    model = build(tiny(tmp_path), chains(40)).eval()
+    output = generate(model, ["go on from ada"] * 4, num_thoughts=1, max_new_tokens=40, temperature=9.0, seed=0)
+    assert any(set(ids) & set(model.tokenizer.all_special_ids) for ids in output.token_ids)
+    assert not any("<|" in text for text in output.texts)
 
 
 def test_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def test_sampling_does_not_depend_on_batch_or_order(model) -> None:
     assert generate(model, PROMPTS, seed=4, **options).token_ids != expected
 
 
+def test_without_a_seed_torchs_generator_gives_one(model) -> None:
+    ask = functools.partial(generate, model, PROMPTS, temperature=1.0, max_new_tokens=9)
+    torch.manual_seed(5)
+    first, second = ask().token_ids, ask().token_ids
+    torch.manual_seed(5)
+    assert first != second and ask().token_ids == first
+
+
 def test_samples_of_a_prompt_share_one_reading_and_differ(model) -> None:
     options = {"temperature": 1.0, "seed": 1, "max_new_tokens": 8}
     samples = generate(model, PROMPTS, num_samples=4, batch_size=5, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coconut_fast.infer.sampling import sample, uniform
+from coconut_fast.infer.sampling import sample, sample_at, uniform
 
 
 def test_uniform_is_splitmix64() -> None:
@@ -43,6 +43,16 @@ def test_frequencies_follow_the_kept_probabilities(top_k: int, top_p: float, kep
     assert set(ids.tolist()) == kept
     error = (expected * (1 - expected) / n).sqrt()
     assert ((seen - expected).abs() <= 4.5 * error).all()
+
+
+def test_no_more_tokens_are_kept_than_reach_top_p() -> None:
+    ids = sample(torch.zeros(64, 4), list(range(64)), [0] * 64, temperature=1.0, top_p=0.5)
+    assert set(ids.tolist()) == {0, 1}, "a quarter each: two reach a half"
+
+
+def test_a_token_is_drawn_where_the_sum_exceeds_the_number() -> None:
+    logits, numbers = torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), torch.tensor([0.0, 0.5], dtype=torch.float64)
+    assert sample_at(logits, numbers, 1.0).tolist() == [1, 2], "one without probability never"
 
 
 def test_rows_are_independent() -> None:
