@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from coconut_fast.data.curriculum import CurriculumConfig
+from coconut_fast.data.curriculum import CurriculumConfig, question_row
 from coconut_fast.data.examples import Example, tokenize_examples
 from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
-from coconut_fast.evaluate.accuracy import evaluate
+from coconut_fast.evaluate import accuracy
+from coconut_fast.evaluate.accuracy import evaluate, trained_curriculum
 from coconut_fast.evaluate.table import result_table, write_results
 from coconut_fast.infer import scoring
 from coconut_fast.infer.prompts import read_prompts
@@ -79,14 +81,32 @@ def test_number_of_thoughts_is_said_or_remembered(model: Coconut) -> None:
     record_curriculum(model, CurriculumConfig(c_thought=2, max_latent_stage=3), stage=2)
     assert evaluate(model, examples, max_new_tokens=2).mean_thoughts == 4
     assert evaluate(model, examples, num_thoughts=1, max_new_tokens=2).mean_thoughts == 1
+    assert evaluate(model, examples, method="cot", max_new_tokens=2).mean_thoughts == 0
     record_curriculum(model, CurriculumConfig(pad_latent_to_max=False), stage=9)
     counts = [p.num_thoughts for p in evaluate(model, examples, max_new_tokens=2).predictions]
     assert counts == [len(e.steps) for e in examples], "unpadded, every question gets its own number"
 
 
+def test_questions_have_markers_where_the_checkpoint_has(model: Coconut) -> None:
+    [ids] = tokenize_examples(chains(1), model.tokenizer)
+    for model.settings.markers in (True, False):
+        config, stage = trained_curriculum(model, num_thoughts=3)
+        assert (model.tokens.start in question_row(ids, stage, config, model.tokens)) == model.settings.markers
+
+
+def test_evaluate_hands_on_what_it_is_told(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"num_thoughts": 1, "max_new_tokens": 3, "batch_size": 2, "weights": "int8", "where": "x"}
+    told = {}
+    monkeypatch.setattr(accuracy, "generate_and_score", lambda *_, **keywords: told.update(keywords))
+    evaluate(model, chains(2), **given)
+    assert told == given
+
+
 def test_answers_are_cut_to_the_positions_there_are(model: Coconut) -> None:
     long = Example(" ".join(["go"] * 55), [], "ada")
     assert evaluate(model, [long], num_thoughts=2, max_new_tokens=100).predictions[0].new_tokens <= 64
+    record_curriculum(model, CurriculumConfig(), stage=0)  # without thoughts, in whose place 45 are asked for
+    assert [p.num_thoughts for p in evaluate(model, chains(2), num_thoughts=45).predictions] == [45, 45]
 
 
 def test_a_question_without_room_is_named(model: Coconut) -> None:
@@ -99,15 +119,16 @@ def test_a_question_without_room_is_named(model: Coconut) -> None:
 def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
     settings = tiny(tmp_path, tokenizer="symbols")
     model = build(settings, []).eval()
-    examples = [symbolic_record(g, i) for i, g in enumerate(layered_trees(4, depth=2, extra_edges=2))]
+    examples = [symbolic_record(g, i) for i, g in enumerate(layered_trees(4, depth=3, extra_edges=2))]
     tokenized = symbolic_examples([graph_of(e) for e in examples], frontier="all")
-    config = CurriculumConfig(target="random_frontier", max_latent_stage=2, markers=False)
+    config = CurriculumConfig(target="random_frontier", max_latent_stage=3, markers=False)
     early = make_problems(model, examples, tokenized, 1, config)
     assert [len(p.accepted) for p in early] == [len(t.frontiers[1]) for t in tokenized if t.frontiers]
     assert all(p.length == 1 and p.prompt[-1] == model.tokens.thought for p in early)
-    late = make_problems(model, examples, tokenized, 2, config)
-    assert [p.accepted for p in late] == [(e.answer,) for e in examples]
-    assert all(p.length is None and p.prompt[-1] == 37 for p in late), "[A] is given"
+    for stage, last in ((3, 3), (2, 1)):  # behind the last step; past the last stage
+        late = make_problems(model, examples, tokenized, stage, replace(config, max_latent_stage=last))
+        assert [p.accepted for p in late] == [(e.answer,) for e in examples]
+        assert all(p.length is None and p.prompt[-1] == 37 for p in late), "[A] is given"
     assert generate_and_score(model, early, max_new_tokens=9).mean_tokens == 2, "one thought, one node"
 
 
