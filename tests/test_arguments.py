@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from coconut_fast.train.arguments import PASSED_THROUGH, RENAMED_FIELDS, CoconutArguments
 from coconut_fast.train.build import build, make_tokenizer
 from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
+from coconut_fast.train.schedule import StageSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -289,3 +290,26 @@ def test_every_row_of_table_1_is_one_override(recipe: str, method: str) -> None:
     found = read_recipe(ROOT / "recipes" / f"{recipe}.yaml", [f"method={method}"])
     assert found.curriculum().method == method
     assert found.schedule().next_stage([]) == 0
+
+
+def test_the_schedule_is_of_the_settings() -> None:
+    plan = {"epochs_per_stage": 2, "num_epochs": 19, "first_stage_epochs": 5, "final_epochs": 4, "advance_at": 0.5}
+    plan |= {"reset_optimizer": "never"}
+    settings = make_arguments({**plan, "resume": 3, "max_latent_stage": 2, "val_path": "val.json"})
+    assert settings.schedule() == StageSchedule(**plan, last_stage=3, first_epoch=3)
+    assert make_arguments({"method": "cot"}).schedule().last_stage == 0
+
+
+def test_settings_reach_transformers() -> None:
+    given = {"weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.7, "max_grad_norm": 2.0, "warmup_steps": 7}
+    given |= {"logging_steps": 3, "gradient_accumulation_steps": 5, "seed": 4}
+    ours = {"lr": 0.5, "num_workers": 2, "precision": "bf16", "device": "cpu"}
+    found = make_arguments({**given, **ours}).to_training_arguments()
+    assert {name: getattr(found, name) for name in given} == given
+    assert (found.learning_rate, found.dataloader_num_workers, found.bf16) == (0.5, 2, True)
+
+
+def test_limits_of_the_problems_that_are_read() -> None:
+    assert make_arguments({}).limits() == (None, None)
+    assert make_arguments({"eval_examples": 5}).limits() == (None, 5)
+    assert make_arguments({"eval_examples": 5, "debug": True}).limits() == (5000, 32)
