@@ -36,6 +36,7 @@ def test_json_and_json_lines_read_alike(tmp_path):
     ]
     lines = json.dumps(GOOD) + "\n\n" + json.dumps(second) + "\n"
     assert read_examples(save(tmp_path, [GOOD, second])) == expected
+    assert read_examples(save(tmp_path, "\n  " + json.dumps([GOOD, second], indent=1))) == expected
     assert read_examples(save(tmp_path, lines, "set.jsonl")) == expected
     assert read_examples(save(tmp_path, lines, "lines.txt")) == expected
     assert read_examples(save(tmp_path, b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())) == expected

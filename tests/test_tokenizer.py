@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from coconut_fast.data.examples import Example, tokenize_examples
+from coconut_fast.data.examples import Example, TokenizedExample, tokenize_examples
 from coconut_fast.data.graphs import TOKENS, VOCABULARY, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.data.prontoqa import generate_prontoqa
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.tokens import END_LATENT, LATENT, PAUSE, START_LATENT
+from coconut_fast.train.problems import DataSet
 
 GSM = [
     Example(
         "Josh buys a house for $80,000.  It's 150% up (really!); who\u2019s “rich” \u2013 Ünal?\tNobody…",
         ["<<80000+50000=130000>>", "", "<<2*.5=1>>"],
         "-1,070.5",
-    )
+    ),
+    Example("is it so , or not ? it 's n't .", ["do n't , please !"], "no ."),
 ]
 
 
@@ -89,3 +91,14 @@ def test_symbolic_tokenizer(tmp_path):
     assert tokenizer.decode([graph.target, TOKENS.eos], skip_special_tokens=True) == record.answer
     with pytest.raises(Exception, match="WordLevel"):
         tokenizer.encode("31")
+
+
+def test_a_digest_knows_where_pieces_end():
+    """The problems of a run that is resumed are recognised by it."""
+
+    def digest(question: list[int], step: list[int], answer: list[int]) -> str:
+        data = DataSet([], None, symbols={})
+        data.fixed = [TokenizedExample(question, [step], answer)]
+        return data.digest
+
+    assert len({digest([1, 2], [3], [4]), digest([1], [2, 3], [4]), digest([1, 2], [], [3, 4])}) == 3
