@@ -246,6 +246,9 @@ def test_a_row_holds_at_most_its_pages():
     (row,) = layout.alloc(1)
     refused(layout, layout.append, [row], [9], match="would be 0 \\+ 9 tokens long, a row holds at most 8")
     refused(layout, layout.append, [row], [2**62], match="a row holds at most 8")
+    cache = KVCache(1, num_slots=64, max_rows=2, max_length=16)
+    with pytest.raises(ValueError, match="a row holds at most 16"):
+        cache.append(cache.alloc(1), [17])
 
 
 def test_empty_calls_change_nothing():

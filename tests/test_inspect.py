@@ -44,6 +44,7 @@ def test_a_decoded_thought_is_the_head_of_the_fed_back_state(model: Coconut):
         alone = decode_thoughts(model, [prompt], num_thoughts=count)[0]
         torch.testing.assert_close(alone, probabilities_KV)
     assert decode_thoughts(model, []) == [] and not decoded[0].is_inference(), "probes may train on them"
+    assert decode_thoughts(model.to(torch.bfloat16), prompts, num_thoughts=1)[0].dtype == torch.float32
 
 
 def test_mass_by_hops():

@@ -102,8 +102,10 @@ def test_stats_say_who_ran_and_where_the_time_went(monkeypatch: pytest.MonkeyPat
     assert stats.bytes_per_latent_pass == chain.body_bytes > 2 * 12 * 32 * 32 * 4
     assert stats.bytes_per_token_pass == chain.body_bytes + chain.head_bytes
     assert min(stats.prefill_seconds, stats.think_seconds, stats.decode_seconds) > 0
+    assert stats.seconds == stats.prefill_seconds + stats.think_seconds + stats.decode_seconds
     per_pass = stats.think_seconds / 3
     assert stats.seconds_per_latent_pass == per_pass
+    assert stats.seconds_per_token_pass == stats.decode_seconds / stats.token_passes
     assert stats.bandwidth_share == pytest.approx(chain.body_bytes / per_pass / 1e9)
     assert stats.tokens_per_second == pytest.approx((stats.new_tokens + 12) / stats.seconds)
     other = generate(make_pair("gemma2")[0], PROMPTS, max_new_tokens=1).stats

@@ -83,6 +83,7 @@ def test_a_model_answers_by_the_rounds_it_was_trained_with(family: str, rounds: 
     found = generate(model, prompts, max_new_tokens=4, return_thoughts=True)
     assert found.stats.backend == "parallel" and f"in {rounds} rounds" in found.stats.reason
     assert found.prompt_ids == prompts
+    assert (found.stats.latent_passes, found.stats.thoughts) == (rounds, 9)
     for prompt, answer, thoughts_KD in zip(prompts, found.token_ids, found.thoughts, strict=True):
         row = list(prompt)
         for token in answer:
