@@ -17,6 +17,7 @@ CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
     "prompts": ([33, 1, 50], [33, 1, 50], 2, 2, 16, None, 16, {}),
     "one query a row, with dropout": ([40, 3], [1, 1], 2, 1, 16, None, 16, {"dropout": 0.3, "seed": 5}),
     "one query a row": ([150, 3, 1], [1, 1, 1], 2, 2, 16, None, 16, {}),
+    "one query a row or none": ([40, 20, 3], [1, 0, 1], 2, 1, 16, None, 16, {}),
     "one query a row, everything": (
         *([90, 40], [1, 1], 3, 3, 24, 40, 4),
         {"window": 77, "softcap": 3.0, "dropout": 0.3, "seed": 7},
@@ -24,6 +25,8 @@ CASES = {  # lengths, queries of each row, H, Hkv, K, Kv, page size, options
     "a row without queries": ([20, 30, 70], [5, 0, 40], 3, 1, 24, 40, 4, {}),
     "tails, grouped, odd width": ([75, 9], [14, 9], 6, 2, 80, None, 16, {}),
     "window": ([90, 70], [90, 3], 2, 2, 16, None, 16, {"window": 17}),
+    "many queries": ([300, 5], [270, 2], 2, 1, 8, None, 16, {}),
+    "many queries, window": ([300, 5], [270, 2], 2, 1, 8, None, 16, {"window": 33}),
     "window and dropout": ([60, 35], [20, 35], 4, 2, 8, None, 1, {"window": 33, "dropout": 0.5, "seed": -(2**40) - 7}),
     "tiny": ([5, 3], [2, 3], 2, 1, 8, None, 4, {}),
     "softcap": ([40, 50], [40, 2], 2, 1, 32, None, 16, {"softcap": 3.0}),
