@@ -30,6 +30,7 @@ CASES = [  # lengths, H, Hkv, K, Kv, page size, window, softcap
     ([90, 17], 2, 2, 32, None, 1, 0, 5.0),
     ([140, 300], 4, 1, 8, None, 16, 70, 2.0),
     ([260, 700, 256], 4, 2, 16, None, 16, 0, 0.0),
+    ([2100, 3200], 2, 1, 8, None, 16, 0, 0.0),  # more splits than are combined at a time
 ]
 
 
@@ -42,7 +43,8 @@ def test_against_the_reference(
         lengths, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, page_size=page, dtype=dtype, device=device
     )
     query = torch.randn(len(lengths), heads, head_dim).to(device, dtype)
-    options = {"page_size": page, "scaling": head_dim**-0.5, "window": window, "softcap": softcap, "max_length": 700}
+    options = {"page_size": page, "scaling": head_dim**-0.5, "window": window, "softcap": softcap}
+    options["max_length"] = max(700, *lengths)
     ours = ops.decode_attention(query, *cache.store(), *cache.layout(), **options, backend="triton")
     plain = decode_attention_ref(query, *cache.store(), *cache.layout(), **options)
     truth = decode_attention_ref(*truth_of(query, *cache.store(), *cache.layout()), **options)
@@ -74,7 +76,7 @@ def test_the_new_token_is_turned_written_and_attended_to(heads, kv_heads, rotary
         }
     if norm:
         extra |= {name: torch.rand(head_dim, device=device) + 0.5 for name in ("query_norm", "key_norm")}
-    options = {"page_size": 16, "scaling": 0.2, "max_length": 320}
+    options = {"page_size": 16, "scaling": 0.2, "softcap": 1.0 if norm else 0.0, "max_length": 320}
     counters = torch.zeros(5 * heads, dtype=torch.int32, device=device)
     runs = []
     for dtype, name in ((None, "triton"), (None, "torch"), (torch.float64, "torch")):
