@@ -65,15 +65,30 @@ def test_sampling_is_that_of_the_engine(batch, dim, vocabulary, top_k, top_p, de
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_unit_interval_give_kept_ids(number, device) -> None:
-    hidden, weight = head(2, 16, 150)
-    numbers = torch.full((2,), number, dtype=torch.float64)
-    for top_k, top_p in ((0, 1.0), (4, 1.0), (0, 0.5)):
-        ours = ops.lm_head_sample(
-            hidden.to(device), weight.to(device), numbers=numbers.to(device), temperature=1.0, top_k=top_k, top_p=top_p,
-            backend="triton",
-        )  # fmt: skip
-        assert torch.equal(ours.cpu(), sample_at(hidden @ weight.t(), numbers, 1.0, top_k, top_p))
+@pytest.mark.parametrize(
+    ("batch", "vocabulary", "top_k", "top_p"), [(16, 150, 0, 1.0), (2, 150, 4, 1.0), (3, 4990, 0, 0.5)]
+)
+def test_the_ends_of_the_unit_interval_give_kept_ids(batch, vocabulary, top_k, top_p, number, device) -> None:
+    """Sums in another order may fall short of the last number."""
+    hidden, weight = head(batch, 16, vocabulary)
+    bias = torch.where(torch.arange(vocabulary) < 70, -1e4, 0.0)  # the whole first tile has no probability
+    numbers = torch.full((batch,), number, dtype=torch.float64)
+    ours = ops.lm_head_sample(
+        hidden.to(device), weight.to(device), bias=bias.to(device), numbers=numbers.to(device), temperature=1.0,
+        top_k=top_k, top_p=top_p, backend="triton",
+    )  # fmt: skip
+    assert torch.equal(ours.cpu(), sample_at(hidden @ weight.t() + bias, numbers, 1.0, top_k, top_p))
+
+
+def test_ties_are_counted_across_blocks_of_the_vocabulary(device) -> None:
+    logits = torch.zeros(5000)
+    logits[-1] = 1.0
+    numbers = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    ids = ops.lm_head_sample(
+        torch.ones(4, 1, device=device), logits[:, None].to(device), numbers=numbers.to(device), temperature=1.0,
+        top_k=3, backend="triton",
+    )  # fmt: skip
+    assert ids.tolist() == [0, 1, 4999, 4999]
 
 
 def test_frequencies_follow_the_probabilities(device) -> None:
