@@ -33,8 +33,8 @@ def test_plain_append_moves_the_bits(tokens, kv_heads, head_dim, dtype, device) 
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-def test_the_values_may_be_wider_than_the_keys_and_the_cache_narrower_than_both(device) -> None:
-    key, value = torch.randn(3, 2, 24, device=device), torch.randn(3, 2, 40, device=device)
+def test_values_may_be_wider_than_keys_heads_apart_and_the_cache_narrower_than_both(device) -> None:
+    key, value = (torch.randn(2, 3, width, device=device).transpose(0, 1) for width in (24, 40))
     ours = [torch.zeros(9, 2, 24, device=device).half(), torch.zeros(9, 2, 40, device=device).half()]
     theirs, slots = [t.clone() for t in ours], torch.tensor([8, 0, 3], device=device)
     ops.kv_append(key, value, slots, *ours, backend="triton")
