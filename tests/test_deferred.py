@@ -26,7 +26,7 @@ def _gradients(model, defer: bool, labels=LABELS, **autocast) -> dict[str, torch
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("small", [0, 12, 512])
+@pytest.mark.parametrize("small", [0, 1, 12, 512])  # 1: some uses have just one row
 def test_the_same_gradients_in_another_order(monkeypatch, small: int) -> None:
     monkeypatch.setattr(deferred, "SMALL", small)
     model, _ = make_pair("gpt2", torch.float64)
@@ -149,7 +149,7 @@ def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
 
 
 def test_other_than_a_parameters_products_are_left_to_autograd() -> None:
-    """Temporary biases that share an address, biases with a value for each row, and keyword arguments."""
+    """Temporary biases that share an address, biases with a value for each row, keyword arguments, and padding."""
     weight, table = (torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64)) for _ in range(2))
     bias = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
     wide = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
@@ -164,6 +164,8 @@ def test_other_than_a_parameters_products_are_left_to_autograd() -> None:
                 y = torch.nn.functional.linear(y, weight, bias=bias + factor)
             y = torch.addmm(wide, y, weight) + torch.addmm(x + bias, y, weight)
             looked_up = torch.nn.functional.embedding(ids, weight=table)
-        gradients.append(torch.autograd.grad(y.square().sum() + looked_up.square().sum(), leaves))
+            padded = torch.nn.functional.embedding(ids, table, 3)  # row 3 gets no gradient
+        loss = y.square().sum() + looked_up.square().sum() + padded.square().sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
