@@ -28,6 +28,7 @@ from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import chains, tiny
 
 
@@ -67,6 +68,8 @@ def test_judgement_is_by_the_extracted_answer(model: Coconut, monkeypatch: pytes
     assert [p.correct for p in result.predictions] == [True, False, True]
     assert [p.new_tokens for p in result.predictions] == [5, 3, 0]
     assert (result.accuracy, result.correct) == (2 / 3, 2)
+    named = evaluate(model, examples, num_thoughts=2, extract=lambda text: text.split()[-1])
+    assert [p.answer for p in named.predictions] == ["dee", "dee", "1234"] and named.accuracy == 1
     assert result.mean_tokens == 8 / 3 and result.mean_thoughts == 4 / 3
 
 
@@ -95,7 +98,7 @@ def test_questions_have_markers_where_the_checkpoint_has(model: Coconut) -> None
 
 
 def test_evaluate_hands_on_what_it_is_told(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"num_thoughts": 1, "max_new_tokens": 3, "batch_size": 2, "weights": "int8", "where": "x"}
+    given = {"num_thoughts": 1, "max_new_tokens": 3, "batch_size": 2, "weights": "int8", "where": "x", "extract": str}
     told = {}
     monkeypatch.setattr(accuracy, "generate_and_score", lambda *_, **keywords: told.update(keywords))
     evaluate(model, chains(2), **given)
@@ -184,6 +187,16 @@ def test_generate_asks_a_question_as_evaluation_does(tmp_path: Path, method: str
     problems = make_problems(model, examples, tokenize_examples(examples, model.tokenizer), 3, config)
     read = read_prompts(model, [e.question for e in examples], None, 1)
     assert [list(p.ids) for p in read] == [p.prompt for p in problems]
+
+
+def test_a_trainer_may_extract_answers_in_its_own_way(tmp_path: Path) -> None:
+    class Sure(CoconutTrainer):
+        extract_answer = staticmethod(lambda text: "dee")
+
+    folder = run(tiny(tmp_path, num_epochs=1), Sure)
+    share = sum(problem.answer == "dee" for problem in chains(8, seed=1)) / 8
+    found = [r["eval_accuracy"] for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
+    assert found == [share] and share > 0
 
 
 def test_the_loss_of_an_evaluation_is_the_mean_over_labelled_tokens(tmp_path: Path) -> None:

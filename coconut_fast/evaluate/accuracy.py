@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig, saved_curriculum
 from coconut_fast.data.examples import Example
@@ -20,14 +20,16 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     weights: str | None = None,
+    extract: Callable[[str], str] | None = None,
     where: str = "the data",
 ) -> Evaluation:
     """Accuracy of a model on problems, by greedy decoding.
 
     num_thoughts: for every question; None: as the checkpoint was trained (coconut.json). It is never derived from
     anything else: ValueError if a thinking model's checkpoint does not say. method: how prompts are made, where the
-    checkpoint does not know (a plain Hugging Face model evaluated as "cot", say). weights: see `generate`.
-    where: the file the problems are from, for errors.
+    checkpoint does not know (a plain Hugging Face model evaluated as "cot", say). weights: see `generate`. extract: a
+    generated text -> the answer, in place of the official rule; like the expected answer, it is compared without commas
+    and surrounding whitespace. where: the file the problems are from, for errors.
     """
     tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=where)
     config, stage = trained_curriculum(model, method, num_thoughts)
@@ -38,6 +40,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         weights=weights,
+        extract=extract,
         where=where,
     )
 

@@ -9,7 +9,7 @@ tokens, end-of-text does not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,9 +135,11 @@ def generate_and_score(
     max_new_tokens: int = 128,
     batch_size: int | None = None,
     weights: str | None = None,
+    extract: Callable[[str], str] | None = None,
     where: str = "the data",
 ) -> Evaluation:
-    """Generates and judges. `max_new_tokens` is limited to the positions the model has left after each prompt.
+    """Generates and judges. `max_new_tokens` is limited to the positions the model has left after each prompt. extract:
+    a generated text -> the answer to compare, in place of the official rule.
 
     ValueError, naming the record of `where`, for a prompt that is itself too long.
     """
@@ -161,7 +163,11 @@ def generate_and_score(
         if problem.length is not None:
             ids = ids[: problem.length]
             text = model.tokenizer.decode(ids)
-        found = extract_answer(text or "", mark, problem.accepted[0].count(mark))
+        found = (
+            extract_answer(text or "", mark, problem.accepted[0].count(mark))
+            if extract is None
+            else clean(extract(text or ""))
+        )
         predictions.append(
             Prediction(
                 idx=problem.idx,

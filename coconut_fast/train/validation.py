@@ -45,6 +45,7 @@ def _answers(trainer: CoconutTrainer, model: Coconut, validation: DataSet) -> Ev
         problems[args.process_index :: args.world_size],
         max_new_tokens=trainer.settings.answer_length(),
         batch_size=trainer.settings.eval_batch_size,
+        extract=trainer.extract_answer,
     )
     runner_cache.drop(model)  # training needs the cache's memory more than the next evaluation needs the graphs
     if args.world_size == 1:
