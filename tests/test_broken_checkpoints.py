@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coconut_fast import Coconut, load
+from coconut_fast import Coconut, LatentTokens, load
 from coconut_fast.files import remove_unfinished
+from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT
+from coconut_fast.train.build import build
 from tests.families import TOKENS, make_hf
+from tests.runs import tiny
+from tests.test_loading import make_tokenizer
 
 
 def _edited(folder, file: str, **changes) -> None:
@@ -49,6 +53,40 @@ def test_weights_that_do_not_fit_are_never_drawn_at_random(change, message: str,
     save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"^{tmp_path}: the weights do not fit config.json: {message}"):
         load(tmp_path, tokens=TOKENS)
+
+
+def test_weights_stored_as_integers_are_refused(tmp_path) -> None:
+    """A quantised model's, without the configuration that says so: they would be taken as they are."""
+    hf = make_hf("gpt2")
+    hf.save_pretrained(tmp_path)
+    state = {key: tensor.clone() for key, tensor in hf.state_dict().items()}
+    torch.save({**state, C_FC: state[C_FC] > 0}, tmp_path / "official")
+    with pytest.raises(ValueError, match=rf"official: {C_FC} is stored as torch.bool, expected F64, F32, F16, BF16"):
+        load(tmp_path / "official", tokens=TOKENS)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), C_FC: (100 * state[C_FC]).to(torch.int8)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model.safetensors: {C_FC} is stored as I8, expected F64, F32, F16, BF16"):
+        load(tmp_path, tokens=TOKENS)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
+    hf, tokenizer = make_hf("gpt2"), make_tokenizer(*"abcd", START_LATENT, LATENT, END_LATENT)
+    tokens = LatentTokens(start=6, thought=7, end=8, eos=0)
+    Coconut(hf, tokens, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert load(tmp_path).tokens == tokens
+    _edited(tmp_path, "coconut.json", tokens={"start": 6, "thought": 5, "end": 8, "eos": 0})
+    with pytest.raises(ValueError, match=r"<\|latent\|> is 7 in its tokenizer and 5 in coconut.json"):
+        load(tmp_path)
+    hf.resize_token_embeddings(7, mean_resizing=False)  # fewer than the tokenizer has
+    torch.save({f"base_causallm.{key}": tensor for key, tensor in hf.state_dict().items()}, tmp_path / "official")
+    (tmp_path / "coconut.json").unlink()
+    with pytest.raises(ValueError, match="official has 7 embeddings, expected one for each of the 9 tokens"):
+        load(tmp_path / "official")
+    settings = tiny(tmp_path, model=str(tmp_path), tokenizer=None)
+    hf.save_pretrained(tmp_path)
+    Coconut(hf, LatentTokens(thought=5), tokenizer=make_tokenizer(*"abcdefgh")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model: its tokenizer has 10 tokens, expected at most its 7 embeddings"):
+        build(settings, [])
 
 
 def test_a_missing_shard_is_named(tmp_path) -> None:

@@ -27,6 +27,15 @@ def check_finite(model: Coconut, what: str) -> None:
             raise ValueError(f"{what}: the weight {name.removeprefix('hf.')} holds NaN or infinite values")
 
 
+def check_vocabulary(model: Coconut) -> None:
+    """ValueError for a tokenizer with more tokens than the model has embeddings."""
+    rows = model.hf.get_input_embeddings().weight.shape[0]
+    if model.tokenizer is not None and len(model.tokenizer) > rows:
+        raise ValueError(
+            f"model: its tokenizer has {len(model.tokenizer)} tokens, expected at most its {rows} embeddings"
+        )
+
+
 @torch.no_grad()
 def check_ragged(model: Coconut, what: str) -> None:
     """ValueError, starting with `what`, for a model that computes rows of a batch differently from each row alone.

@@ -28,6 +28,7 @@ from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 REFERENCE_PREFIX = "base_causallm."
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # gpt2, Qwen/Qwen2.5-0.5B
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in safetensors
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -70,13 +71,17 @@ def load(
     tokenizer = _read_tokenizer(home)
     if tokens is None and saved is not None:
         tokens = LatentTokens(**saved["tokens"])
+        _check_same_tokens(tokens, tokenizer, home)
     if tokens is None:
         if tokenizer is None:
             raise ValueError(
                 f"tokens: {path_or_id} has no tokenizer to take the special tokens from; expected one beside "
                 "the weights, or tokens=LatentTokens(start=..., thought=..., end=..., eos=...)"
             )
+        rows = hf.get_input_embeddings().weight.shape[0]
         tokens = add_latent_tokens(hf, tokenizer, trained=trained_tokens)
+        if trained_tokens and len(tokenizer) > rows:
+            raise ValueError(f"{path} has {rows} embeddings, expected one for each of the {len(tokenizer)} tokens")
 
     settings = SavedSettings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
@@ -140,6 +145,15 @@ def add_latent_tokens(
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
 
 
+def _check_same_tokens(tokens: LatentTokens, tokenizer: PreTrainedTokenizerBase | None, home: Path | str) -> None:
+    """ValueError for a tokenizer in which special tokens have other ids than coconut.json says."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    expected = {START_LATENT: tokens.start, LATENT: tokens.thought, END_LATENT: tokens.end}
+    for name, number in expected.items():
+        if number is not None and vocabulary.get(name, number) != number:
+            raise ValueError(f"{home}: {name} is {vocabulary[name]} in its tokenizer and {number} in {COCONUT_JSON}")
+
+
 def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Raises if weights are missing or do not fit; transformers would draw them at random, with a warning at most.
 
@@ -165,7 +179,22 @@ def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> Pre
         unfit = _difference(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
     if unfit:
         raise ValueError(f"{path_or_id}: the weights do not fit config.json: {unfit}")
+    if getattr(hf.config, "quantization_config", None) is None:
+        for file in sorted(Path(path_or_id).glob("model*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                names = stored.keys()
+                _check_floating(hf, {name: stored.get_slice(name).get_dtype() for name in names}, file)
     return hf
+
+
+def _check_floating(hf: PreTrainedModel, kinds: dict[str, str], file: Path) -> None:
+    """ValueError for a weight that is stored as integers, say of a quantised model: its parameter would take them as
+    they are. kinds: by name, as safetensors writes them."""
+    names = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
+    names |= {name.removeprefix(f"{hf.base_model_prefix}.") for name in names}
+    for name, kind in kinds.items():
+        if name in names and kind not in _KINDS.values():
+            raise ValueError(f"{file}: {name} is stored as {kind}, expected {', '.join(_KINDS.values())}")
 
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -214,6 +243,7 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
     except Exception as error:  # a configuration that makes no sense fails anywhere in transformers
         raise ValueError(f"the configuration of {home} does not load: {reason_of(error)}") from error
     hf.tie_weights()  # skipped with the initialisation; a tied head need not be in the file
+    _check_floating(hf, {name: _KINDS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}, path)
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
     table = next((k for k in names if k in state and state[k].dim() == 2), None)
     rows = hf.get_input_embeddings().weight.shape[0]

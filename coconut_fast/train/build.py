@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
-from coconut_fast.model.checks import check_ragged
+from coconut_fast.model.checks import check_ragged, check_vocabulary
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import add_latent_tokens, load, reason_of
 from coconut_fast.tokens import PAUSE
@@ -43,6 +43,7 @@ def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
         model = load(settings.model, dtype=dtype, feedback=_asked(feedback))
     if METHODS[settings.method].slot == "pause" and model.tokens.pause is None:
         _add_pause(model)
+    check_vocabulary(model)
     return model
 
 
