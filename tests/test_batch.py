@@ -41,6 +41,7 @@ def test_every_token_stands_once_in_the_padded_layout() -> None:
         ([], None, "row 0 is empty"),
         ([[1], [T, 1]], None, "row 1 starts with a thought"),
         ([[1, 2]], [[1]], "row 0 has 1 labels for 2 tokens"),
+        ([[1, 2], [3, 4]], [[IGNORE, 2], [-1, 4]], "row 1 has -1, expected token ids, or -100 for none"),
     ],
 )
 def test_bad_rows_are_refused(rows: list, labels: list | None, message: str) -> None:

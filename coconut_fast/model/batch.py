@@ -153,7 +153,7 @@ def collate(
     `labels[b][t]` is the target for token t (predicted from t - 1; -100 for none), `position_ids` default to 0, 1, ...;
     `columns` and `width` give each token's place in a padded layout (default: left-aligned).
     Raises ValueError, naming the row, for an empty row, a thought with no token before it, or labels whose length
-    differs from the row's.
+    differs from the row's or that are negative and not -100. The model's limits are the caller's to check.
     """
     lengths = [len(row) for row in input_ids]
     if not lengths or min(lengths) == 0:
@@ -163,11 +163,15 @@ def collate(
     for b, row in enumerate(labels or ()):
         if len(row) != lengths[b]:
             raise ValueError(f"labels: row {b} has {len(row)} labels for {lengths[b]} tokens")
+    labels_T = None if labels is None else flattened(labels)
+    if labels_T is not None and (wrong := np.flatnonzero((labels_T < 0) & (labels_T != IGNORE))).size:
+        b = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        raise ValueError(f"labels: row {b} has {labels_T[wrong[0]]}, expected token ids, or {IGNORE} for none")
     batch = split_into_passes(
         np.asarray(lengths),
         flattened(input_ids),
         thought_id,
-        labels_T=None if labels is None else flattened(labels),
+        labels_T=labels_T,
         positions_T=None if position_ids is None else flattened(position_ids),
         columns_T=None if columns is None else flattened(columns),
         width=width,
