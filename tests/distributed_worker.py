@@ -1,6 +1,6 @@
 """Run by torchrun from test_distributed.py: trains the tiny run in fp64 and writes its results.
 
-torchrun --nproc-per-node N tests/distributed_worker.py FOLDER OUT [key=value ...]
+torchrun --nproc-per-node N tests/distributed_worker.py FOLDER OUT [key=value ...] [bounded]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from coconut_fast.model.coconut import Coconut
 from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
@@ -23,13 +24,32 @@ from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
 
 
+class Bounded(CoconutTrainer):
+    """Has a module that only steps with thoughts use, outside the model's forward."""
+
+    def __init__(self, model: Coconut, *arguments: Any) -> None:
+        model.bound = torch.nn.Linear(1, 1).double()
+        super().__init__(model, *arguments)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        fed = [h[p.source] for h, p in zip(output.hidden_TD, output.batch.passes[1:], strict=False)]
+        if fed:
+            lengths = torch.cat(fed).norm(dim=-1, keepdim=True)
+            bounds = self.accelerator.unwrap_model(self.model).bound(lengths)
+            loss = loss + bounds.square().sum() * self.args.world_size  # the sum over processes, which are averaged
+        return (loss, output) if return_outputs else loss
+
+
 def train(folder: Path, *overrides: str) -> dict[str, Any]:
     """Trains -> the results, as the first process has them."""
+    trainer_class = Bounded if "bounded" in overrides else CoconutTrainer
+    overrides = tuple(o for o in overrides if o != "bounded")
     changes = {"model": {**MODEL, **NO_DROPOUT}, "num_epochs": 3, "uniform_prob": 0.3, **parse_overrides(overrides)}
     settings = tiny(folder, **changes)
     train, val = chains(37), chains(8, seed=1)
     model = build(settings, train).double()
-    trainer = CoconutTrainer(model, settings, DataSet(train, model.tokenizer), DataSet(val, model.tokenizer))
+    trainer = trainer_class(model, settings, DataSet(train, model.tokenizer), DataSet(val, model.tokenizer))
     last = checkpoints.complete(Path(settings.output_dir))
     trainer.train(resume_from_checkpoint=last[-1] if last else None)
     records = trainer.state.log_history

@@ -96,16 +96,14 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_feedback_that_the_model_brings_trains_together(tmp_path: Path) -> None:
-    """Steps without thoughts give its weights no gradient, which DDP has to be told."""
-    model = build(tiny(tmp_path, feedback="projection"), chains(40))
-    model.save_pretrained(tmp_path / "model")
-    settings = tiny(tmp_path, model=str(tmp_path / "model"), tokenizer=None, num_epochs=2).to_dict()
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(settings))
-    launch("coconut_fast", "train", str(recipe))
-    trained = load(tmp_path / "runs" / "tiny").feedback
-    assert not torch.equal(trained[0].weight, model.feedback[0].weight)
+def test_modules_that_some_steps_do_not_use_train_together(tmp_path: Path) -> None:
+    """A projection, and a module of a trainer's subclass: steps without thoughts use neither."""
+    own = ("feedback=projection", "bounded")
+    one = train(tmp_path / "one", *ONE, *own)
+    assert_same_weights(train_together(tmp_path / "two", *own), one)
+    start = build(tiny(tmp_path, feedback="projection"), chains(37))
+    assert not torch.allclose(one["weights"]["feedback.0.weight"].float(), start.feedback[0].weight, atol=1e-2)
+    assert one["weights"]["bound.weight"].shape == (1, 1)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from coconut_fast import Coconut
 from coconut_fast.train import graphed
 from coconut_fast.train.graphed import GraphedStep
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.families import make_pair
 from tests.test_buckets import both
 
@@ -140,3 +142,16 @@ def test_gradients_of_other_steps_are_added_to(device: str) -> None:
     step(both(EQUAL)[1], 7)
     expected = plain_gradients(model, device, MIXED, EQUAL)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_a_loss_of_a_subclass_is_not_captured() -> None:
+    """It may read the rows of a batch, which a graph does not have."""
+
+    class Own(CoconutTrainer):
+        compute_loss = lambda self, *arguments: None  # noqa: E731
+
+    for kind, fits in ((CoconutTrainer, True), (Own, False)):
+        trainer = object.__new__(kind)
+        trainer.args = SimpleNamespace(device=torch.device("cuda"), n_gpu=1, world_size=1, torch_empty_cache_steps=None)
+        trainer.settings = SimpleNamespace(precision="bf16", parallel_rounds=None)
+        assert trainer.fits_graphs() == fits

@@ -117,7 +117,7 @@ def test_graphed_steps_change_nothing(
     size = {"batch_size_training": 16 // accumulation, "gradient_accumulation_steps": accumulation}
     for graphed in (False, True):
         if graphed:
-            monkeypatch.setattr(CoconutTrainer, "_fits_graphs", lambda trainer: True)
+            monkeypatch.setattr(CoconutTrainer, "fits_graphs", lambda trainer: True)
         trainer = make_trainer(tmp_path, torch.float64, **{**EXACT, **mixed, **size, "num_epochs": 8})
         trainer.train()
         results.append(weights(trainer))

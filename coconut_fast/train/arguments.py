@@ -246,11 +246,8 @@ class CoconutArguments:
         """max_new_tokens, or the official default for this data."""
         return self.max_new_tokens or (64 if "gsm" in (self.val_path or "") else 128)
 
-    def to_training_arguments(self, layer_class: str | None = None, partly_used: bool = False) -> TrainingArguments:
-        """The arguments of transformers.Trainer for these settings.
-
-        layer_class: class name of the layers FSDP wraps. partly_used: whether some steps give some weights no gradient.
-        """
+    def to_training_arguments(self, layer_class: str | None = None) -> TrainingArguments:
+        """The arguments of transformers.Trainer for these settings; layer_class: the class of the layers FSDP wraps."""
         import torch
         from transformers import TrainingArguments
         from transformers.training_args import trainer_log_levels
@@ -283,7 +280,7 @@ class CoconutArguments:
             "disable_tqdm": True,  # we bring our own progress bar
             "logging_nan_inf_filter": False,  # it synchronises with the device in every step
             "remove_unused_columns": False,
-            "ddp_find_unused_parameters": partly_used,
+            "ddp_find_unused_parameters": False,  # every step uses all: compute_loss
         }
         if self.fsdp:
             chosen["fsdp"] = True

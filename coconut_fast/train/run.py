@@ -14,6 +14,7 @@ from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import FEEDBACKS
 from coconut_fast.model.saving import COCONUT_JSON
 from coconut_fast.train import checkpoints
 from coconut_fast.train.arguments import CoconutArguments
@@ -74,6 +75,11 @@ def _train(
     validation = DataSet(held_out, **how, where=str(settings.val_path)) if held_out else None
 
     trainer = trainer_class(model, settings, problems, validation)
+    if type(model.feedback) not in FEEDBACKS.values():
+        raise ValueError(
+            f"feedback: found a {type(model.feedback).__name__}, which no checkpoint could be loaded with again; "
+            "expected a class in coconut_fast.model.feedback.FEEDBACKS"
+        )
     if last:
         check_same_run(manifest["run"], run_fingerprint(trainer), last)
     if main:

@@ -1,4 +1,5 @@
-"""FSDP2 for models that need sharding: what to wrap, evaluation without collectives, loading and saving whole weights.
+"""What several processes need: every weight in every backward, and, for models that need sharding, FSDP2: what to wrap,
+evaluation without collectives, loading and saving whole weights.
 
 Every pass through a sharded layer gathers its weights from all processes, so all processes must run the same number of
 passes (rows.Collate adds an idle row where one has fewer thoughts). Generation, whose length is not known in advance,
@@ -48,6 +49,18 @@ def agree_on_passes(batches: Sequence[dict[str, Any]], collate: Collate, device:
         batch if len(batch["batch"].passes) == count else collate(batch["rows"], count)
         for batch, count in zip(batches, wanted, strict=True)
     ]
+
+
+def reach_all(loss: torch.Tensor, model: Coconut) -> torch.Tensor:
+    """The loss, whose backward now gives every weight outside the language model a gradient, if only zeros.
+
+    DDP waits for the gradients of all weights; FSDP does not, and its weights are left alone. A step without thoughts
+    does not use the feedback, and a trainer's subclass may use a module of its own outside the model's forward.
+    """
+    if isinstance(model, FSDPModule):
+        return loss
+    others = (p for name, p in model.named_parameters() if not name.startswith("hf.") and p.requires_grad)
+    return sum((p.sum() * 0.0 for p in others), loss)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -65,6 +65,7 @@ class CoconutTrainer(Trainer):
     control: Any
     loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
     is_fsdp_enabled: bool
+    extract_answer: Callable[[str], str] | None = None  # a subclass's staticmethod, as `evaluate(extract=...)` takes it
     loss_is_finite: torch.Tensor  # () bool: of every batch of this step so far
 
     def __init__(
@@ -92,10 +93,7 @@ class CoconutTrainer(Trainer):
         self.report = Report(settings.output_dir)
         super().__init__(
             model=model,
-            args=settings.to_training_arguments(
-                layer_class=sharding.layer_class(model) if settings.fsdp else None,
-                partly_used=any(True for _ in model.feedback.parameters()),  # in steps without thoughts
-            ),
+            args=settings.to_training_arguments(sharding.layer_class(model) if settings.fsdp else None),
             train_dataset=self.rows,
             eval_dataset=validation,
             callbacks=[StageCallback(self), self.report, *callbacks],
@@ -115,7 +113,7 @@ class CoconutTrainer(Trainer):
         )
         self.step_model: torch.nn.Module = model  # as passed to training_step, for _forward_backward
         self.graphed = None
-        if self._fits_graphs():
+        if self.fits_graphs():
             self.graphed = GraphedStep(self._forward_backward, model.parameters(), self.args.device)
         self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
         self.prefetches = self.args.device.type == "cuda"  # on a CPU it would take cores from the step
@@ -136,12 +134,14 @@ class CoconutTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
 
-    def _fits_graphs(self) -> bool:
-        """Whether a step can be one graph: no communication between processes, no host synchronisation."""
+    def fits_graphs(self) -> bool:
+        """Whether a step can be one graph: no communication between processes, no host synchronisation, and no loss of
+        a subclass, which may read more of `inputs` than the batch, all that a graph has."""
         checkpointed = any(getattr(self.args, f"{what}_checkpointing", False) for what in ("gradient", "activation"))
         between = self.settings.precision == "fp16" or self.args.torch_empty_cache_steps is not None
         alone = self.args.device.type == "cuda" and self.args.n_gpu == self.args.world_size == 1
-        return alone and not checkpointed and not between and self.settings.parallel_rounds is None
+        plain = type(self).compute_loss is CoconutTrainer.compute_loss and self.settings.parallel_rounds is None
+        return alone and plain and not checkpointed and not between
 
     # ---- data
 
@@ -193,10 +193,10 @@ class CoconutTrainer(Trainer):
         output = model(batch=inputs["batch"], num_items=num_items_in_batch, loss_only=True)
         loss = output.loss
         if loss is None or self.args.world_size > 1:
-            # Data parallelism averages gradients over processes; we want the sum. An idle row has no loss, but its
-            # passes need a backward too.
+            # Gradients are averaged over processes, we want the sum; an idle row's passes need a backward too.
             idle = output.hidden_TD[-1].sum() * 0.0
             loss = idle if loss is None else idle + loss * self.args.world_size
+        loss = sharding.reach_all(loss, self.accelerator.unwrap_model(model))
         if self.graphed is not None or self._logs_now():
             self.thought_norm = thought_norm(output)
         return (loss, output) if return_outputs else loss
