@@ -16,6 +16,7 @@ from typing import IO, Any
 
 TEMPORARY = ".tmp"  # the end of a file's name while it is written
 UNFINISHED = ".unfinished-"  # the start of a directory's, while it is written or removed
+REPLACING = f"{UNFINISHED}replacing-"  # the same, while its files replace those of an older saved model
 
 
 @contextmanager
@@ -105,11 +106,15 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed writers left in `folder`, which must be reserved."""
+    """Removes what killed writers left in `folder`, which must be reserved.
+
+    Not what says that a saved model there mixes two: saving it again removes that.
+    """
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if not path.name.startswith(REPLACING):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_folder(path: str | os.PathLike[str], name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -153,26 +152,32 @@ def test_places_that_hold_no_model_are_refused(tmp_path, monkeypatch) -> None:
         load(tmp_path / "closed", tokens=TOKENS)
 
 
-def test_a_model_that_half_replaced_another_one_is_refused(tmp_path, monkeypatch) -> None:
-    """As after a power failure half-way: its weights are the new ones, its settings the old ones."""
-    for number in range(2):
-        Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection").save_pretrained(tmp_path)
+def test_a_model_that_half_replaced_another_one_is_refused_until_it_is_saved_again(tmp_path, monkeypatch) -> None:
+    """Its weights are the new ones, its settings the old ones. Ctrl-C leaves what a power failure would."""
+    first, second = (Coconut(make_hf("gpt2", seed=number), TOKENS, feedback="projection") for number in range(2))
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path)
     assert load(tmp_path).tokens == TOKENS
     replaced = []
 
     def killed(source, target) -> None:
-        if len(replaced) == 2:
+        if len(replaced) == at:
             raise KeyboardInterrupt
         replaced.append(target)
         rename(source, target)
 
     rename = os.replace
-    monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nor does it clean up
-    with pytest.raises(KeyboardInterrupt):
-        Coconut(make_hf("gpt2", seed=2), TOKENS, feedback="projection").save_pretrained(tmp_path)
+    for at in (0, 2):
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            first.save_pretrained(tmp_path)
+        monkeypatch.undo()
+        if not at:
+            assert load(tmp_path).tokens == TOKENS, "nothing was replaced"
+            assert not list(tmp_path.glob(".*"))
+    remove_unfinished(tmp_path)  # as the next start of a run does
     with pytest.raises(ValueError, match="a process ended while it saved a model over another one here; save it again"):
         load(tmp_path)
-    monkeypatch.undo()
-    remove_unfinished(tmp_path)  # as the next start of a run does
-    assert load(tmp_path).tokens == TOKENS
+    second.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path).feedback[0].weight, second.feedback[0].weight)
+    assert not list(tmp_path.glob(".*"))

@@ -20,10 +20,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from coconut_fast.files import REPLACING
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
-from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, REPLACING
+from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
 
 REFERENCE_PREFIX = "base_causallm."

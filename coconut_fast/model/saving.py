@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from coconut_fast.files import UNFINISHED, check_folder, not_written
+from coconut_fast.files import REPLACING, UNFINISHED, check_folder, not_written, sync_folder
 from coconut_fast.model.feedback import name_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 ADDED_WEIGHTS = "added.safetensors"
-REPLACING = f"{UNFINISHED}replacing-"  # a directory that exists while a newer model's files replace an older one's
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -39,27 +38,33 @@ def save(model: Coconut, directory: str | Path) -> None:
     # Within a run's directory, whose next start removes what a killed process left under this name.
     place = target if target.is_dir() else target.parent
     temporary = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=place))
+    names: list[str] = []
     try:
         write(model, temporary)
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
+        names = [file.name for file in temporary.iterdir()]
         if target.is_dir():
             # Other files (a trainer's state, say) stay; each of ours is replaced atomically. By this name `load`
             # recognises a directory that mixes files of two models.
             temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
-            gone = {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {file.name for file in temporary.iterdir()}
-            for file in temporary.iterdir():
-                os.replace(file, target / file.name)
-            for name in gone:
+            for name in names:
+                os.replace(temporary / name, target / name)
+            for name in {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {*names}:
                 (target / name).unlink(missing_ok=True)
+            sync_folder(target)
+            for marker in target.glob(f"{REPLACING}*"):  # those of killed processes, too
+                shutil.rmtree(marker, ignore_errors=True)
         else:
             os.rename(temporary, target)
+            sync_folder(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise not_written(target, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if all((temporary / name).exists() for name in names):  # else the directory mixes two models, as its name says
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
