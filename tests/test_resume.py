@@ -288,7 +288,8 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default_there(tmp_path: Pat
 
 
 def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
-    """A feedback, and an auxiliary head with its own loss, which is saved but is not part of what `load` returns."""
+    """A feedback, and an auxiliary head with its own loss, which is saved but is not part of what `load` returns;
+    a module shares its weight."""
 
     class Scaled(torch.nn.Module):
         def __init__(self) -> None:
@@ -301,7 +302,8 @@ def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
     class WithHead(Coconut):
         def __init__(self, model: Coconut) -> None:
             super().__init__(model.hf, model.tokens, tokenizer=model.tokenizer, feedback=Scaled())
-            self.extra = torch.nn.Linear(16, 1)
+            self.extra, self.twin = torch.nn.Linear(16, 1), torch.nn.Linear(16, 1)
+            self.twin.weight = self.extra.weight
 
         def forward(self, *args: Any, **keywords: Any) -> Any:
             output = super().forward(*args, **keywords)
@@ -325,7 +327,8 @@ def test_a_run_with_modules_of_the_users_own_goes_on(tmp_path: Path) -> None:
     assert again.model.feedback.scale.item() != 1
     with pytest.warns(UserWarning, match=r"checkpoint-9: added\.safetensors is left out, modules that"):
         read = load(folder / "checkpoint-9", feedback=Scaled())
-    assert_same(read.state_dict(), {k: v for k, v in whole.model.state_dict().items() if not k.startswith("extra.")})
+    added = ("extra.", "twin.")
+    assert_same(read.state_dict(), {k: v for k, v in whole.model.state_dict().items() if not k.startswith(added)})
 
 
 def test_adapters_are_refused_before_a_checkpoint_is_lost(tmp_path: Path) -> None:

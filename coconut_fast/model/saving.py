@@ -75,7 +75,11 @@ def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None
     model.hf.save_pretrained(directory, state_dict=hf_state)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
-    others = {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith("hf.")}
+    others = {  # copies, as safetensors refuses tensors that share memory (tied weights)
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in state.items()
+        if not k.startswith("hf.")
+    }
     weights = {k.removeprefix("feedback."): v for k, v in others.items() if k.startswith("feedback.")}
     added = {k: v for k, v in others.items() if not k.startswith("feedback.")}
     if weights:
