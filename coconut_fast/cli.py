@@ -1,21 +1,24 @@
 """The command line, `coconut-fast` and `python -m coconut_fast`. One file per command in commands/.
 
-Exit codes: 0 done; 1 it failed while running; 2 bad input, refused before any work. An error is one sentence on stderr
-(COCONUT_FAST_TRACEBACK=1 shows where it came from). Nothing heavy is imported until a command runs.
+Exit codes: 0 done; 1 it failed while running; 2 bad input, refused before any work; 141 the reader of its output has
+exited, as `head` does. An error is one sentence on stderr (COCONUT_FAST_TRACEBACK=1 shows where it came from). Nothing
+heavy is imported until a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
 
 import coconut_fast
 from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
-from coconut_fast.commands.common import Parser, format_warning, set_progress_bars
+from coconut_fast.commands.common import Parser, format_warning, open_streams, set_progress_bars
 
+SIGPIPE = 141  # what a shell reports of a process that this signal ended
 COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
 
@@ -36,20 +39,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command -> its exit code."""
+    open_streams()
     arguments = make_parser().parse_args(argv)
     set_progress_bars()
     warnings.formatwarning = format_warning
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()  # here, where an error is reported
+        return code
     except KeyboardInterrupt as stop:
         return _failed(f"interrupted: {stop}" if str(stop) else "interrupted", 1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has exited, as `head` does
-        return 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if _was_interrupted(error):
             return _failed("interrupted", 1)
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout.fileno()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            return SIGPIPE
         return _failed(error, 2 if isinstance(error, ValueError) else 1)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -96,6 +97,31 @@ def tell_of_hub(path: str) -> None:
     if not os.path.exists(path):
         check_path(path)  # a mistyped path is refused without asking
         print(f"{path} is no path here: looking in the cache and on the hub of Hugging Face", file=sys.stderr)
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what cannot be written: training goes on where the reader of its messages has exited."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def open_streams() -> None:
+    """Opens the standard streams that the caller closed (`2>&-`), as /dev/null; stderr never raises from here on."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of ours may get
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    own = sys.__stderr__
+    if own is not None and sys.stderr is own:
+        raw = io.BufferedWriter(_Lossy(own.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, own.encoding, own.errors, line_buffering=True)
 
 
 def set_progress_bars() -> None:

@@ -96,13 +96,16 @@ def _name(path: str, taken: list[str]) -> str:
 
 
 def show(results: dict[str, Evaluation], as_json: bool, out: str | None, facts: dict[str, Any]) -> None:
-    """Prints results, and writes them where `out` says."""
+    """Writes results where `out` says, and prints them, each even if the other fails."""
     from coconut_fast.evaluate.table import RESULTS, result_table, write_results
 
-    if as_json:
-        print(json.dumps({name: result.summary() for name, result in results.items()}, indent=2))
-    else:
-        print(result_table(results))
+    try:
+        if out:
+            write_results(out, results, facts)
+    finally:
+        if as_json:
+            print(json.dumps({name: result.summary() for name, result in results.items()}, indent=2), flush=True)
+        else:
+            print(result_table(results), flush=True)
     if out:
-        write_results(out, results, facts)
         print(f"wrote {Path(out) / RESULTS}", file=sys.stderr)

@@ -1,0 +1,87 @@
+"""Standard streams that are closed, or that nobody reads any more: no work is lost, and none is reported as done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+import yaml
+
+from coconut_fast import load
+from coconut_fast.cli import SIGPIPE, main
+from coconut_fast.data.examples import read_examples
+from tests.conftest import ROOT
+from tests.runs import tiny
+
+
+@pytest.fixture
+def without_reader() -> Iterator[Callable[[], IO[str]]]:
+    """Makes streams as a process has before `| true`."""
+    made: list[IO[str]] = []
+
+    def make() -> IO[str]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        made.append(os.fdopen(writer, "w"))
+        return made[-1]
+
+    yield make
+    for stream in made:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        stream.close()
+
+
+def test_a_reader_that_exits_costs_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_reader: Callable[[], IO[str]]
+) -> None:
+    torch.set_num_threads(1)
+    settings = {k: v for k, v in tiny(tmp_path, num_epochs=1).to_dict().items() if k != "removal_smoothing"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    run, val = tmp_path / "runs" / "tiny", tmp_path / "val.json"
+
+    def closed(*arguments: str | Path) -> int:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, without_reader())
+        monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+        return main([str(a) for a in arguments])
+
+    assert closed("train", tmp_path / "recipe.yaml") == SIGPIPE
+    assert load(run).settings.num_thoughts is not None and (run / "curve.png").exists()
+    assert closed("data", "check", val) == SIGPIPE
+    assert closed("data", "graphs", tmp_path / "graphs.json", "--count", "1") == 0, "only stderr is written to"
+    assert closed("eval", run, val, "--out", tmp_path / "out", "--device", "cpu", "--max-new-tokens", "2") == SIGPIPE
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"]["tiny"]["examples"] == 8
+    prompt = ("go on from ada", "--max-new-tokens", "2", "--device", "cpu")
+    assert closed("generate", run, *prompt) == SIGPIPE
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("coconut_fast.data.examples.read_examples", breaks)
+    with open(os.devnull, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["data", "check", "x.json"]) == 1
+    assert capsys.readouterr().err == "coconut-fast: error: [Errno 32] Broken pipe\n"
+
+
+def test_closed_streams_are_dev_null(tmp_path: Path) -> None:
+    """Nor does a file that is written get their number."""
+    command = f"exec {sys.executable} -m coconut_fast data graphs {tmp_path / 'data.json'} --count 1 <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
+    assert len(read_examples(tmp_path / "data.json")) == 1
+    code = (
+        "import sys; from coconut_fast.commands.common import open_streams as f; f(); sys.exit(sys.stdin.read() or 3)"
+    )
+    assert subprocess.run(["sh", "-c", f"exec {sys.executable} -c '{code}' <&-"], cwd=ROOT).returncode == 3
