@@ -27,6 +27,7 @@ from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.recipe import make_arguments
 from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.run import run
 from coconut_fast.train.state import check_same_run
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import tiny
@@ -209,6 +210,30 @@ def test_a_full_disk_leaves_the_older_checkpoint(stopped: Path, undisturbed: Pat
     assert not [path for path in stopped.iterdir() if path.name.startswith(checkpoints.UNFINISHED)]
     assert start(stopped.parents[1]) is None
     assert_same(digest(stopped), digest(undisturbed))
+
+
+def test_records_are_on_the_disk_before_their_checkpoint_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(tmp_path, num_epochs=1, save_steps=2, val_path=None)
+    metrics = Path(settings.output_dir) / "metrics.jsonl"
+    synced, seen = [0], []
+
+    def fsync(descriptor: int, really: Any = os.fsync) -> None:
+        really(descriptor)
+        if metrics.exists() and os.path.samestat(os.fstat(descriptor), metrics.stat()):
+            synced.append(metrics.stat().st_size)
+
+    def rename(source: Any, target: Path, really: Any = os.rename) -> None:
+        if target.name.startswith(checkpoints.PREFIX):
+            assert synced[-1] == metrics.stat().st_size > 0
+            seen.append(target.name)
+        really(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    run(settings)
+    assert seen == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_a_truncated_checkpoint_is_named(stopped: Path, undisturbed: Path) -> None:

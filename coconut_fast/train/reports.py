@@ -97,6 +97,12 @@ class Report(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix(self.shown, refresh=False)
 
+    def sync(self) -> None:
+        """The records so far are on the disk when this returns."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
     def on_evaluate(
         self,
         args: TrainingArguments,

@@ -320,18 +320,17 @@ class CoconutTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Trains, resuming from a checkpoint if one is given. CheckpointError for a broken one or another run's."""
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            manifest = checkpoints.read_manifest(folder)
-            check_same_run(manifest["run"], run_fingerprint(self), folder)
+        resume = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        if resume is not None:
+            manifest = checkpoints.read_manifest(resume)
+            check_same_run(manifest["run"], run_fingerprint(self), resume)
             self.run_state.restore(manifest)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
         self.counted["since"] = time.perf_counter()
-        resume = str(resume_from_checkpoint) if resume_from_checkpoint is not None else None
         try:
-            return super().train(resume_from_checkpoint=resume, **kwargs)
+            return super().train(resume_from_checkpoint=resume and str(resume), **kwargs)
         finally:
             self.report.close()  # so that an error starts on a new line
             if self.args.device.type == "cpu":
@@ -371,6 +370,7 @@ class CoconutTrainer(Trainer):
         self._save_rng_state(str(folder))
         if self.args.should_save:
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.report.sync()  # no checkpoint without the records before it
 
     def _facts(self) -> dict[str, Any]:
         """What checkpoint.json holds: the run it belongs to, its epochs so far and the best one."""
