@@ -106,8 +106,8 @@ class CurriculumConfig:
             raise ValueError(
                 f"uniform_prob + replay_prob: found {self.uniform_prob} + {self.replay_prob}, expected at most 1"
             )
-        if not self.removal_smoothing > 0:
-            raise ValueError(f"removal_smoothing: found {self.removal_smoothing}, expected more than 0")
+        if not isinstance(self.removal_smoothing, int | float) or not self.removal_smoothing > 0:
+            raise ValueError(f"removal_smoothing: found {self.removal_smoothing!r}, expected a number above 0")
         if self.target != "chain" and self.method in ("icot", "cot"):
             raise ValueError(f"target: found {self.target!r}, expected 'chain' for method {self.method!r}")
 

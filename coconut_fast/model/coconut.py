@@ -58,6 +58,10 @@ class SavedSettings:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
                     raise ValueError(f"{name}: found {value!r}")
+        known = {"frontier": str, "relabel": bool, "separators": bool}
+        for name, value in (self.symbols or {}).items():
+            if not isinstance(value, known.get(name, ())):
+                raise ValueError(f"symbols: found {name}: {value!r}")
 
 
 @dataclass

@@ -10,20 +10,34 @@ import json
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerState
 
 from coconut_fast.files import UNFINISHED, not_written, sync_folder, write_json
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
 from coconut_fast.model.saving import ADDED_WEIGHTS
+from coconut_fast.train.schedule import EpochRecord
 
 MANIFEST = "checkpoint.json"
+TRAINER_STATE = "trainer_state.json"
 PREFIX = "checkpoint-"
+KINDS = {  # of what is read of a manifest
+    "files": (dict, "an object"),
+    "run": (dict, "an object"),
+    "history": (list, "a list"),
+    "best": (dict | None, "an object or null"),
+    "skipped": (int, "a whole number"),
+}
+EPOCH = {field.name for field in fields(EpochRecord)}
+BEST = {"stage", "accuracy", "step"}
 
 
 class CheckpointError(ValueError):
@@ -64,12 +78,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The facts of a whole checkpoint; CheckpointError for a truncated or foreign one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files: dict[str, int] = manifest["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint of ours (no readable {MANIFEST}); move it away to go on with an older one"
         ) from error
-    for name, size in files.items():
+    fault = _fault(manifest)
+    if fault is not None:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {fault}; move {folder.name} away to go on with an older checkpoint"
+        )
+    for name, size in manifest["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
@@ -78,6 +96,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{path} is {state}, expected {size} bytes; move {folder.name} away to go on with an older checkpoint"
             )
     return manifest
+
+
+def _fault(manifest: Any) -> str | None:
+    """What of a manifest cannot be read, in words; None: nothing."""
+    if not isinstance(manifest, dict):
+        return f"found a {type(manifest).__name__}, expected an object"
+    for name, (kind, expected) in KINDS.items():
+        found = manifest.get(name, "nothing")
+        if not isinstance(found, kind):
+            return f"{name}: found {found!r}, expected {expected}"
+    if not all(isinstance(record, dict) and record.keys() == EPOCH for record in manifest["history"]):
+        return f"history: expected each epoch's {' and '.join(sorted(EPOCH))}"
+    if manifest["best"] is not None and not manifest["best"].keys() >= BEST:
+        return f"best: found {manifest['best']!r}, expected {', '.join(sorted(BEST))}"
+    return None
+
+
+def check_state(folder: Path) -> None:
+    """CheckpointError, naming the file, where the trainer's state in a checkpoint is not what was written.
+
+    torch's files are zip archives, which hold a checksum of each tensor: a block of zeros is found, too.
+    """
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    broken = archive.testzip()
+                if broken is not None:
+                    raise ValueError(f"{broken} is not what was written")
+            elif path.name == TRAINER_STATE:
+                TrainerState.load_from_json(str(path))
+        except (zipfile.BadZipFile, OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); move {folder.name} away to go on with an older checkpoint"
+            ) from error
 
 
 def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:

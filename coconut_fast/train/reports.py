@@ -32,14 +32,20 @@ SHOWN = {  # record -> progress bar
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics file, without a last line that a killed process left incomplete."""
+    """The records of a metrics file, without a last line that a killed process left incomplete.
+
+    ValueError, naming file and line, for a line that is no record.
+    """
     records = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}: line {number}: found {line[:40]!r}, expected an object with a step")
+            records.append(record)
     return records
 
 
@@ -68,7 +74,7 @@ class Report(TrainerCallback):
         if not state.is_world_process_zero:
             return
         # A resumed run repeats the steps after its checkpoint; their old records are dropped.
-        kept = [record for record in read_metrics(self.path) if record.get("step", 0) <= state.global_step]
+        kept = [record for record in read_metrics(self.path) if record["step"] <= state.global_step]
         with write_atomically(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept if state.global_step)
         self.bar = tqdm(

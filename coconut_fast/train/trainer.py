@@ -242,8 +242,7 @@ class CoconutTrainer(Trainer):
         self.streak = (self.streak + 1) * bad
         self.skipped = self.skipped + bad
         if self.accelerator.scaler is None:  # with a scaler (fp16), the scaler skips
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            inner.found_inf = bad
+            getattr(self.optimizer, "optimizer", self.optimizer).found_inf = bad
         looks = self.args.device.type == "cpu" or self._logs_now()  # comparing syncs: on a GPU only when logging
         if looks and self.streak >= self.settings.max_nonfinite:
             raise NonFiniteError(self._non_finite_message())
@@ -324,6 +323,7 @@ class CoconutTrainer(Trainer):
         if resume is not None:
             manifest = checkpoints.read_manifest(resume)
             check_same_run(manifest["run"], run_fingerprint(self), resume)
+            checkpoints.check_state(resume)
             self.run_state.restore(manifest)
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
@@ -369,7 +369,7 @@ class CoconutTrainer(Trainer):
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
             self.report.sync()  # no checkpoint without the records before it
 
     def _facts(self) -> dict[str, Any]:
