@@ -218,6 +218,17 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("batch_size: 4\n")
     with pytest.raises(ValueError, match="typo.yaml: unknown key 'batch_size'; .* 'batch_size_training'"):
         read_recipe(tmp_path / "typo.yaml")
+    for text, message in (
+        ("lr: !!int ''\n", "not YAML; expected lines"),
+        ("lr: 1" + "0" * 400, "lr: found 1(0*), expected a number"),
+        ("training_arguments: {1: 2}", "training_arguments: found the key 1, expected text"),
+        ("model: {from_config: gpt2, 5: 1}", "model: found the key 5, expected text"),
+        ("lr: 1\nseed: 1\nlr: 2", "line 3: found lr again, expected it once"),
+        ("model: {from_config: gpt2, n_layer: 1, n_layer: 2}", "line 1: found n_layer again, expected it once"),
+    ):
+        (tmp_path / "odd.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"odd.yaml: {message}"):
+            read_recipe(tmp_path / "odd.yaml")
 
 
 @pytest.mark.parametrize(

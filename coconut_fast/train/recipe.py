@@ -17,6 +17,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -39,6 +40,10 @@ WORDS = {
     dict: "a mapping",
     list: "a list",
 }
+
+
+class DuplicateKeyError(ValueError):
+    """A key that a mapping has twice."""
 
 
 def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> CoconutArguments:
@@ -82,7 +87,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"override: found {text!r}, expected key=value")
         try:
             read, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date in month 13
+        except Exception as error:  # a date in month 13, a number without digits: yaml raises anything
             raise ValueError(f"override: {key}: {value!r} is not YAML") from error
         parsed[key.strip()] = _as_written(key.strip(), read, written)
     return parsed
@@ -92,16 +97,35 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
+        _check_keys(yaml.compose(text), path)
         content, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file of settings") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date in month 13
+    except DuplicateKeyError:
+        raise
+    except Exception as error:  # not UTF-8, a date in month 13, a number without digits: yaml raises anything
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{path}: not YAML{line}; expected lines of `key: value`") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, expected lines of `key: value`")
     return {key: _as_written(key, value, written.get(key, value)) for key, value in content.items()}
+
+
+def _check_keys(node: yaml.Node | None, path: str | os.PathLike[str]) -> None:
+    """DuplicateKeyError where a mapping has a key twice, of which yaml would take the last."""
+    nodes, seen = [node], set()  # a node may be part of itself
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
+            seen.add(id(node))
+            nodes += chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for before, key in enumerate(keys):
+                if any(key.value == other.value for other in keys[:before]):
+                    line = key.start_mark.line + 1
+                    raise DuplicateKeyError(f"{path}: line {line}: found {key.value} again, expected it once")
 
 
 def _as_written(key: str, value: Any, written: Any) -> Any:
@@ -179,11 +203,16 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
         if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
         if wanted is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, wanted) and not (isinstance(value, bool) and wanted is int):
+            if (
+                isinstance(value, dict)
+                and (odd := next((k for k in value if not isinstance(k, str)), None)) is not None
+            ):
+                raise ValueError(f"{where}: {key}: found the key {odd!r}, expected text")
             return _numbers(value)
         if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)  # `name: 3`
