@@ -71,6 +71,10 @@ BROKEN = {
     "cut list": ('[{"question": "q"', "broken JSON on line 1"),
     "nested too deep": ("[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
     "a number without end": ("[" + "1" * 5000 + "]", "broken JSON: Exceeds the limit"),
+    "a key twice": (
+        '[{"question": "q", "answer": "a", "answer": "b", "steps": []}]',
+        "broken JSON: found the key 'answer' 2 times in an object, expected it once",
+    ),
     "an empty list": ([], "the list is empty; expected at least one record"),
     "an empty file": ("", "the file is empty; expected"),
     "only blanks": (" \n\n", "the file is empty; expected"),
@@ -93,6 +97,9 @@ def test_a_broken_file_is_one_clear_error(tmp_path, content, message):
 def test_a_broken_json_line_is_named(tmp_path):
     path = save(tmp_path, json.dumps(GOOD) + "\n\n{oops\n", "set.jsonl")
     with pytest.raises(ValueError, match=r"set.jsonl: record 2 \(line 3\): broken JSON at column 2"):
+        read_examples(path)
+    path = save(tmp_path, json.dumps(GOOD) + '\n{"steps": [], "steps": []}', "set.jsonl")
+    with pytest.raises(ValueError, match=r"set.jsonl: record 2 \(line 2\): broken JSON: found the key 'steps' 2 times"):
         read_examples(path)
     path = save(tmp_path, json.dumps(GOOD) + "\n" + "[" * 100_000, "set.jsonl")
     with pytest.raises(ValueError, match=r"set.jsonl: record 2 \(line 2\): broken JSON: maximum recursion"):

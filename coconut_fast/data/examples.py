@@ -222,7 +222,7 @@ def read_text(path: Path, expected: str = "a file of problems") -> str:
 
 def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken JSON on line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
@@ -239,7 +239,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
             continue
         where = f"{path}: record {len(records) + 1} (line {line_number})"
         try:
-            records.append((where, json.loads(line)))
+            records.append((where, json.loads(line, object_pairs_hook=_each_key_once)))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: broken JSON at column {error.colno}: {error.msg}; expected one whole record per line, "
@@ -248,6 +248,16 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
         except (RecursionError, ValueError) as error:
             raise ValueError(f"{where}: broken JSON: {error}") from error
     return records
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that it has twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"found the key {twice!r} {keys.count(twice)} times in an object, expected it once")
+    return found
 
 
 def _checked_text(value: Any, where: str, *, empty: bool = False) -> str:
