@@ -18,6 +18,7 @@ import coconut_fast
 from coconut_fast.commands import convert, data, demo, doctor, evaluate, generate, train
 from coconut_fast.commands.common import Parser, format_warning, open_streams, set_progress_bars
 
+TRACEBACK = "COCONUT_FAST_TRACEBACK"
 SIGPIPE = 141  # what a shell reports of a process that this signal ended
 COMMANDS = (data, train, evaluate, generate, convert, demo, doctor)
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
             return SIGPIPE
         return _failed(error, 2 if isinstance(error, ValueError) else 1)
+    except Exception as error:  # a bug, or a number that no machine can count to
+        return _failed(error, 1, f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows where it came from)")
 
 
 def _has_no_reader(descriptor: int) -> bool:
@@ -71,9 +74,9 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _failed(error: BaseException | str, code: int) -> int:
-    if os.environ.get("COCONUT_FAST_TRACEBACK") and isinstance(error, BaseException):
+def _failed(error: BaseException | str, code: int, sentence: str = "") -> int:
+    if os.environ.get(TRACEBACK) and isinstance(error, BaseException):
         raise error
-    sentence = " ".join(str(error).split()) or type(error).__name__
+    sentence = " ".join((sentence or str(error)).split()) or type(error).__name__
     print(f"coconut-fast: error: {sentence}", file=sys.stderr)
     return code

@@ -327,3 +327,21 @@ def test_failures_while_running_exit_1(
     error = fails(capsys, 1, "data", "graphs", tmp_path / "data.json", "--count", "1")
     assert error == f"coconut-fast: error: [Errno 28] No space left on device: '{tmp_path / 'data.json'}'"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_foresaw_is_one_sentence_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it comes from can be seen, as it may be a bug."""
+
+    def fails(*_: object) -> None:
+        raise KeyError("edges")
+
+    monkeypatch.setattr("coconut_fast.data.examples.read_examples", fails)
+    monkeypatch.delenv("COCONUT_FAST_TRACEBACK", raising=False)
+    assert main(["data", "check", "x.json"]) == 1
+    where = "(COCONUT_FAST_TRACEBACK=1 shows where it came from)"
+    assert capsys.readouterr().err == f"coconut-fast: error: KeyError: 'edges' {where}\n"
+    monkeypatch.setenv("COCONUT_FAST_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["data", "check", "x.json"])
