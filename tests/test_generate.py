@@ -230,6 +230,7 @@ def test_no_prompts_give_no_answers() -> None:
         ([[1, 2]], {"seed": 1.5}, "seed: expected an int or None, found 1.5"),
         ([[1, -2]], {}, "prompt 0 holds token id -2, expected 0 to"),
         ([[1, 2]], {"num_samples": 10**9}, "batch_size: a cache of 1000000000 rows needs .* GB"),
+        ([[1, 2]], {"num_samples": 10**30, "temperature": 1.0}, "batch_size: a cache of 10* rows needs .* GB"),
         ([[1, VOCAB]], {}, f"prompt 0 holds token id {VOCAB}, expected 0 to {VOCAB - 1}"),
         ([[94, 1]], {}, "prompt 0 starts with a thought"),
         ([[1] * 250], {"max_new_tokens": 8}, "more than the 256 positions"),

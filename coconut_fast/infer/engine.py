@@ -160,11 +160,11 @@ class Engine:
         longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
         # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
         num_slots = batch_size * (-(-longest // PAGE_SIZE) + 1) * PAGE_SIZE
-        # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
-        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * num_answers
         room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
         if not runner_cache.holds(model, **room):
             machine.check(model, num_slots, batch_size, held=runner_cache.held_bytes(model))
+        # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
+        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * num_answers
         runner, reason = choose_runner(model)
         if runner is not runner_cache.acquire:
             runner_cache.drop(model)  # the model has left the GPU, or may not use its kept runner
