@@ -23,8 +23,9 @@ REPLACING = f"{UNFINISHED}replacing-"  # the same, while its files replace those
 def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file handle for what becomes `path` when the block ends; where the block raises, `path` stays as it was.
 
-    Text is UTF-8 with "\\n" line ends. A missing folder is created. A link stays a link: its target is written. A
-    file keeps its mode. ValueError where `path` is a folder or a device.
+    Text is UTF-8 with "\\n" line ends; bytes of a path that are not UTF-8 become JSON's escapes. A missing folder is
+    created. A link stays a link: its target is written. A file keeps its mode. ValueError where `path` is a folder or a
+    device.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():  # the rename would put a file in a device's place
@@ -33,10 +34,11 @@ def write_atomically(path: str | os.PathLike[str], *, binary: bool = False) -> I
     # In the same folder, so that the rename stays within one file system; named by process and thread, so that two that
     # write the same file do not share a temporary one.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
+    text: Any = {} if binary else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
         with (
             naming(path),
-            open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as file,
+            open(temporary, "wb" if binary else "w", **text) as file,
         ):
             yield file
             file.flush()

@@ -131,8 +131,9 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         file.write(b"\0\1")
     assert path.read_bytes() == b"\0\1"
     assert path.stat().st_mode & 0o777 == 0o600
-    write_json(path, {"ä": [1]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1]}
+    value = {"ä": [1], "data": os.fsdecode(b"\xff.json")}  # a path that is not UTF-8
+    write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
     with pytest.raises(ValueError, match="a folder is there"), write_atomically(tmp_path):
         pass
     os.mkfifo(tmp_path / "pipe")
