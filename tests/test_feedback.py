@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,10 @@ from torch.nn import functional
 
 from coconut_fast import Coconut, generate, ops
 from coconut_fast.model.feedback import make_feedback
+from coconut_fast.train.run import run
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.families import TOKENS, VOCAB, make_hf
+from tests.runs import tiny
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
@@ -59,3 +64,14 @@ def test_a_feedback_may_compute_in_fp32() -> None:
             for feedback in (Wide(), "identity")
         )
     assert found.token_ids == expected.token_ids
+
+
+def test_a_run_refuses_a_feedback_that_its_checkpoints_could_not_be_loaded_with(tmp_path) -> None:
+    class Own(CoconutTrainer):
+        def __init__(self, model: Coconut, *arguments: Any) -> None:
+            model.feedback = nn.Linear(16, 16)
+            super().__init__(model, *arguments)
+
+    with pytest.raises(ValueError, match="feedback: found a Linear, which no checkpoint could be loaded with again"):
+        run(tiny(tmp_path), Own)
+    assert not list((tmp_path / "runs" / "tiny").glob("checkpoint-*"))
