@@ -45,7 +45,9 @@ def train(folder: Path, *overrides: str) -> dict[str, Any]:
     """Trains -> the results, as the first process has them."""
     trainer_class = Bounded if "bounded" in overrides else CoconutTrainer
     overrides = tuple(o for o in overrides if o != "bounded")
-    changes = {"model": {**MODEL, **NO_DROPOUT}, "num_epochs": 3, "uniform_prob": 0.3, **parse_overrides(overrides)}
+    given = parse_overrides(overrides)
+    body = {key.removeprefix("model."): given.pop(key) for key in [*given] if key.startswith("model.")}
+    changes = {"model": {**MODEL, **NO_DROPOUT, **body}, "num_epochs": 3, "uniform_prob": 0.3, **given}
     settings = tiny(folder, **changes)
     train, val = chains(37), chains(8, seed=1)
     model = build(settings, train).double()

@@ -96,14 +96,16 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
-def test_modules_that_some_steps_do_not_use_train_together(tmp_path: Path) -> None:
-    """A projection, and a module of a trainer's subclass: steps without thoughts use neither."""
-    own = ("feedback=projection", "bounded")
-    one = train(tmp_path / "one", *ONE, *own)
-    assert_same_weights(train_together(tmp_path / "two", *own), one)
+def test_weights_that_some_steps_do_not_use_train_together(tmp_path: Path) -> None:
+    """Steps without thoughts use neither a projection nor the module of a trainer's subclass, idle rows no head."""
+    own = ("feedback=projection", "model.tie_word_embeddings=false")
+    one = train(tmp_path / "one", *ONE, *own, "bounded")
+    assert_same_weights(train_together(tmp_path / "ddp", *own, "bounded"), one)
     start = build(tiny(tmp_path, feedback="projection"), chains(37))
     assert not torch.allclose(one["weights"]["feedback.0.weight"].float(), start.feedback[0].weight, atol=1e-2)
     assert one["weights"]["bound.weight"].shape == (1, 1)
+    sharded = train_together(tmp_path / "fsdp", *own, "fsdp=true")
+    assert_same_weights(sharded, train(tmp_path / "one of fsdp", *ONE, *own))
 
 
 @pytest.mark.slow

@@ -54,11 +54,10 @@ def agree_on_passes(batches: Sequence[dict[str, Any]], collate: Collate, device:
 def reach_all(loss: torch.Tensor, model: Coconut) -> torch.Tensor:
     """The loss, whose backward now gives every weight outside the language model a gradient, if only zeros.
 
-    DDP waits for the gradients of all weights; FSDP does not, and its weights are left alone. A step without thoughts
-    does not use the feedback, and a trainer's subclass may use a module of its own outside the model's forward.
+    DDP waits for the gradients of all weights. A step without thoughts does not use the feedback, and a trainer's
+    subclass may use a module of its own outside the model's forward, or in some steps only. One process and FSDP do the
+    same, so that training does not depend on the number of processes.
     """
-    if isinstance(model, FSDPModule):
-        return loss
     others = (p for name, p in model.named_parameters() if not name.startswith("hf.") and p.requires_grad)
     return sum((p.sum() * 0.0 for p in others), loss)
 

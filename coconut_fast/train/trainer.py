@@ -66,7 +66,6 @@ class CoconutTrainer(Trainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the labelled tokens of the whole step
     is_fsdp_enabled: bool
     extract_answer: Callable[[str], str] | None = None  # a subclass's staticmethod, as `evaluate(extract=...)` takes it
-    loss_is_finite: torch.Tensor  # () bool: of every batch of this step so far
 
     def __init__(
         self,
@@ -119,6 +118,7 @@ class CoconutTrainer(Trainer):
         self.prefetches = self.args.device.type == "cuda"  # on a CPU it would take cores from the step
         self.prefetcher: Prefetcher | None = None  # of the current epoch
         self.step_rows: list[Any] = []  # the rows of the step in progress
+        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)  # in all its batches so far
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in total
         self.skipped = torch.zeros((), device=self.args.device)
         self.thought_norm: torch.Tensor | None = None
@@ -193,8 +193,8 @@ class CoconutTrainer(Trainer):
         output = model(batch=inputs["batch"], num_items=num_items_in_batch, loss_only=True)
         loss = output.loss
         if loss is None or self.args.world_size > 1:
-            # Gradients are averaged over processes, we want the sum; an idle row's passes need a backward too.
-            idle = output.hidden_TD[-1].sum() * 0.0
+            # Gradients are averaged over processes, we want the sum; an idle row needs a backward through all, too.
+            idle = self.accelerator.unwrap_model(model).head(output.hidden_TD[-1][:1]).sum() * 0.0
             loss = idle if loss is None else idle + loss * self.args.world_size
         loss = sharding.reach_all(loss, self.accelerator.unwrap_model(model))
         if self.graphed is not None or self._logs_now():
