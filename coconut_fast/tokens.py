@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
+from typing import Any
 
 START_LATENT = "<|start-latent|>"
 LATENT = "<|latent|>"
@@ -25,6 +26,14 @@ class LatentTokens:
     end: int | None = None
     eos: int | None = None
     pause: int | None = None
+
+
+def check_same_tokens(tokens: LatentTokens, tokenizer: Any, where: str) -> None:
+    """ValueError, starting with `where`, for a tokenizer (or None) in which special tokens have other ids."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    for name, number in ((START_LATENT, tokens.start), (LATENT, tokens.thought), (END_LATENT, tokens.end)):
+        if number is not None and vocabulary.get(name, number) != number:
+            raise ValueError(f"{where}: {name} is {vocabulary[name]} in the tokenizer and {number} in its tokens")
 
 
 def check_tokens(tokens: LatentTokens, rows: int) -> LatentTokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,8 +75,11 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
     Coconut(hf, tokens, tokenizer=tokenizer).save_pretrained(tmp_path)
     assert load(tmp_path).tokens == tokens
     _edited(tmp_path, "coconut.json", tokens={"start": 6, "thought": 5, "end": 8, "eos": 0})
-    with pytest.raises(ValueError, match=r"<\|latent\|> is 7 in its tokenizer and 5 in coconut.json"):
+    wrong = r"<\|latent\|> is 7 in the tokenizer and 5 in its tokens"
+    with pytest.raises(ValueError, match=wrong):
         load(tmp_path)
+    with pytest.raises(ValueError, match=wrong):
+        Coconut(hf, LatentTokens(thought=5), tokenizer=tokenizer).save_pretrained(tmp_path)
     hf.resize_token_embeddings(7, mean_resizing=False)  # fewer than the tokenizer has
     torch.save({f"base_causallm.{key}": tensor for key, tensor in hf.state_dict().items()}, tmp_path / "official")
     (tmp_path / "coconut.json").unlink()
@@ -86,6 +90,19 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
     Coconut(hf, LatentTokens(thought=5), tokenizer=make_tokenizer(*"abcdefgh")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model: its tokenizer has 10 tokens, expected at most its 7 embeddings"):
         build(settings, [])
+
+
+def test_only_files_that_are_loaded_are_looked_at(tmp_path) -> None:
+    make_hf("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model-old.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "model.fp16.safetensors").symlink_to("nowhere")
+    load(tmp_path, tokens=TOKENS)
+    make_hf("gpt2").save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    shard = next(path for path in (tmp_path / "shards").glob("*.safetensors") if C_FC in load_file(path))
+    state = load_file(shard)
+    save_file({**state, C_FC: state[C_FC].to(torch.int8)}, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{shard.name}: {C_FC} is stored as I8"):
+        load(tmp_path / "shards", tokens=TOKENS)
 
 
 def test_a_missing_shard_is_named(tmp_path) -> None:
@@ -181,3 +198,22 @@ def test_a_model_that_half_replaced_another_one_is_refused_until_it_is_saved_aga
     second.save_pretrained(tmp_path)
     assert torch.equal(load(tmp_path).feedback[0].weight, second.feedback[0].weight)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_several_processes_may_save_into_one_directory(tmp_path) -> None:
+    """As where every rank saves: none removes what another one is about to put in place."""
+    model = Coconut(make_hf("gpt2"), TOKENS, feedback="projection")
+    model.save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        for saving in [pool.submit(model.save_pretrained, tmp_path) for _ in range(24)]:
+            saving.result()
+    assert load(tmp_path).tokens == TOKENS and not list(tmp_path.glob(".*"))
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_twice(tmp_path) -> None:
+    tokenizer = make_tokenizer(*"abc")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    model = Coconut(make_hf("gpt2"), TOKENS, tokenizer=tokenizer)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert load(tmp_path).tokenizer.chat_template == tokenizer.chat_template

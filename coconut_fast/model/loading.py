@@ -25,7 +25,7 @@ from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
 from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS
-from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens
+from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens, check_same_tokens
 
 REFERENCE_PREFIX = "base_causallm."
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # gpt2, Qwen/Qwen2.5-0.5B
@@ -72,7 +72,7 @@ def load(
     tokenizer = _read_tokenizer(home)
     if tokens is None and saved is not None:
         tokens = LatentTokens(**saved["tokens"])
-        _check_same_tokens(tokens, tokenizer, home)
+        check_same_tokens(tokens, tokenizer, str(home))
     if tokens is None:
         if tokenizer is None:
             raise ValueError(
@@ -146,15 +146,6 @@ def add_latent_tokens(
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
 
 
-def _check_same_tokens(tokens: LatentTokens, tokenizer: PreTrainedTokenizerBase | None, home: Path | str) -> None:
-    """ValueError for a tokenizer in which special tokens have other ids than coconut.json says."""
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    expected = {START_LATENT: tokens.start, LATENT: tokens.thought, END_LATENT: tokens.end}
-    for name, number in expected.items():
-        if number is not None and vocabulary.get(name, number) != number:
-            raise ValueError(f"{home}: {name} is {vocabulary[name]} in its tokenizer and {number} in {COCONUT_JSON}")
-
-
 def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Raises if weights are missing or do not fit; transformers would draw them at random, with a warning at most.
 
@@ -181,11 +172,19 @@ def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> Pre
     if unfit:
         raise ValueError(f"{path_or_id}: the weights do not fit config.json: {unfit}")
     if getattr(hf.config, "quantization_config", None) is None:
-        for file in sorted(Path(path_or_id).glob("model*.safetensors")):
+        for file in _weight_files(Path(path_or_id)):
             with safe_open(file, "pt") as stored:
                 names = stored.keys()
                 _check_floating(hf, {name: stored.get_slice(name).get_dtype() for name in names}, file)
     return hf
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors that transformers reads from a directory; none for a hub id or weights in another format."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    return sorted({directory / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
 
 
 def _check_floating(hf: PreTrainedModel, kinds: dict[str, str], file: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from coconut_fast.files import REPLACING, UNFINISHED, check_folder, not_written, sync_folder
+from coconut_fast.files import REPLACING, UNFINISHED, check_folder, not_written, reserve, sync_folder
 from coconut_fast.model.feedback import name_of
+from coconut_fast.tokens import check_same_tokens
 
 if TYPE_CHECKING:
     from coconut_fast.model.coconut import Coconut
@@ -33,6 +35,7 @@ ADDED_WEIGHTS = "added.safetensors"
 def save(model: Coconut, directory: str | Path) -> None:
     """See Coconut.save_pretrained. The directory appears whole: written elsewhere, synced, then renamed."""
     check_folder(directory, "directory")
+    check_same_tokens(model.tokens, model.tokenizer, "model")
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Within a run's directory, whose next start removes what a killed process left under this name.
@@ -41,22 +44,27 @@ def save(model: Coconut, directory: str | Path) -> None:
     names: list[str] = []
     try:
         write(model, temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         os.chmod(temporary, 0o755)
         names = [file.name for file in temporary.iterdir()]
         if target.is_dir():
             # Other files (a trainer's state, say) stay; each of ours is replaced atomically. By this name `load`
             # recognises a directory that mixes files of two models.
-            temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
-            for name in names:
-                os.replace(temporary / name, target / name)
+            with reserve(temporary, "directory"):
+                temporary = temporary.rename(target / temporary.name.replace(UNFINISHED, REPLACING))
+                for name in names:
+                    if (target / name).is_dir():  # of chat templates
+                        shutil.rmtree(target / name)
+                    os.replace(temporary / name, target / name)
             for name in {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {*names}:
                 (target / name).unlink(missing_ok=True)
             sync_folder(target)
-            for marker in target.glob(f"{REPLACING}*"):  # those of killed processes, too
-                shutil.rmtree(marker, ignore_errors=True)
+            for marker in target.glob(f"{REPLACING}*"):  # those of killed processes, but not of others that save here
+                with suppress(ValueError, OSError), reserve(marker, "directory"):
+                    shutil.rmtree(marker, ignore_errors=True)
         else:
             os.rename(temporary, target)
             sync_folder(target.parent)
