@@ -53,12 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if _was_interrupted(error):
             return _failed("interrupted", 1)
-        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout.fileno()):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-            return SIGPIPE
-        return _failed(error, 2 if isinstance(error, ValueError) else 1)
+        cut_short = isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout.fileno())
+        _drop_unwritten()
+        return SIGPIPE if cut_short else _failed(error, 2 if isinstance(error, ValueError) else 1)
     except Exception as error:  # a bug, or a number that no machine can count to
         return _failed(error, 1, f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows where it came from)")
+
+
+def _drop_unwritten() -> None:
+    """What stdout did not take is dropped: Python would try again at its exit and end with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _has_no_reader(descriptor: int) -> bool:

@@ -48,10 +48,11 @@ def test_a_reader_that_exits_costs_no_work(
     run, val = tmp_path / "runs" / "tiny", tmp_path / "val.json"
 
     def closed(*arguments: str | Path) -> int:
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, without_reader())
-        monkeypatch.setattr(sys, "__stderr__", sys.stderr)
-        return main([str(a) for a in arguments])
+        with monkeypatch.context() as patched:
+            for name in ("stdout", "stderr"):
+                patched.setattr(sys, name, without_reader())
+            patched.setattr(sys, "__stderr__", sys.stderr)
+            return main([str(a) for a in arguments])
 
     assert closed("train", tmp_path / "recipe.yaml") == SIGPIPE
     assert load(run).settings.num_thoughts is not None and (run / "curve.png").exists()
@@ -70,8 +71,8 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr("coconut_fast.data.examples.read_examples", breaks)
-    with open(os.devnull, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
+    with open(os.devnull, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stream)
         assert main(["data", "check", "x.json"]) == 1
     assert capsys.readouterr().err == "coconut-fast: error: [Errno 32] Broken pipe\n"
 
@@ -85,3 +86,23 @@ def test_closed_streams_are_dev_null(tmp_path: Path) -> None:
         "import sys; from coconut_fast.commands.common import open_streams as f; f(); sys.exit(sys.stdin.read() or 3)"
     )
     assert subprocess.run(["sh", "-c", f"exec {sys.executable} -c '{code}' <&-"], cwd=ROOT).returncode == 3
+
+
+def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    command = f"exec {sys.executable} -m coconut_fast data check {tmp_path / 'train.json'} > /dev/full"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "coconut-fast: error: [Errno 28] No space left on device\n")
+
+
+def test_a_full_pipe_behind_stderr_ends_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    command = [sys.executable, "-m", "coconut_fast", "data", "graphs", tmp_path / "data.json", "--count", "1"]
+    assert subprocess.run(command, cwd=ROOT, stderr=writer).returncode == 0
+    os.close(reader)
+    os.close(writer)

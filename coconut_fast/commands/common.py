@@ -103,10 +103,11 @@ class _Lossy(io.FileIO):
     """A file that drops what cannot be written: training goes on where the reader of its messages has exited."""
 
     def write(self, data: Any) -> int:
+        whole = memoryview(data).nbytes
         try:
-            return super().write(data)
+            return super().write(data) or whole  # None: a pipe that is full
         except OSError:
-            return memoryview(data).nbytes
+            return whole
 
 
 def open_streams() -> None:
@@ -117,7 +118,7 @@ def open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of ours may get
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if descriptor else "r"))
     own = sys.__stderr__
     if own is not None and sys.stderr is own:
         raw = io.BufferedWriter(_Lossy(own.fileno(), "w", closefd=False))
