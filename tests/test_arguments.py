@@ -172,6 +172,7 @@ def test_overrides_win(official: Path) -> None:
         ("precision=fp8", "precision: found 'fp8', expected one of fp32, bf16, fp16, bf16_weights"),
         ("method=magic", "method: found 'magic', expected one of coconut"),
         ("model.n_layer=2", "override: model.n_layer: model is not a mapping here"),
+        ('model={"n_layer":1,"n_layer":2}', "override: model: line 1: found n_layer again, expected it once"),
         ("device=warp", "device: found 'warp', expected cpu or cuda"),
         ("seed=-1", "seed: found -1, expected 0 or more"),
         ("lr=-1", "lr: found -1.0, expected a finite number of at least 0"),

@@ -172,7 +172,7 @@ def test_a_child_does_not_keep_the_directory_of_a_killed_process(tmp_path: Path)
 
 def test_a_manifest_reads_the_same_in_any_locale(tmp_path: Path) -> None:
     model = {"model": "modèle"}
-    checkpoints.write_manifest(tmp_path, {"run": model, "history": [], "best": None, "skipped": 0})
+    checkpoints.write_manifest(tmp_path, {"run": model, "history": [], "best": None, "stage": 0, "skipped": 0})
     code = f"print(ascii(read_manifest(Path({str(tmp_path)!r}))['run']['model']))"
     command = [sys.executable, "-c", f"from coconut_fast.train.checkpoints import Path, read_manifest; {code}"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

@@ -86,7 +86,10 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ValueError(f"override: found {text!r}, expected key=value")
         try:
+            _check_keys(yaml.compose(value), f"override: {key}")
             read, written = yaml.safe_load(value), yaml.load(value, yaml.BaseLoader)
+        except DuplicateKeyError:
+            raise
         except Exception as error:  # a date in month 13, a number without digits: yaml raises anything
             raise ValueError(f"override: {key}: {value!r} is not YAML") from error
         parsed[key.strip()] = _as_written(key.strip(), read, written)
@@ -121,9 +124,9 @@ def _check_keys(node: yaml.Node | None, path: str | os.PathLike[str]) -> None:
             seen.add(id(node))
             nodes += chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
         if isinstance(node, yaml.MappingNode):
-            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             for before, key in enumerate(keys):
-                if any(key.value == other.value for other in keys[:before]):
+                if any((key.tag, key.value) == (other.tag, other.value) for other in keys[:before]):
                     line = key.start_mark.line + 1
                     raise DuplicateKeyError(f"{path}: line {line}: found {key.value} again, expected it once")
 
