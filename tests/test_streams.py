@@ -79,20 +79,21 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(
 
 def test_closed_streams_are_dev_null(tmp_path: Path) -> None:
     """Nor does a file that is written get their number."""
-    command = f"exec {sys.executable} -m coconut_fast data graphs {tmp_path / 'data.json'} --count 1 <&- >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], cwd=ROOT).returncode == 0
+    command = [sys.executable, "-m", "coconut_fast", "data", "graphs", str(tmp_path / "data.json"), "--count", "1"]
+    assert subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd=ROOT).returncode == 0
     assert len(read_examples(tmp_path / "data.json")) == 1
     code = (
         "import sys; from coconut_fast.commands.common import open_streams as f; f(); sys.exit(sys.stdin.read() or 3)"
     )
-    assert subprocess.run(["sh", "-c", f"exec {sys.executable} -c '{code}' <&-"], cwd=ROOT).returncode == 3
+    assert subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", code], cwd=ROOT).returncode == 3
 
 
 def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
     tiny(tmp_path)
-    command = f"exec {sys.executable} -m coconut_fast data check {tmp_path / 'train.json'} > /dev/full"
+    command = [sys.executable, "-m", "coconut_fast", "data", "check", tmp_path / "train.json"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "coconut-fast: error: [Errno 28] No space left on device\n")
 
 
