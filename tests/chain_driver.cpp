@@ -86,7 +86,7 @@ void run_chain(const std::string& name, bool llama, Format format, int threads) 
   chain.set_embeddings({embed.matrix, llama ? Matrix{} : positions.matrix, embed.matrix, nullptr, norm.data(), nullptr,
                         llama ? frequencies.data() : nullptr});
 
-  CacheLayout layout(kRows * 6, 16, kRows, 6, kRows * 6);
+  CacheLayout layout(kRows * 6, 16, kRows, 6);
   int64_t rows64[kRows];
   layout.alloc(kRows, rows64);
   const bool half = format == Format::bf16;

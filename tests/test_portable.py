@@ -19,7 +19,7 @@ CHAINS = [f"{family}-{weights}" for family in ("gpt2", "llama") for weights in (
 BOUNDS = {"fp32": 1e-5, "int8": 1e-5, "bf16": 4e-3, "attention": 1e-6}
 ARM, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
-pytestmark = pytest.mark.slow  # compiling all of csrc/cpu takes 10 to 30 s of one core
+slow = pytest.mark.slow  # compiling all of csrc/cpu takes 10 to 30 s of one core
 
 
 def build(compiler: str, folder: Path, *more: str) -> Path:
@@ -49,6 +49,16 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(compiler, tmp_path_factory.mktemp("here"))
 
 
+def test_the_driver_fits_the_headers() -> None:
+    """The tests that run it are slow, so a change of the C++ interfaces would be noticed late."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-fsyntax-only", "-fopenmp", f"-I{ROOT / 'csrc'}"]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"there is no {command[0]} to compile with")
+    done = subprocess.run([*command, str(DRIVER)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@slow
 @pytest.mark.parametrize("isa", ["", "portable"])
 def test_thoughts_and_tokens_allocate_nothing(here: Path, isa: str) -> None:
     found = results(here, isa=isa)
@@ -57,6 +67,7 @@ def test_thoughts_and_tokens_allocate_nothing(here: Path, isa: str) -> None:
             assert found[f"{chain} allocations-{call}"].item() == 0, f"{chain} {call}"
 
 
+@slow
 def test_arm_computes_what_x86_does(here: Path, tmp_path: Path) -> None:
     for program in (ARM, EMULATOR):
         if shutil.which(program) is None:
