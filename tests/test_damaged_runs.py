@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from coconut_fast.cli import main
+from coconut_fast.train.checkpoints import CheckpointError, check_state
 from coconut_fast.train.run import run
 from tests.runs import tiny
 
@@ -116,3 +117,14 @@ def test_settings_of_a_saved_model_that_make_no_sense_are_named(
     (tmp_path / "coconut.json").write_text(json.dumps(saved))
     assert main(["eval", str(tmp_path), str(whole / "val.json"), "--device", "cpu"]) == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_files_of_a_sharded_run_are_checked_and_nobody_elses(tmp_path: Path) -> None:
+    (tmp_path / "ema.bin").write_text("a user's own")
+    for name in ("optimizer.bin", "pytorch_model_fsdp.bin"):
+        torch.save({"weight": torch.arange(4096)}, tmp_path / name)
+        check_state(tmp_path)
+        (tmp_path / name).write_bytes(zeros_inside((tmp_path / name).read_bytes()))
+        with pytest.raises(CheckpointError, match=f"{name} is damaged .* is not what was written"):
+            check_state(tmp_path)
+        (tmp_path / name).unlink()

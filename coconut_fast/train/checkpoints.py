@@ -28,7 +28,8 @@ from coconut_fast.model.saving import ADDED_WEIGHTS
 from coconut_fast.train.schedule import EpochRecord
 
 MANIFEST = "checkpoint.json"
-TRAINER_STATE, TRAINER_TENSORS = "trainer_state.json", ("optimizer.pt", "scheduler.pt", "scaler.pt")
+TRAINER_STATE = "trainer_state.json"
+TRAINER_TENSORS = ("optimizer.", "scheduler.", "scaler.", "rng_state", "pytorch_model_fsdp.")  # how their names start
 PREFIX = "checkpoint-"
 KINDS = {  # of what is read of a manifest
     "files": (dict, "an object"),
@@ -122,7 +123,7 @@ def check_state(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()):
         try:
-            if path.name in TRAINER_TENSORS or path.name.startswith("rng_state"):
+            if path.name.startswith(TRAINER_TENSORS):
                 with zipfile.ZipFile(path) as archive:
                     broken = archive.testzip() if get_crc32_options() else None
                 if broken is not None:
