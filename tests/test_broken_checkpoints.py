@@ -203,11 +203,11 @@ def test_a_model_that_half_replaced_another_one_is_refused_until_it_is_saved_aga
 def test_several_processes_may_save_into_one_directory(tmp_path) -> None:
     """As where every rank saves: none removes what another one is about to put in place."""
     model = Coconut(make_hf("gpt2"), TOKENS, feedback="projection")
-    model.save_pretrained(tmp_path)
     with ThreadPoolExecutor(4) as pool:
-        for saving in [pool.submit(model.save_pretrained, tmp_path) for _ in range(24)]:
+        for saving in [pool.submit(model.save_pretrained, tmp_path / f"{n // 8}") for n in range(32)]:
             saving.result()
-    assert load(tmp_path).tokens == TOKENS and not list(tmp_path.glob(".*"))
+    for place in tmp_path.iterdir():
+        assert load(place).tokens == TOKENS and not list(place.glob(".*"))
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved_twice(tmp_path) -> None:
@@ -217,3 +217,17 @@ def test_a_tokenizer_with_several_chat_templates_is_saved_twice(tmp_path) -> Non
     for _ in range(2):
         model.save_pretrained(tmp_path)
         assert load(tmp_path).tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_nothing_of_an_older_model_is_loaded_with_a_newer_one(tmp_path) -> None:
+    tokenizer = make_tokenizer(*"abc")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    Coconut(make_hf("gpt2", seed=1), TOKENS, tokenizer=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("stays")
+    model = Coconut(make_hf("gpt2"), TOKENS)
+    save = model.hf.save_pretrained
+    model.hf.save_pretrained = lambda *places, **keywords: save(*places, **keywords, max_shard_size="40KB")
+    model.save_pretrained(tmp_path)  # in shards, which transformers reads only where there is no whole file
+    loaded = load(tmp_path)
+    assert loaded.tokenizer is None and torch.equal(loaded.hf.lm_head.weight, model.hf.lm_head.weight)
+    assert (tmp_path / "notes.txt").exists() and len(list(tmp_path.glob("model-*.safetensors"))) > 2

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 ADDED_WEIGHTS = "added.safetensors"
+# What a saved model may consist of: none of an older model's stays, or it would be loaded with the newer one.
+OURS = (
+    FEEDBACK_WEIGHTS, ADDED_WEIGHTS, "model.safetensors", "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates",
+)  # fmt: skip
 
 
 def save(model: Coconut, directory: str | Path) -> None:
@@ -50,7 +56,7 @@ def save(model: Coconut, directory: str | Path) -> None:
                     os.fsync(file.fileno())
         os.chmod(temporary, 0o755)
         names = [file.name for file in temporary.iterdir()]
-        if target.is_dir():
+        if not _became(temporary, target):
             # Other files (a trainer's state, say) stay; each of ours is replaced atomically. By this name `load`
             # recognises a directory that mixes files of two models.
             with reserve(temporary, "directory"):
@@ -59,20 +65,30 @@ def save(model: Coconut, directory: str | Path) -> None:
                     if (target / name).is_dir():  # of chat templates
                         shutil.rmtree(target / name)
                     os.replace(temporary / name, target / name)
-            for name in {FEEDBACK_WEIGHTS, ADDED_WEIGHTS} - {*names}:
-                (target / name).unlink(missing_ok=True)
+            for path in [found for pattern in OURS for found in target.glob(pattern) if found.name not in names]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             sync_folder(target)
             for marker in target.glob(f"{REPLACING}*"):  # those of killed processes, but not of others that save here
                 with suppress(ValueError, OSError), reserve(marker, "directory"):
                     shutil.rmtree(marker, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
-            sync_folder(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise not_written(target, error) from error
     finally:
         if all((temporary / name).exists() for name in names):  # else the directory mixes two models, as its name says
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _became(temporary: Path, target: Path) -> bool:
+    """Renames a directory to `target`; False where there is one, perhaps since a moment ago, of another process."""
+    try:
+        if not target.is_dir():
+            os.rename(temporary, target)
+            sync_folder(target.parent)
+            return True
+    except OSError:
+        if not target.is_dir():
+            raise
+    return False
 
 
 def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
