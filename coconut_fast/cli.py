@@ -41,10 +41,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command -> its exit code."""
     open_streams()
-    arguments = make_parser().parse_args(argv)
-    set_progress_bars()
-    warnings.formatwarning = format_warning
     try:
+        try:
+            arguments = make_parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # the help
+        set_progress_bars()
+        warnings.formatwarning = format_warning
         code = arguments.run(arguments) or 0
         sys.stdout.flush()  # here, where an error is reported
         return code

@@ -92,9 +92,10 @@ def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
     tiny(tmp_path)
     command = [sys.executable, "-m", "coconut_fast", "data", "check", tmp_path / "train.json"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (1, "coconut-fast: error: [Errno 28] No space left on device\n")
+    for arguments in (command, [*command[:3], "--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(arguments, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (1, "coconut-fast: error: [Errno 28] No space left on device\n")
 
 
 def test_a_full_pipe_behind_stderr_ends_nothing(tmp_path: Path) -> None:
