@@ -57,7 +57,8 @@ def _head(
         mask = mask_m[:, None] & mask_v[None, :]
         tl.store(scratch + m[:, None] * PITCH + v[None, :], logits * inverse, mask=mask)
     else:
-        logits = tl.where(mask_v[None, :], logits, float("-inf"))
+        # NaN counts as the least: how a maximum treats it differs by backend, and the ids index the embedding table
+        logits = tl.where(mask_v[None, :] & (logits == logits), logits, float("-inf"))
         if MODE == "greedy":
             top, at = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
             tl.store(extras + m * TILES + tile, (tile * BLOCK_V + at).to(tl.float64), mask=mask_m)
@@ -70,7 +71,7 @@ def _head(
 
 
 @triton.jit
-def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr):
+def _largest(tops, extras, ids, TILES: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr):
     pdl_wait(OVERLAP)
     pdl_release(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
@@ -78,8 +79,7 @@ def _largest(tops, extras, ids, V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: t
     mask = t < TILES
     top = tl.load(tops + b * TILES + t, mask=mask, other=float("-inf"))
     _, tile = tl.max(top, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    # with NaN there is no largest: any id within the embedding table will do
-    tl.store(ids + b, tl.minimum(tl.load(extras + b * TILES + tile).to(tl.int64), V - 1))
+    tl.store(ids + b, tl.load(extras + b * TILES + tile).to(tl.int64))
 
 
 @triton.jit
@@ -290,7 +290,6 @@ def _launch(
                 tops=tops,
                 extras=extras,
                 ids=ids,
-                V=vocabulary,
                 TILES=num_tiles,
                 BLOCK_T=block_t,
                 OVERLAP=overlap,

@@ -24,13 +24,12 @@ from coconut_fast.files import REPLACING
 from coconut_fast.model.checks import check_feedback, check_finite, check_ragged
 from coconut_fast.model.coconut import Coconut, SavedSettings
 from coconut_fast.model.feedback import FEEDBACKS, make_feedback, name_of
-from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS
+from coconut_fast.model.saving import ADDED_WEIGHTS, COCONUT_JSON, FEEDBACK_WEIGHTS, TOKENIZER_FILES
 from coconut_fast.tokens import END_LATENT, LATENT, START_LATENT, LatentTokens, check_same_tokens
 
 REFERENCE_PREFIX = "base_causallm."
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # gpt2, Qwen/Qwen2.5-0.5B
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in safetensors
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def load(

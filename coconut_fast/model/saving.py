@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 COCONUT_JSON = "coconut.json"
 FEEDBACK_WEIGHTS = "feedback.safetensors"
 ADDED_WEIGHTS = "added.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+)  # every tokenizer has one
 # What a saved model may consist of: none of an older model's stays, or it would be loaded with the newer one.
 OURS = (
     FEEDBACK_WEIGHTS, ADDED_WEIGHTS, "model.safetensors", "model.safetensors.index.json",
-    "model-?????-of-?????.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates",
+    "model-?????-of-?????.safetensors", *TOKENIZER_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates",
 )  # fmt: skip
 
 
@@ -56,7 +62,7 @@ def save(model: Coconut, directory: str | Path) -> None:
                     os.fsync(file.fileno())
         os.chmod(temporary, 0o755)
         names = [file.name for file in temporary.iterdir()]
-        if not _became(temporary, target):
+        if not _renamed(temporary, target):
             # Other files (a trainer's state, say) stay; each of ours is replaced atomically. By this name `load`
             # recognises a directory that mixes files of two models.
             with reserve(temporary, "directory"):
@@ -66,7 +72,10 @@ def save(model: Coconut, directory: str | Path) -> None:
                         shutil.rmtree(target / name)
                     os.replace(temporary / name, target / name)
             for path in [found for pattern in OURS for found in target.glob(pattern) if found.name not in names]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
             sync_folder(target)
             for marker in target.glob(f"{REPLACING}*"):  # those of killed processes, but not of others that save here
                 with suppress(ValueError, OSError), reserve(marker, "directory"):
@@ -78,7 +87,7 @@ def save(model: Coconut, directory: str | Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _became(temporary: Path, target: Path) -> bool:
+def _renamed(temporary: Path, target: Path) -> bool:
     """Renames a directory to `target`; False where there is one, perhaps since a moment ago, of another process."""
     try:
         if not target.is_dir():
