@@ -159,7 +159,8 @@ def test_overrides_win(official: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rate=1", "override: unknown key 'learning_rate'; it is called lr here"),
+        ("learning_rate=1", "override: unknown key 'learning_rate'; learning_rate is called lr here"),
+        ("leraning_rate=1", "override: unknown key 'leraning_rate'; learning_rate is called lr here"),
         ("epoch_per_stage=2", "override: unknown key 'epoch_per_stage'; the nearest known one is 'epochs_per_stage'"),
         ("learning_rate", "override: found 'learning_rate', expected key=value"),
         (

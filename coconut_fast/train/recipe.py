@@ -142,11 +142,10 @@ def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
     known = [*TYPES, *FLAGS, "model_id", "bf16"]
     for key in found:
         if key not in known:
-            named = (
-                f"it is called {RENAMED_FIELDS[key]} here"
-                if key in RENAMED_FIELDS
-                else f"the nearest known one is {_nearest(str(key), known)!r}"
-            )
+            nearest = _nearest(str(key), [*known, *RENAMED_FIELDS])
+            named = f"the nearest known one is {nearest!r}"
+            if nearest in RENAMED_FIELDS:
+                named = f"{nearest} is called {RENAMED_FIELDS[nearest]} here"
             raise ValueError(f"{where}: unknown key {key!r}; {named}")
     result = {key: value for key, value in found.items() if key not in official}
     if "model_id" in found:
