@@ -30,7 +30,8 @@ MODELS = {
     "mistral": lambda: llama_like("Mistral", sliding_window=7),
     "qwen2": lambda: llama_like("Qwen2"),
     "qwen3": lambda: llama_like("Qwen3", head_dim=24),
-    "qwen3-wide": lambda: llama_like("Qwen3", head_dim=56),  # a pair of vectors, one vector and a rest, at any width
+    # A head is a pair of vectors, one vector and a rest, at any width; down's sums have several segments of 256.
+    "qwen3-wide": lambda: llama_like("Qwen3", head_dim=56, intermediate_size=600),
 }
 
 
