@@ -115,6 +115,9 @@ def test_generate(
     assert record["num_thoughts"] == 3 and len(record["token_ids"]) <= 2
     monkeypatch.setattr("sys.stdin", io.StringIO("go on from ada\n\n"))
     assert call(capsys, "generate", model, "--max-new-tokens", "4") == one, "prompts as they are typed"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'go ' * 10_000}\ngo on from ada\n"))
+    assert main(["generate", str(model), "--max-new-tokens", "4"]) == 2, "a piped prompt was refused"
+    assert capsys.readouterr().out == one, "the others are answered"
 
 
 def test_a_model_that_is_not_here_is_told_before_the_hub_is_asked(

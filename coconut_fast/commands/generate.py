@@ -47,16 +47,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     if prompts is not None:
         _answer(model, prompts, arguments)
         return 0
+    code, typed = 0, sys.stdin.isatty()
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            prompt = input("> " if typed else "")
         except EOFError:
-            return 0
+            return code
         if prompt.strip():
             try:
                 _answer(model, [prompt], arguments)
             except ValueError as error:
                 print(error, file=sys.stderr)
+                code = 0 if typed else 2  # a script must learn that an answer is missing
 
 
 def read_prompts_file(path: str) -> list[str]:

@@ -166,6 +166,10 @@ class CoconutArguments:
         for name in ("lr", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number of at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 0 and less than 1")
+        self.curriculum(), self.schedule()  # each refuses settings that make no sense
         self._check_device()
         self._check_training_arguments()
         if isinstance(self.model, dict) and "from_config" not in self.model:
