@@ -4,7 +4,7 @@
 
 A figure is the time of one launch in the replay of a CUDA graph over several sets of inputs, together larger than L2,
 so that launch gaps and cached weights do not count. Correctness first: an op that differs from its reference is not
-timed.
+timed. Five ops, whose results are ids, gradients or a cache, are compared only by tests/test_gpu_ops.py (see `_gate`).
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _replayed(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def _gate(work: Work) -> None:
-    """Our result against the reference's; gradients and ids by their own tests (tests/test_gpu_ops.py)."""
+    """Our result against the reference's; gradients, ids and caches by their own tests (tests/test_gpu_ops.py)."""
     if work.op in ("ragged_attention_backward", "lm_head_sample", "latent_feedback", "kv_append", "accept_tokens"):
         return
     first = [r if isinstance(r, torch.Tensor) else r[0] for r in (work.run(), work.run("torch"))]

@@ -168,6 +168,8 @@ def test_overrides_win(official: Path) -> None:
             "detach_after: found 1 with parallel_rounds, whose gradients",
         ),
         ("num_epochs=-1", "num_epochs: "),
+        ("advance_at=70", "advance_at: found 70.0, expected accuracies from 0 to 1"),
+        ("frontier=some", "frontier: found 'some', expected one of shortest_paths, all"),
         ("max_latent_stage=-1", "max_latent_stage: "),
         ("uniform_prob=3", "uniform_prob: "),
         ("adam_beta1=1.5", "adam_beta1: found 1.5, expected at least 0 and less than 1"),

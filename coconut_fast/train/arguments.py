@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig
+from coconut_fast.data.graphs import FRONTIERS
 from coconut_fast.train.schedule import RESETS, StageSchedule
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class CoconutArguments:
             ("precision", PRECISIONS),
             ("lr_schedule", LR_SCHEDULES),
             ("reset_optimizer", RESETS),
+            ("frontier", FRONTIERS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
@@ -169,7 +171,8 @@ class CoconutArguments:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 0 and less than 1")
-        self.curriculum(), self.schedule()  # each refuses settings that make no sense
+        self.curriculum()  # refuses settings that make no sense, as does the schedule
+        self.schedule()
         self._check_device()
         self._check_training_arguments()
         if isinstance(self.model, dict) and "from_config" not in self.model:

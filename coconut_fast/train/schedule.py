@@ -64,6 +64,8 @@ class StageSchedule:
             asked = self.threshold(stage)
             if asked is not None and not isinstance(asked, (int, float)):
                 raise ValueError(f"advance_at: found {asked!r}, expected numbers")
+            if asked is not None and not 0 <= asked <= 1:
+                raise ValueError(f"advance_at: found {asked}, expected accuracies from 0 to 1")
         if self.reset_optimizer not in RESETS:
             raise ValueError(f"reset_optimizer: found {self.reset_optimizer!r}, expected one of {', '.join(RESETS)}")
 

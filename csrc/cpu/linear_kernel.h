@@ -142,10 +142,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
       for (int i = 0; i < kVecs; ++i) {
         float* to = out + m * out_stride + j * 16 + i * W;
         Vec total = P::sum(acc[m][j], i, input, row + m, segment);
-        if (scales) total *= load(scales + j * 16 + i * W);
-#if COCONUT_FAST_X86
-        asm("" : "+v"(total));  // else GCC fuses this product with the sum below, for some numbers of rows only
-#endif
+        if (scales) total = unfused(total * load(scales + j * 16 + i * W));
         store(to, first ? total : load(to) + total);
       }
 }

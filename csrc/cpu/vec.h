@@ -39,6 +39,16 @@ static INLINE To bits(From v) {
 
 static INLINE Vec splat(float x) { return x - Vec{}; }
 
+// x, not fused with a sum that follows: GCC fuses a product with it in some instances of a kernel and not in others.
+static INLINE Vec unfused(Vec x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 static INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }   // b where one is NaN
 static INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }  // likewise
 
