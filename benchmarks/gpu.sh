@@ -27,6 +27,8 @@ mkdir -p "$results"
 toolkit=$(nvcc --dryrun x.cu 2>&1 | sed -n 's/^#\$ TOP=//p' | xargs -r readlink -f)
 export CUDA_HOME="${CUDA_HOME:-${toolkit:-/usr/local/cuda}}"
 export PATH="$PATH:$CUDA_HOME/bin" # compute-sanitizer is often not on it
+# Inductor's workers (of Hugging Face's compiled peer) can outlast their process by minutes: it compiles without them.
+export TORCHINDUCTOR_COMPILE_THREADS=1
 export PYTHONUNBUFFERED=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$(python3 -c \
     'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}"
 total=${GPU_SECONDS:-540}
