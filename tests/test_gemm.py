@@ -11,7 +11,7 @@ from coconut_fast.model.weight import UNPACKED_ROWS, Weight
 from tests.compare import assert_as_good_as_torch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-SHAPES = [(0, 4, 3), (1, 2, 1), (7, 64, 33), (15, 96, 48), (70, 2050, 100), (300, 768, 96)]
+SHAPES = [(0, 4, 3), (1, 2, 1), (7, 64, 33), (15, 96, 48), (70, 2050, 100), (300, 768, 96), (32, 8192, 48)]
 own_products = pytest.mark.skipif(not ops.extension().gemm_runs(), reason="needs AVX512-BF16 and no AMX")
 
 
@@ -52,7 +52,7 @@ def test_few_rows_matmul(backend: str, layout: str, shape: tuple) -> None:
     biased = ops.call("few_rows_matmul", x, laid, bias, backend=backend)
     assert_as_good_as_torch(plain, x @ w, exact, what="product")
     assert_as_good_as_torch(biased, torch.addmm(bias, x, w), exact + bias.double(), what="with bias")
-    if backend == "cpu":  # one chain of sums, like the packed product
+    if backend == "cpu":  # the same sums as the packed product's
         packed = ops.call("pack_matrix", w, torch.float32, backend=backend)
         assert torch.equal(biased, ops.call("packed_matmul", x, packed, n, bias, backend=backend))
 

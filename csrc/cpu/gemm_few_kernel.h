@@ -1,6 +1,6 @@
 // See Few in gemm.h. Included once, after gemm_kernel.h. Bound by memory: w is read once, for all rows.
 
-constexpr int64_t kStripRows = 128;  // of w: 24 KiB of a panel stay in the L1 cache for all rows of x
+constexpr int64_t kStripRows = kChain;  // of w: 24 KiB of a panel stay in the L1 cache for all rows of x
 constexpr int64_t kLines = kStripRows / W;  // cache lines of a column in a strip
 
 static INLINE __mmask16 first_lanes(int64_t n) { return n >= W ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
@@ -12,11 +12,10 @@ static INLINE void add_strip(const Few& f, int64_t row, int64_t column, int64_t 
                              size_t stride, const Fetch& fetch) {
   float* y = f.y + row * f.n + column;
   const auto lanes = [&](int j) { return first_lanes(f.n - column - j * W); };
-  Sums sums{};
-  for (int m = 0; k && m < kRows; ++m)
-    for (int j = 0; j < kVecs; ++j) sums.of[m][j] = load(lanes(j), y + m * f.n + j * W);
   const char* x = reinterpret_cast<const char*>(f.x + row * f.k + k);
-  sums = tile<Dtype::f32, kRows>(x, f.k * 4, 4, strip, steps, stride, sums, fetch);
+  Sums sums = tile<Dtype::f32, kRows>(x, f.k * 4, 4, strip, steps, stride, {}, fetch);
+  for (int m = 0; k && m < kRows; ++m)
+    for (int j = 0; j < kVecs; ++j) sums.of[m][j] += load(lanes(j), y + m * f.n + j * W);
   const float* bias = k + steps == f.k ? f.bias : nullptr;
   for (int m = 0; m < kRows; ++m)
     for (int j = 0; j < kVecs; ++j) {
