@@ -6,9 +6,9 @@
 // multiplies 8 rows by a panel, over all of k, with 24 accumulator registers. bf16 weights are packed once for all
 // passes.
 //
-// Sums. An element is a sum of fp32 chains over 128 steps of k each, since the error of a chain grows with its length; the
-// bias is added before rounding. It depends only on its row, its column and K, not on the number of rows, threads or
-// panels. (Weight gradients: a chain per block of rows.)
+// Sums. An element is a sum of fp32 chains over 128 steps of k each, since the error of a chain grows with its length.
+// The bias is added before rounding. An element depends only on its row, its column and K, not on the number of rows,
+// threads or panels. (Weight gradients: a chain per block of rows.)
 //
 // Each call computes one task; the caller distributes the tasks over threads.
 #pragma once
