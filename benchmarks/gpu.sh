@@ -13,8 +13,9 @@
 # COCONUT_FAST_COMMIT names the commit in the results where this checkout has no .git.
 # A step that fails, or exceeds its limit and is interrupted, keeps what it has measured, and the others still run.
 # Nothing runs more than 15 s beyond GPU_SECONDS (default 540). GPU_STEPS names the steps to run (default all), which
-# also get the time of the others: a slow host may need two calls, the second with
-# GPU_STEPS="build tests persistent_tests kernel_tests".
+# also get the time of the others. On the slow host of an H200 125 of 317 GPU tests took 97 s, and nine minutes were not
+# enough; three calls there: GPU_STEPS="build bench_graph bench_persistent bench_ops memcheck", "build bench_train
+# bench_generate" and "build tests persistent_tests kernel_tests".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || {

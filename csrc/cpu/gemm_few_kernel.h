@@ -1,6 +1,8 @@
 // See Few in gemm.h. Included once, after gemm_kernel.h. Bound by memory: w is read once, for all rows.
 
-constexpr int64_t kStripRows = kChain;  // of w: 24 KiB of a panel stay in the L1 cache for all rows of x
+// Rows of a strip of w: 24 KiB of a panel stay in the L1 cache for all rows of x. One chain, so that the sums are those
+// of the packed product.
+constexpr int64_t kStripRows = kChain;
 constexpr int64_t kLines = kStripRows / W;  // cache lines of a column in a strip
 
 static INLINE __mmask16 first_lanes(int64_t n) { return n >= W ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
