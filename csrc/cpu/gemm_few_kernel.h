@@ -27,7 +27,7 @@ static INLINE void add_strip(const Few& f, int64_t row, int64_t column, int64_t 
 }
 
 static void multiply_few(const Few& f, int64_t first, int64_t last) {
-  const bool as_it_lies = f.w.column_stride == 1;
+  const bool as_it_lies = f.w.column_stride == 1, to_l1 = l1_is_large();
   const auto at = [&](int64_t k, int64_t panel) {
     return static_cast<const float*>(f.w.data) + k * f.w.row_stride + panel * kPanelColumns * f.w.column_stride;
   };
@@ -38,8 +38,9 @@ static void multiply_few(const Few& f, int64_t first, int64_t last) {
       const int64_t steps = std::min(kStripRows, f.k - k);
       const auto fetch = [&](int64_t s) {  // three lines of the next block
         for (int64_t line = 3 * s; line < 3 * s + 3; ++line)
-          __builtin_prefetch(as_it_lies ? next + s * f.w.row_stride + line % 3 * W
-                                        : next + line / kLines * f.w.column_stride + line % kLines * W);
+          fetch_line(as_it_lies ? next + s * f.w.row_stride + line % 3 * W
+                                : next + line / kLines * f.w.column_stride + line % kLines * W,
+                     to_l1);
       };
       alignas(64) char packed[kStripRows * kPanelColumns * 4];
       const char* strip = reinterpret_cast<const char*>(block);

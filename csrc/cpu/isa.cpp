@@ -4,9 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#include <unistd.h>
+
 #if COCONUT_FAST_AMX
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace coconut_fast {
@@ -61,6 +62,15 @@ const char* isa_name(Isa isa) {
     case Isa::amx: return "amx";
   }
   return "?";
+}
+
+bool l1_is_large() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+  constexpr long bytes = 0;
+#endif
+  return bytes <= 0 || bytes >= 48 << 10;  // unknown: large
 }
 
 Isa best_isa() {

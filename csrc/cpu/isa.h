@@ -38,4 +38,13 @@ bool has_tiles();
 
 const char* isa_name(Isa isa);
 
+// Whether the L1 data cache has 48 KiB or more, so that weights can be prefetched into it beside those being read.
+// Where it has 32 (Zen 4) they displace each other, and are better prefetched to L2.
+bool l1_is_large();
+
+inline void fetch_line(const void* at, bool to_l1) {
+  if (to_l1) __builtin_prefetch(at, 0, 3);
+  else __builtin_prefetch(at, 0, 2);
+}
+
 }  // namespace coconut_fast

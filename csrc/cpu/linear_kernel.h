@@ -97,7 +97,7 @@ struct Int8Dot {
 
 // ---- the loop -----------------------------------------------------------------------------------------------------
 
-template <class P, int MR, int NB>
+template <class P, int MR, int NB, bool kToL1>
 static INLINE void tile(const char* w, size_t w_step, int steps, const Input& input, const char* x, int row,
                         int segment, bool first, const float* scales, float* out, size_t out_stride, const char* fetch,
                         int fetch_every, WeightPrefetch& prefetch, KVPrefetch& kv) {
@@ -111,7 +111,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
   int countdown = fetch_every;
   for (int s = 0; s < steps; ++s) {
     if (--countdown == 0) {
-      for (int j = 0; j < NB; ++j) __builtin_prefetch(fetch + j * 64, 0, 3);
+      for (int j = 0; j < NB; ++j) __builtin_prefetch(fetch + j * 64, 0, kToL1 ? 3 : 2);
       fetch += MR <= 2 ? NB * 64 : w_step;
       if (MR <= 2 && fetch == weights_end) fetch = prefetch.next;
       countdown = fetch_every;
@@ -170,7 +170,7 @@ static INLINE const char* fetch_of(const Unit& u, int group) {
   return group == 0 ? u.weights + size_t(u.steps * 3 / 4) * w_step : u.fetch + size_t(u.steps / 4) * w_step;
 }
 
-template <class P, int MR, int NB>
+template <class P, int MR, int NB, bool kToL1>
 static void row_group(const Unit& u, int row, int group) {
   const size_t w_step = u.linear->bytes_per_step();
   const size_t before = size_t(u.segment) * kSegment / P::kStep * P::kInputBytes;
@@ -178,10 +178,19 @@ static void row_group(const Unit& u, int row, int group) {
   const char* fetch = fetch_of(u, group);
   for (int j = 0; j < u.linear->wide; j += NB) {
     if constexpr (MR > 2) u.kv->advance();
-    tile<P, MR, NB>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
-                    u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
-                    fetch + j * 64, u.groups, *u.prefetch, *u.kv);
+    tile<P, MR, NB, kToL1>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
+                           u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
+                           fetch + j * 64, u.groups, *u.prefetch, *u.kv);
   }
+}
+
+// A small L1 has no room for the next unit where a few groups read this one. Which few was measured on Zen 4.
+template <class P, int MR, int NB>
+static void row_group(const Unit& u, int row, int group) {
+  constexpr bool kFloats = P::kRegisters == kVecs;
+  if (MR <= 2 || l1_is_large() || u.groups > (kFloats ? 3 : 2) || (kFloats && u.groups == 1))
+    return row_group<P, MR, NB, true>(u, row, group);
+  if constexpr (MR > 2) row_group<P, MR, NB, false>(u, row, group);
 }
 
 template <class P, int MR>
