@@ -22,7 +22,6 @@ from benchmarks.shapes import DEVICE, make_hf, make_model, make_prompts, save_fo
 from coconut_fast import Coconut, GenerateOutput, generate
 
 VOCAB = 50260
-THOUGHT = VOCAB - 1
 # dtype, prompts, prompt tokens, thoughts, new tokens, how many of the prompts the peers are timed on
 WORKLOADS = [
     ("bfloat16", 1, 64, 6, 64, 1),
@@ -34,16 +33,17 @@ WORKLOADS = [
     pytest.param(("bfloat16", 500, 330, 6, 12, 2), marks=pytest.mark.skipif(DEVICE == "cpu", reason="takes a GPU")),
 ]
 PROMPT, NEW = 32, 16  # tokens of the runs by batch and thoughts
+OTHERS = ("opt-125m", "gemma3-270m")  # families without an engine of their own
 
 
 @functools.cache
-def ours(dtype: str) -> Coconut:
-    return make_model("gpt2", getattr(torch, dtype))
+def ours(dtype: str, shape: str = "gpt2") -> Coconut:
+    return make_model(shape, getattr(torch, dtype))
 
 
 @functools.cache
-def theirs(dtype: str) -> PreTrainedModel:
-    return make_hf("gpt2", getattr(torch, dtype)).to(DEVICE)
+def theirs(dtype: str, shape: str = "gpt2") -> PreTrainedModel:
+    return make_hf(shape, getattr(torch, dtype)).to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,31 @@ def test_batch(benchmark, figures, batch: int, thoughts: int) -> None:
     figures.add(what, seconds, note=str(output.stats), weights=weights_limit(output), hugging_face=one * batch)
 
 
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", OTHERS)
+def test_other_families(benchmark, figures, shape: str, dtype: str, count: int) -> None:
+    model, peer = ours(dtype, shape), theirs(dtype, shape)
+    prompts = make_prompts(model.hf.config.vocab_size, count, 64, 6)
+    if dtype == "float32":
+        expected = hugging_face.generate(peer, prompts[0], model.tokens.thought, 8)
+        assert generate(model, prompts[:1], max_new_tokens=8).token_ids == [expected], (
+            "answers differ: nothing is timed"
+        )
+    seconds, output = run(benchmark, dtype, prompts, 64, shape=shape)
+    one = time_hugging_face(dtype, prompts[:1], 64, shape)
+    what = f"{shape}, {dtype}: {count} x 64-token prompt, 6 thoughts, 64 tokens"
+    figures.add(what, seconds, note=str(output.stats), hugging_face=one * count)
+
+
 def run(
-    benchmark, dtype: str, prompts: list[list[int]], new: int, batch: int | None = None
+    benchmark, dtype: str, prompts: list[list[int]], new: int, batch: int | None = None, shape: str = "gpt2"
 ) -> tuple[float, GenerateOutput]:
     """Seconds of the fastest of several calls on warm weights (of a single call if that is long), and its answers.
 
     On a GPU the first call compiles and captures.
     """
-    model = ours(dtype)
+    model = ours(dtype, shape)
     generate(model, prompts[:1], max_new_tokens=2)
     rounds = 3 if DEVICE == "cuda" else 1 if len(prompts) * len(prompts[0]) > 20_000 else 2
     keywords = {"max_new_tokens": new, "batch_size": batch}
@@ -107,13 +124,14 @@ def weights_limit(output: GenerateOutput) -> float | None:
     return moved / stats.measure_bandwidth()
 
 
-def time_hugging_face(dtype: str, prompts: list[list[int]], new: int) -> float:
+def time_hugging_face(dtype: str, prompts: list[list[int]], new: int, shape: str = "gpt2") -> float:
     """Seconds for the prompts, one after the other. On a GPU every new length of the cache loads kernels first."""
+    model, thought = theirs(dtype, shape), ours(dtype, shape).tokens.thought
     warm = (prompts[0], new) if DEVICE == "cuda" else (prompts[0][:8], 2)
-    hugging_face.generate(theirs(dtype), warm[0], THOUGHT, warm[1])
+    hugging_face.generate(model, warm[0], thought, warm[1])
     start = time.perf_counter()
     for prompt in prompts:
-        hugging_face.generate(theirs(dtype), prompt, THOUGHT, new)
+        hugging_face.generate(model, prompt, thought, new)
     return time.perf_counter() - start
 
 

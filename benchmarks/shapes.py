@@ -38,6 +38,22 @@ SHAPES = {
             },
         },
     ),
+    # families that no engine of ours knows: Hugging Face's layers on our cache
+    "opt-125m": ("opt", {"dropout": 0.0}),
+    "gemma3-270m": (
+        "gemma3_text",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+        },
+    ),
     # the two-layer model of "Reasoning by Superposition" (arXiv 2505.12514)
     "superposition": ("gpt2", {"vocab_size": 40, "n_layer": 2, "n_head": 8, "n_embd": 768, **_NO_DROPOUT}),
 }

@@ -35,6 +35,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "transpose": ("triton", "torch"),
     "gated_mlp": ("triton", "torch"),
     "skinny_linear": ("triton", "torch"),
+    "few_rows_linear": ("cpu", "torch"),
     "lm_head_sample": ("triton", "torch"),
     "accept_tokens": ("triton", "torch"),
     "linear_cross_entropy": ("chunked", "torch"),

@@ -141,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
   bind_native(m);
   bind_gelu(m);
   bind_gemm(m);
+  bind_linear(m);
   bind_memory(m);
   bind_cuda(m);
 }

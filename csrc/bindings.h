@@ -16,6 +16,7 @@ void bind_attention(py::module_& m);
 void bind_native(py::module_& m);
 void bind_gelu(py::module_& m);
 void bind_gemm(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_cuda(py::module_& m);
 

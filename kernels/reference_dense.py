@@ -177,6 +177,15 @@ def matmul_ref(a: Tensor, b: Tensor, bias: Tensor | None = None, *, into: Tensor
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+# ---- few_rows_linear -------------------------------------------------------------------------------------------------
+
+
+def few_rows_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) transposed plus bias (N,), in x's dtype; sums in fp32."""
+    y = _work(x) @ _work(weight).t()
+    return (y if bias is None else y + _work(bias)).to(x.dtype)
+
+
 # ---- products of the training step on CPU ----------------------------------------------------------------------------
 
 

@@ -1,0 +1,164 @@
+"""few_rows_linear against fp64 on every instruction set, and the models whose linear layers run on it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coconut_fast import Coconut, generate, ops
+from coconut_fast.infer import linears
+from coconut_fast.infer.linears import MOST_ROWS, fast_linears
+from tests.compare import assert_as_good_as_torch
+from tests.families import TOKENS, make_hf
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHAPES = [(0, 4, 3), (1, 1, 1), (1, 768, 64), (2, 31, 16), (5, 100, 37), (6, 64, 5), (13, 129, 33), (64, 2050, 18)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.usefixtures("isa")
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_fp64(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    x, w, bias = draw(m, k).to(dtype), draw(n, k, seed=1).to(dtype), draw(n, seed=2).to(dtype)
+    exact = x.double() @ w.double().T
+    plain, biased = (ops.call("few_rows_linear", x, w, *b, backend="cpu") for b in ((), (bias,)))
+    assert plain.dtype == dtype and plain.shape == (m, n)
+    assert_as_good_as_torch(plain, ops.call("few_rows_linear", x, w, backend="torch"), exact, what="product")
+    expected = ops.call("few_rows_linear", x, w, bias, backend="torch")
+    assert_as_good_as_torch(biased, expected, exact + bias.double(), what="with bias")
+
+
+@pytest.mark.usefixtures("isa")
+@DTYPES
+def test_a_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, w, bias = draw(64, 777).to(dtype), draw(300, 777, seed=1).to(dtype), draw(300, seed=2).to(dtype)
+    whole = ops.few_rows_linear(x, w, bias)
+    for parts in ([1] * 64, [2, 3, 59], [4, 5, 6, 7, 42]):
+        assert torch.equal(torch.cat([ops.few_rows_linear(part, w, bias) for part in x.split(parts)]), whole)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.few_rows_linear(x, w, bias), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_any_shape_and_layout_of_x() -> None:
+    x, w = draw(3, 4, 10), draw(6, 10, seed=1)
+    for turned in (x, x.transpose(0, 1), x[:, ::2], x[0, 0], x[:0]):
+        ours = ops.call("few_rows_linear", turned, w, backend="cpu")
+        torch.testing.assert_close(ours, nn.functional.linear(turned, w))
+    bias = draw(6)
+    assert torch.equal(ops.few_rows_linear(torch.zeros(2, 0), torch.zeros(6, 0), bias), bias.expand(2, 6))
+
+
+REFUSED = {
+    "x is Half": lambda: (torch.zeros(2, 4).half(), torch.zeros(3, 4).half()),
+    r"weight is Float \[3, 5\].*shape \[-1, 4\]": lambda: (torch.zeros(2, 4), torch.zeros(3, 5)),
+    "weight is .*not contiguous": lambda: (torch.zeros(2, 4), torch.zeros(4, 3).T),
+    "weight is BFloat16; expected Float": lambda: (torch.zeros(2, 4), torch.zeros(3, 4).bfloat16()),
+    r"bias is .*shape \[3\]": lambda: (torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_wrong_arguments_are_refused(message: str) -> None:
+    with pytest.raises(ValueError, match=f"few_rows_linear: {message}"):
+        ops.call("few_rows_linear", *REFUSED[message](), backend="cpu")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def replaced(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.fixture
+def model() -> Coconut:
+    return Coconut(make_hf("gemma2"), TOKENS)
+
+
+PROMPTS = [[5, 6, 7, TOKENS.start, TOKENS.thought, TOKENS.thought, TOKENS.end], [9, 8, TOKENS.thought]]
+
+
+def test_a_model_without_a_native_chain_generates_with_it(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.use("torch"):
+        expected = generate(model, PROMPTS, max_new_tokens=5)
+    monkeypatch.setattr(linears.functional, "linear", lambda *_: pytest.fail("PyTorch's product ran"))
+    output = generate(model, PROMPTS, max_new_tokens=5)
+    assert output.token_ids == expected.token_ids
+    assert output.stats.backend == "eager"
+    assert replaced(model) == []
+
+
+@torch.inference_mode()
+def test_which_calls_it_takes(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = model.hf.model.layers[0].self_attn.q_proj
+    calls: list[int] = []
+    with fast_linears(model):
+        product = layer.forward.product
+        monkeypatch.setattr(layer.forward, "product", lambda x, *rest: calls.append(len(x)) or product(x, *rest))
+        x = draw(MOST_ROWS + 1, layer.in_features)
+        torch.testing.assert_close(layer(x[1:]), layer(x)[1:])
+        assert calls == [MOST_ROWS]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x[:1]).dtype == torch.bfloat16
+        with torch.inference_mode(False), torch.enable_grad():
+            assert layer(x[:1].clone()).requires_grad
+        assert calls == [MOST_ROWS]
+
+
+def test_layers_it_leaves_alone(model: Coconut) -> None:
+    class Own(nn.Linear):
+        pass
+
+    mlp, attention = model.hf.model.layers[0].mlp, model.hf.model.layers[1].self_attn
+    mlp.up_proj.__class__ = Own
+    mlp.gate_proj.half()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data.T.contiguous().T
+    attention.q_proj.forward = attention.q_proj.forward  # a forward of its own
+    with fast_linears(model):
+        names = {name.removeprefix("hf.model.layers.") for name in replaced(model)}
+    assert names & {"0.mlp.up_proj", "0.mlp.gate_proj", "0.mlp.down_proj"} == set()
+    assert {"0.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj", "hf.lm_head"} <= names
+    assert replaced(model) == ["hf.model.layers.1.self_attn.q_proj"]
+    model.hf.model.layers[0].compile()
+    with fast_linears(model):
+        assert replaced(model) == ["hf.model.layers.1.self_attn.q_proj"]
+
+
+def test_hooks_are_called(model: Coconut) -> None:
+    seen: list[tuple[int, ...]] = []
+    layer = model.hf.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, result: seen.append(tuple(result.shape)))
+    generate(model, [[5, 6, 7]], max_new_tokens=3)
+    assert seen == [(1, 3, 48), (1, 1, 48), (1, 1, 48)]
+
+
+def test_the_last_of_several_users_restores_the_model(model: Coconut) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fast_linears(model):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    before = replaced(model)
+    with pytest.raises(RuntimeError, match="as a test"), fast_linears(model):
+        raise RuntimeError("as a test")
+    assert before and replaced(model) == before
+    leave.set()
+    thread.join()
+    assert replaced(model) == []
