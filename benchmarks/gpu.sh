@@ -60,7 +60,9 @@ suite() { # suite NAME SECONDS ARGUMENTS...: a benchmark; its figures go to FOLD
     local name=$1 limit=$2
     shift 2
     [ -f "benchmarks/bench_$name.py" ] || return 0
-    step "bench_$name" "$limit" python3 -m pytest -q "benchmarks/bench_$name.py" --results "$results" "$@"
+    # A test that takes 40 s shows in the log where it is: one that hangs is killed without a word.
+    step "bench_$name" "$limit" python3 -m pytest -q "benchmarks/bench_$name.py" --results "$results" "$@" \
+        -o faulthandler_timeout=40
 }
 
 # The limits add up to 520 s; the last step gets what is left. Those of the suites are estimates: most of their time
@@ -72,7 +74,7 @@ step doctor 10 python3 -m coconut_fast doctor
 # The most important benchmarks first: latent passes, answers, training steps.
 suite graph 75
 suite persistent 25
-suite train 110 -k "train_step and bfloat16 and 128"
+suite train 100 -k "train_step and bfloat16 and 128"
 suite generate 60 -k "bfloat16-1-64-6-64 or bfloat16-500-330-6-12"
 # Only the files that have GPU tests, since each process imports all it is given. The persistent kernel's tests run
 # separately, because a faulty grid barrier hangs its process. One line per test, so that the log of a killed step shows
@@ -89,7 +91,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "memcheck           skipped: there is no compute-sanitizer"
 fi
-suite ops 15
+suite ops 25
 # The kernels' odd shapes, which run in the interpreter where there is no GPU. No time is planned for them, because the
 # last step gets all that the others leave over.
 mapfile -t kernel_tests < <(grep -l "@triton.jit" kernels/*.py | sed "s|kernels/|tests/test_|" | xargs ls 2>/dev/null)

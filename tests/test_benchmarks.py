@@ -53,7 +53,8 @@ def test_works_of_the_ops_benchmark(name: str, device, monkeypatch) -> None:
     """At most 16 of everything, in fp16: the interpreter's bf16 is wrong."""
     monkeypatch.setattr(bench_ops, "DEVICE", device)
     monkeypatch.setattr(bench_ops, "DTYPE", torch.float16)
-    for builder in ("decode", "prefill", "append", "linear", "head", "norm", "mlp", "feedback", "accept"):
+    builders = "decode prefill append linear head norm mlp feedback accept gather trained_norm columns losses turned"
+    for builder in builders.split():
         original = getattr(bench_ops, builder)
         monkeypatch.setattr(
             bench_ops, builder, lambda *sizes, f=original, **given: f(*(min(n, 16) for n in sizes), **given)
@@ -64,6 +65,22 @@ def test_works_of_the_ops_benchmark(name: str, device, monkeypatch) -> None:
     work.run()
     if work.peer is not None:
         work.peer()
+
+
+def test_the_gate_of_the_ops_benchmark_sees_what_is_written_in_place(device, monkeypatch) -> None:
+    monkeypatch.setattr(bench_ops, "DEVICE", device)
+    monkeypatch.setattr(bench_ops, "DTYPE", torch.float16)
+
+    def wrong(backend: str, **given: torch.Tensor) -> None:
+        ops.call("kv_append", **given, backend=backend)
+        if backend == "triton":
+            given["keys"][given["slots"][0]] += 1
+
+    work = bench_ops.append(16, 2, 16)
+    bench_ops._gate(work)
+    monkeypatch.setattr(ops, "kv_append", wrong, raising=False)
+    with pytest.raises(AssertionError, match="kv_append is off from its reference: nothing is timed"):
+        bench_ops._gate(work)
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
