@@ -111,15 +111,16 @@ def test_a_flag_that_would_leave_no_method_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["no", "off", "yes", "true", "2026-11-26", "007", "1.10", "12:30", "1_000", "0x10"])
-def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
+def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """YAML 1.1 would turn `no` into False, 2026-11-26 into a date, 007 into 7 and 12:30 into 750."""
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tracker"])
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"name: {text}  # of today\nsave_path: {text}\nmodel_id: {text}\nreset_optimizer: no\nreport_to: [a]\n"
+        f"name: {text}  # of today\nsave_path: {text}\nmodel_id: {text}\nreset_optimizer: no\nreport_to: [tracker]\n"
     )
     found = read_recipe(file)
     assert (found.name, found.save_path, found.model, found.load_model_path) == (text, text, text, None)
-    assert found.reset_optimizer == "never" and found.report_to == ["a"]
+    assert found.reset_optimizer == "never" and found.report_to == ["tracker"]
     file.write_text("method: coconut\n")
     found = read_recipe(file, [f"name={text}", f'save_path="{text}"', f"load_model_path={text}", "tokenizer=null"])
     assert (found.name, found.save_path, found.load_model_path, found.tokenizer) == (text, text, text, None)
@@ -172,6 +173,8 @@ def test_overrides_win(official: Path) -> None:
         ("frontier=some", "frontier: found 'some', expected one of shortest_paths, all"),
         ("max_latent_stage=-1", "max_latent_stage: "),
         ("uniform_prob=3", "uniform_prob: "),
+        ("report_to=tensorbored", "report_to: found 'tensorbored', expected none, all, or what is installed of"),
+        ("report_to=[none]", "report_to: found 'none', expected none, all, or"),
         ("adam_beta1=1.5", "adam_beta1: found 1.5, expected at least 0 and less than 1"),
         ("num_epochs=many", "override: num_epochs: found 'many', expected a whole number"),
         ("debug=1", "override: debug: found 1, expected true or false"),

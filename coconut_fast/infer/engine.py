@@ -85,11 +85,11 @@ def generate(
     """
     num_samples, top_k = whole("num_samples", num_samples, 1), whole("top_k", top_k, 0)
     batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
-    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+    if not _is_a(Real, temperature) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least 0, found {temperature!r}")
-    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+    if not _is_a(Real, top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p!r}")
-    if seed is not None and not isinstance(seed, Integral):
+    if seed is not None and not _is_a(Integral, seed):
         raise ValueError(f"seed: expected an int or None, found {seed!r}")
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights: expected {', '.join(WEIGHTS)} or None, found {weights!r}")
@@ -262,6 +262,11 @@ class Engine:
             thoughts = [self.thoughts.get(i) for i in range(len(self.prompts)) for _ in range(self.num_samples)]
         read = [list(p.ids) for p in self.prompts for _ in range(self.num_samples)]
         return GenerateOutput(texts, answers, counts, thoughts, self.stats, read)
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether a value is such a number; True and False, which Python counts as 1 and 0, are not."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:

@@ -175,6 +175,7 @@ class CoconutArguments:
         self.schedule()
         self._check_device()
         self._check_training_arguments()
+        self._check_trackers()
         if isinstance(self.model, dict) and "from_config" not in self.model:
             raise ValueError(
                 f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
@@ -220,6 +221,19 @@ class CoconutArguments:
                 raise ValueError(
                     f"training_arguments: found {name!r}, which this trainer does not follow; expected some of "
                     f"{', '.join(PASSED_THROUGH)}"
+                )
+
+    def _check_trackers(self) -> None:
+        if self.report_to in ("none", "all"):
+            return
+        from transformers.integrations import get_available_reporting_integrations
+
+        installed = get_available_reporting_integrations()
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to:
+            if name not in installed:
+                raise ValueError(
+                    f"report_to: found {name!r}, expected none, all, or what is installed of transformers' trackers "
+                    f"({', '.join(installed) or 'nothing'})"
                 )
 
     @property
