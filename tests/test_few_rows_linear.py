@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from coconut_fast import Coconut, generate, ops
-from coconut_fast.infer import linears
-from coconut_fast.infer.linears import MOST_ROWS, fast_linears
+from coconut_fast.infer.linears import fast_linears, plain_linears
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_hf
 
@@ -90,33 +90,41 @@ def model() -> Coconut:
 PROMPTS = [[5, 6, 7, TOKENS.start, TOKENS.thought, TOKENS.thought, TOKENS.end], [9, 8, TOKENS.thought]]
 
 
-def test_a_model_without_a_native_chain_generates_with_it(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_of_one_token_a_row_run_on_it_and_no_others(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
     with ops.use("torch"):
         expected = generate(model, PROMPTS, max_new_tokens=5)
-    monkeypatch.setattr(linears.functional, "linear", lambda *_: pytest.fail("PyTorch's product ran"))
+    rows: dict[str, set[int]] = {"ours": set(), "PyTorch's": set()}
+
+    def spy(whose: str, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *rest: rows[whose].add(x.numel() // x.shape[-1]) or product(x, *rest)
+
+    monkeypatch.setattr(ops.extension(), "few_rows_linear", spy("ours", ops.extension().few_rows_linear))
+    monkeypatch.setattr(nn.functional, "linear", spy("PyTorch's", nn.functional.linear))
     output = generate(model, PROMPTS, max_new_tokens=5)
     assert output.token_ids == expected.token_ids
     assert output.stats.backend == "eager"
+    # The prompts have 4 and 2 tokens before their thoughts. The last thoughts run with the token after them.
+    assert rows == {"ours": {1, 2}, "PyTorch's": {6, 3}}
     assert replaced(model) == []
 
 
 @torch.inference_mode()
-def test_which_calls_it_takes(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_calls_it_takes(model: Coconut) -> None:
     layer = model.hf.model.layers[0].self_attn.q_proj
-    calls: list[int] = []
-    with fast_linears(model):
+    with fast_linears(plain_linears(model)):
+        x, calls = draw(3, layer.in_features), []
         product = layer.forward.product
-        monkeypatch.setattr(layer.forward, "product", lambda x, *rest: calls.append(len(x)) or product(x, *rest))
-        x = draw(MOST_ROWS + 1, layer.in_features)
-        torch.testing.assert_close(layer(x[1:]), layer(x)[1:])
-        assert calls == [MOST_ROWS]
+        layer.forward.product = lambda *args: calls.append(args) or product(*args)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight))
+        assert len(calls) == 1
         with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x[:1]).dtype == torch.bfloat16
+            assert layer(x).dtype == torch.bfloat16
         with torch.inference_mode(False), torch.enable_grad():
-            assert layer(x[:1].clone()).requires_grad
-        assert calls == [MOST_ROWS]
+            assert layer(x.clone()).requires_grad
+        assert len(calls) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler, of its own parts
 def test_layers_it_leaves_alone(model: Coconut) -> None:
     class Own(nn.Linear):
         pass
@@ -126,13 +134,13 @@ def test_layers_it_leaves_alone(model: Coconut) -> None:
     mlp.gate_proj.half()
     mlp.down_proj.weight.data = mlp.down_proj.weight.data.T.contiguous().T
     attention.q_proj.forward = attention.q_proj.forward  # a forward of its own
-    with fast_linears(model):
+    with fast_linears(plain_linears(model)):
         names = {name.removeprefix("hf.model.layers.") for name in replaced(model)}
     assert names & {"0.mlp.up_proj", "0.mlp.gate_proj", "0.mlp.down_proj"} == set()
     assert {"0.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj", "hf.lm_head"} <= names
     assert replaced(model) == ["hf.model.layers.1.self_attn.q_proj"]
     model.hf.model.layers[0].compile()
-    with fast_linears(model):
+    with fast_linears(plain_linears(model)):
         assert replaced(model) == ["hf.model.layers.1.self_attn.q_proj"]
 
 
@@ -148,15 +156,19 @@ def test_the_last_of_several_users_restores_the_model(model: Coconut) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with fast_linears(model):
+        with fast_linears(plain_linears(model)):
             entered.set()
             leave.wait(60)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert entered.wait(60)
-    before = replaced(model)
-    with pytest.raises(RuntimeError, match="as a test"), fast_linears(model):
+    before, layer, called = replaced(model), model.hf.lm_head, []
+    layer.forward.product = lambda *args: called.append(args)
+    with torch.inference_mode():
+        layer(torch.zeros(1, layer.in_features))
+    assert called == []  # this thread is outside
+    with pytest.raises(RuntimeError, match="as a test"), fast_linears(plain_linears(model)):
         raise RuntimeError("as a test")
     assert before and replaced(model) == before
     leave.set()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from coconut_fast.infer.decode import ActiveAnswer, choose, decode, token_passes
+from coconut_fast.infer.linears import fast_linears, plain_linears
 from coconut_fast.infer.prefill import PREFILL_TOKENS, prefill
 from coconut_fast.infer.prompts import Prompt
 from coconut_fast.infer.sampling import Sampling
@@ -32,6 +33,7 @@ class EagerRunner:
         self.model = model
         self.sampling = sampling
         self.clock = Clock(model.device)
+        self.linears = plain_linears(model)
         self.cache = KVCache(
             model.num_layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length, device=model.device
         )
@@ -57,7 +59,7 @@ class EagerRunner:
             with self.clock("prefill" if fed_BD is None else "think"):
                 hidden_BD = prefill(self.model, self.cache, member_rows, [p.tokens for p in pieces], fed_BD)
             more = [max(p.thoughts - 1, 0) for p in pieces]
-            with self.clock("think", passes=max(more)):
+            with self.clock("think", passes=max(more)), fast_linears(self.linears):
                 hidden_BD = think(self.model, self.cache, member_rows, hidden_BD, more, kept)
             last_BD = hidden_BD if last_BD is None else last_BD.index_copy(0, index, hidden_BD)
         assert last_BD is not None
@@ -65,13 +67,13 @@ class EagerRunner:
 
     def first_tokens(self, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnswer]) -> None:
         """Chooses the first token of each answer from its prompt's last hidden state."""
-        with self.clock("decode", passes=0):
+        with self.clock("decode", passes=0), fast_linears(self.linears):
             choose(self.model, hidden_BD, answers, self.sampling)
 
     def decode(self, answers: Sequence[ActiveAnswer], steps: int) -> None:
         """Decodes up to `steps` more tokens of each answer."""
         before = [len(a.tokens) for a in answers]
-        with self.clock("decode", passes=0):
+        with self.clock("decode", passes=0), fast_linears(self.linears):
             decode(self.model, self.cache, answers, steps, self.sampling, self.model.tokens.eos)
         self.clock.passes["decode"] += token_passes(answers, before)
 

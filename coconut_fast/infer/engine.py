@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -18,7 +17,6 @@ from coconut_fast import ops
 from coconut_fast.infer import machine, runner_cache
 from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner, ParallelRunner
-from coconut_fast.infer.linears import fast_linears
 from coconut_fast.infer.native import NativeRunner, packed, reason_not
 from coconut_fast.infer.prompts import Prompt, read_prompts, whole
 from coconut_fast.infer.sampling import Sampling
@@ -185,9 +183,7 @@ class Engine:
         """Prefills prompts while there is room and decodes answers until all are finished."""
         waiting = deque(range(len(self.prompts)))
         active: dict[int, ActiveAnswer] = {}  # answer number -> answer
-        linears = nullcontext() if isinstance(self.runner, NativeRunner) else fast_linears(self.model)
-        total = len(self.prompts) * self.num_samples
-        with linears, tqdm(total=total, desc="generate", unit="answer", delay=2) as bar:
+        with tqdm(total=len(self.prompts) * self.num_samples, desc="generate", unit="answer", delay=2) as bar:
             while waiting or active:
                 group = self._next(waiting, self.batch_size - len(active))
                 if group:

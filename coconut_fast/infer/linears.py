@@ -1,13 +1,13 @@
-"""Linear layers of the models that have no native chain, while they generate on a CPU.
+"""Linear layers of the models that have no native chain, in passes of one token a row on a CPU.
 
-Reading the weights is most of the time of a pass of few rows. PyTorch's products read them at a quarter to a half of
-memory's speed, `ops.few_rows_linear` (csrc/cpu/few_rows_linear.h) at almost all of it.
+Reading the weights is most of such a pass. PyTorch's products read them at a quarter to a half of memory's speed,
+`ops.few_rows_linear` (csrc/cpu/few_rows_linear.h) at almost all of it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,27 +18,48 @@ from coconut_fast import ops
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.plan import modules_of
 
-MOST_ROWS = 64  # from there on PyTorch's products are as fast in bf16 (two Zen 4 cores)
-
 _lock = threading.Lock()
 
 
-@contextmanager
-def fast_linears(model: Coconut) -> Iterator[None]:
-    """Within the block the model's nn.Linear layers run few rows on our kernel, in inference mode and on a CPU.
+class _Thread(threading.local):
+    inside = False  # whether this thread is in a block of `fast_linears`
 
-    Their `forward` is replaced meanwhile, so hooks are called as always. Left as they are: subclasses, layers with a
-    forward of their own, weights other than plain matrices of fp32 or bf16, and compiled models. Threads may share a
-    model; the last one to leave restores it.
+
+_thread = _Thread()
+
+
+def plain_linears(model: Coconut) -> list[nn.Linear]:
+    """The layers that `fast_linears` can take.
+
+    Not those of a model on another device or one that is compiled, subclasses, layers with a forward of their own,
+    weights other than plain matrices of fp32 or bf16, and bf16 where the CPU has AMX, which PyTorch's library uses.
     """
-    layers = _layers(model)
+    if ops.choose("few_rows_linear", model.device)[0] != "cpu":
+        return []
+    modules = modules_of(model)
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules):
+        return []
+    dtypes = [{torch.float32}] if ops.extension().has_tiles() else [{torch.float32}, {torch.bfloat16}]
+    return [m for m in modules if type(m) is nn.Linear and _is_plain(m) and {t.dtype for t in _tensors(m)} in dtypes]
+
+
+@contextmanager
+def fast_linears(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Within the block, in inference mode, these layers run on our kernel.
+
+    For passes with one token a row: in longer ones PyTorch's products are as fast, and the length of a prompt must not
+    decide which kernel its rows run on. `forward` is replaced meanwhile, so hooks are called as always. Threads may
+    share a model: those outside the block run as before, and the last one to leave restores it.
+    """
     with _lock:
         for layer in layers:
             forward = vars(layer).setdefault("forward", _Forward(layer))
             forward.users += 1
+    before, _thread.inside = _thread.inside, True
     try:
         yield
     finally:
+        _thread.inside = before
         with _lock:
             for layer in layers:
                 forward = vars(layer)["forward"]
@@ -48,7 +69,7 @@ def fast_linears(model: Coconut) -> Iterator[None]:
 
 
 class _Forward:
-    """nn.Linear.forward, faster for few rows."""
+    """nn.Linear.forward on our kernel."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer, self.users = layer, 0
@@ -56,24 +77,17 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
-        few = x.numel() <= MOST_ROWS * weight.shape[1] and x.dtype == weight.dtype and type(x) is Tensor
-        if few and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu"):
+        plain = type(x) is Tensor and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+        if plain and _thread.inside and torch.is_inference_mode_enabled():
             return self.product(x, weight, bias)
         return functional.linear(x, weight, bias)
 
 
-def _layers(model: Coconut) -> list[nn.Linear]:
-    if ops.choose("few_rows_linear", model.device)[0] != "cpu":
-        return []
-    modules = modules_of(model)
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules):
-        return []
-    return [module for module in modules if type(module) is nn.Linear and _is_plain(module)]
+def _tensors(layer: nn.Linear) -> list[Tensor]:
+    return [t for t in (layer.weight, layer.bias) if t is not None]
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    if not isinstance(vars(layer).get("forward"), _Forward | None):
-        return False
-    tensors = [t for t in (layer.weight, layer.bias) if t is not None]
-    kinds = all(type(t) in (nn.Parameter, Tensor) and t.is_cpu and t.is_contiguous() for t in tensors)
-    return kinds and {t.dtype for t in tensors} in ({torch.float32}, {torch.bfloat16})
+    own_forward = not isinstance(vars(layer).get("forward"), _Forward | None)
+    plain = all(type(t) in (nn.Parameter, Tensor) and t.is_cpu and t.is_contiguous() for t in _tensors(layer))
+    return plain and not own_forward

@@ -11,8 +11,8 @@ const char* Chain::start_of(const Linear& linear, int t) const {
   return linear.chunk(share(linear.chunks, t, team_->size()).first);
 }
 
-// With one or two rows, weights are prefetched kLead bytes ahead, up to twice that after a wait. L1 has 48 KiB; a whole
-// unit of fp32 weights ahead, 64 KiB, cost 6% of a pass.
+// With one or two rows, weights are prefetched kLead bytes ahead, up to twice that after a wait. L1 has 32 or 48 KiB;
+// a whole unit of fp32 weights ahead, 64 KiB, cost 6% of a pass.
 void Chain::start_stream(int t, const Linear& linear, const Linear& next) {
   const auto [first, last] = share(linear.chunks, t, team_->size());
   WeightPrefetch& prefetch = weight_prefetches_[t];

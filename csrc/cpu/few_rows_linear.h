@@ -1,4 +1,4 @@
-// y = x W^T + bias for few rows of x, with W as PyTorch stores it: what a model without a native chain runs on a CPU.
+// y = x W^T + bias for few rows of x, with W as PyTorch stores it: for models without a native chain.
 //
 // Up to four rows it is bound by memory: W is read once. Sums. Lane l of an fp32 vector adds up the products of every k
 // that is l modulo its width (in bf16, of pairs of k), in order; the lanes are added pairwise. A row's result thus does
