@@ -37,12 +37,12 @@ OTHERS = ("opt-125m", "gemma3-270m")  # families without an engine of their own
 
 
 @functools.cache
-def ours(dtype: str, shape: str = "gpt2") -> Coconut:
+def ours(dtype: str, shape: str) -> Coconut:
     return make_model(shape, getattr(torch, dtype))
 
 
 @functools.cache
-def theirs(dtype: str, shape: str = "gpt2") -> PreTrainedModel:
+def theirs(dtype: str, shape: str) -> PreTrainedModel:
     return make_hf(shape, getattr(torch, dtype)).to(DEVICE)
 
 
@@ -52,7 +52,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory):
     folder = save_for_peers(make_model("gpt2"), tmp_path_factory.mktemp("gpt2"))
     if official_missing() is None:
         prompts = make_prompts(VOCAB, 2, 40, 6, seed=5)
-        found = generate(ours("float32"), prompts, max_new_tokens=8).token_ids
+        found = generate(ours("float32", "gpt2"), prompts, max_new_tokens=8).token_ids
         expected = official("generate", folder, vocab_size=VOCAB, dtype="float32", prompts=prompts, max_new_tokens=8)
         assert found == expected["answers"], "our fp32 answers differ from the official ones: nothing is timed"
     return folder

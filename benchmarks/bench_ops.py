@@ -23,6 +23,7 @@ from coconut_fast.model.layer_norm import SHARES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE, DTYPE = "cuda", torch.bfloat16
+COPIES = ("kv_append", "kv_gather", "transpose")
 SETS_BYTES = 200 << 20  # more than three times the L2 of an H200
 
 
@@ -310,11 +311,13 @@ def _results(work: Work, backend: str) -> list[torch.Tensor]:
 
 
 def _gate(work: Work) -> None:
-    """Ours against the reference's."""
+    """Ours against the reference's: copies exactly, in a large one a lost row would not show in a norm."""
     for ours, plain in zip(_results(work, "triton"), _results(work, "torch"), strict=True):
-        same = torch.equal(ours, plain)
-        if not same and plain.is_floating_point():
-            off = ((ours.double() - plain.double()).norm() / plain.double().norm()).item()
+        same = ours.dtype == plain.dtype and ours.shape == plain.shape
+        if (same and work.op in COPIES) or not plain.is_floating_point():
+            same = torch.equal(ours, plain)
+        elif same:
+            off = ((ours.double() - plain.double()).norm() / plain.double().norm().clamp_min(1e-30)).item()
             same = off < 1e-2
         assert same, f"{work.op} is off from its reference: nothing is timed"
 

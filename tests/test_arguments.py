@@ -105,6 +105,11 @@ def test_official_flags_as_overrides(file: dict[str, Any], overrides: dict[str, 
     assert make_arguments(file, overrides).method == method
 
 
+def test_a_tracker_that_is_not_used_need_not_be_installed() -> None:
+    for unused in ("debug", "only_eval"):
+        assert make_arguments({"report_to": "no such tracker", unused: True}).report_to == "no such tracker"
+
+
 def test_a_flag_that_would_leave_no_method_is_refused() -> None:
     with pytest.raises(ValueError, match="override: cot: found false, but settings has method cot; expected another"):
         make_arguments({"method": "cot"}, {"cot": False})

@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
     "gelu_backward: grad": lambda absent: _C.gelu_backward(absent(MATRIX), MATRIX),
     "few_rows_linear: x": lambda absent: _C.few_rows_linear(absent(MATRIX), MATRIX),
     "few_rows_linear: weight": lambda absent: _C.few_rows_linear(MATRIX, absent(MATRIX)),
+    "few_rows_linear: bias": lambda absent: _C.few_rows_linear(MATRIX, MATRIX, absent(torch.ones(4))),
     "kv_append: slots": lambda absent: _C.kv_append(CACHE, CACHE, absent(SLOTS), CACHE, CACHE),
     "kv_append: key": lambda absent: _C.kv_append(absent(CACHE), CACHE, SLOTS, CACHE, CACHE),
     "kv_append: values": lambda absent: _C.kv_append(CACHE, CACHE, SLOTS, CACHE, absent(CACHE)),

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from coconut_fast import Coconut, generate, ops
+from coconut_fast.infer import linears
 from coconut_fast.infer.linears import fast_linears, plain_linears
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_hf
@@ -45,8 +47,9 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(dtype: to
         assert torch.equal(torch.cat([ops.few_rows_linear(part, w, bias) for part in x.split(parts)]), whole)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert torch.equal(ops.few_rows_linear(x, w, bias), whole)
+        for threads in (1, 2, 3):  # `make test` gives each process one
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.few_rows_linear(x, w, bias), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -121,7 +124,12 @@ def test_which_calls_it_takes(model: Coconut) -> None:
             assert layer(x).dtype == torch.bfloat16
         with torch.inference_mode(False), torch.enable_grad():
             assert layer(x.clone()).requires_grad
-        assert len(calls) == 1
+        torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+        torch.testing.assert_close(layer(torch._neg_view(x)), -layer(x))
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 3 * layer.in_features * layer.out_features
+        assert len(calls) == 3
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's compiler, of its own parts
@@ -142,6 +150,51 @@ def test_layers_it_leaves_alone(model: Coconut) -> None:
     model.hf.model.layers[0].compile()
     with fast_linears(plain_linears(model)):
         assert replaced(model) == ["hf.model.layers.1.self_attn.q_proj"]
+
+
+def test_bf16_is_left_alone_where_the_cpu_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, whole = (Coconut(make_hf("gemma2", dtype), TOKENS) for dtype in (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(ops.extension(), "has_tiles", lambda: False)
+    assert len(plain_linears(half)) == len(plain_linears(whole)) == 15
+    monkeypatch.setattr(ops.extension(), "has_tiles", lambda: True)
+    assert plain_linears(half) == [] and len(plain_linears(whole)) == 15
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_another_backend_that_is_asked_for_runs(model: Coconut, backend: str) -> None:
+    with ops.use(backend):
+        assert plain_linears(model) == []
+
+
+def test_a_compiled_forward_compiles(model: Coconut) -> None:
+    expected = generate(model, PROMPTS, max_new_tokens=3).token_ids
+    mlp = model.hf.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager", fullgraph=True)
+    assert generate(model, PROMPTS, max_new_tokens=3).token_ids == expected
+
+
+def test_a_forward_that_changes_during_a_pass_stays(model: Coconut) -> None:
+    layer, own = model.hf.lm_head, model.hf.lm_head.forward
+    model.hf.model.layers[0].register_forward_hook(lambda *_: setattr(layer, "forward", own))
+    generate(model, PROMPTS, max_new_tokens=3)
+    assert replaced(model) == ["hf.lm_head"] and layer.forward is own
+
+
+def test_an_interrupt_while_layers_are_replaced_restores_them(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[nn.Linear] = []
+
+    original = linears._Forward.__init__
+
+    def interrupted(self: object, layer: nn.Linear) -> None:
+        made.append(layer)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        original(self, layer)
+
+    monkeypatch.setattr(linears._Forward, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt), fast_linears(plain_linears(model)):
+        pass
+    assert len(made) == 5 and replaced(model) == [] and not linears._users and not linears._thread.inside
 
 
 def test_hooks_are_called(model: Coconut) -> None:

@@ -1,12 +1,13 @@
 """Linear layers of the models that have no native chain, in passes of one token a row on a CPU.
 
-Reading the weights is most of such a pass. PyTorch's products read them at a quarter to a half of memory's speed,
+Reading the weights is most of such a pass. PyTorch's products read them at a fifth to a half of memory's speed,
 `ops.few_rows_linear` (csrc/cpu/few_rows_linear.h) at almost all of it.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +19,8 @@ from coconut_fast import ops
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.plan import modules_of
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+_users: Counter[nn.Linear] = Counter()  # blocks of `fast_linears` that a layer is in, of all threads
 
 
 class _Thread(threading.local):
@@ -34,7 +36,7 @@ def plain_linears(model: Coconut) -> list[nn.Linear]:
     Not those of a model on another device or one that is compiled, subclasses, layers with a forward of their own,
     weights other than plain matrices of fp32 or bf16, and bf16 where the CPU has AMX, which PyTorch's library uses.
     """
-    if ops.choose("few_rows_linear", model.device)[0] != "cpu":
+    if ops.asked() not in (None, "cpu") or ops.why_not("few_rows_linear", "cpu", model.device):
         return []
     modules = modules_of(model)
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules):
@@ -47,40 +49,48 @@ def plain_linears(model: Coconut) -> list[nn.Linear]:
 def fast_linears(layers: Sequence[nn.Linear]) -> Iterator[None]:
     """Within the block, in inference mode, these layers run on our kernel.
 
-    For passes with one token a row: in longer ones PyTorch's products are as fast, and the length of a prompt must not
+    For passes with one token a row: in prefill PyTorch's bf16 products are as fast, and the length of a prompt must not
     decide which kernel its rows run on. `forward` is replaced meanwhile, so hooks are called as always. Threads may
     share a model: those outside the block run as before, and the last one to leave restores it.
     """
-    with _lock:
-        for layer in layers:
-            forward = vars(layer).setdefault("forward", _Forward(layer))
-            forward.users += 1
+    used: list[nn.Linear] = []
     before, _thread.inside = _thread.inside, True
     try:
+        with _lock:
+            for layer in layers:
+                used.append(layer)
+                _users[layer] += 1
+                vars(layer).setdefault("forward", _Forward(layer))
         yield
     finally:
         _thread.inside = before
         with _lock:
-            for layer in layers:
-                forward = vars(layer)["forward"]
-                forward.users -= 1
-                if not forward.users:
-                    del vars(layer)["forward"]
+            for layer in used:
+                _users[layer] -= 1
+                if _users[layer] <= 0:
+                    del _users[layer]
+                    if isinstance(vars(layer).get("forward"), _Forward):
+                        del vars(layer)["forward"]
 
 
 class _Forward:
-    """nn.Linear.forward on our kernel."""
+    """nn.Linear.forward on our kernel, for plain tensors outside torch.compile, torch.func and dispatch modes."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.layer, self.users = layer, 0
+        self.layer = layer
         self.product = ops.extension().few_rows_linear
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
-        plain = type(x) is Tensor and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
-        if plain and _thread.inside and torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and _thread.inside and _reads(x) and x.dtype == weight.dtype:
             return self.product(x, weight, bias)
         return functional.linear(x, weight, bias)
+
+
+def _reads(x: Tensor) -> bool:
+    plain = type(x) is Tensor and not x.is_neg() and not torch.is_autocast_enabled("cpu")
+    modes = torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return plain and not modes and torch.is_inference_mode_enabled()
 
 
 def _tensors(layer: nn.Linear) -> list[Tensor]:
@@ -90,4 +100,5 @@ def _tensors(layer: nn.Linear) -> list[Tensor]:
 def _is_plain(layer: nn.Linear) -> bool:
     own_forward = not isinstance(vars(layer).get("forward"), _Forward | None)
     plain = all(type(t) in (nn.Parameter, Tensor) and t.is_cpu and t.is_contiguous() for t in _tensors(layer))
-    return plain and not own_forward
+    shaped = layer.weight.dim() == 2 and (layer.bias is None or layer.bias.shape == layer.weight.shape[:1])
+    return plain and shaped and not own_forward

@@ -224,7 +224,7 @@ class CoconutArguments:
                 )
 
     def _check_trackers(self) -> None:
-        if self.report_to in ("none", "all"):
+        if self.debug or self.only_eval or self.report_to in ("none", "all"):
             return
         from transformers.integrations import get_available_reporting_integrations
 

@@ -2,8 +2,8 @@
 //
 // W is read from memory once, and for up to four rows that takes all of the time.
 //
-// Sums. Lane l of an fp32 vector adds up the products of every k that is l modulo its width (in bf16, of pairs of k), in
-// order; the lanes are added pairwise. A row's result thus does not depend on the other rows.
+// Sums. Lane l of an fp32 vector adds up the products of every k that is l modulo its width (in bf16, of pairs of k),
+// in order; the lanes are added pairwise. A row's result thus does not depend on the other rows.
 #pragma once
 
 #include <cstdint>

@@ -38,8 +38,8 @@ bool has_tiles();
 
 const char* isa_name(Isa isa);
 
-// Whether the L1 data cache has 48 KiB or more, so that weights can be prefetched into it beside those being read.
-// Where it has 32 (Zen 4) they displace each other, and are better prefetched to L2.
+// Whether the L1 data cache has 48 KiB or more (or an unknown size), so that weights can be prefetched into it beside
+// those being read. Where it has 32 they displace each other, and are better prefetched to L2 (measured on Zen 4).
 bool l1_is_large();
 
 inline void fetch_line(const void* at, bool to_l1) {
