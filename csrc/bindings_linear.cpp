@@ -2,6 +2,9 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "bindings.h"
 #include "cpu/few_rows_linear.h"
 

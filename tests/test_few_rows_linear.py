@@ -161,9 +161,11 @@ def test_bf16_is_left_alone_where_the_cpu_has_tiles(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_another_backend_that_is_asked_for_runs(model: Coconut, backend: str) -> None:
+def test_another_backend_that_is_asked_for_runs(model: Coconut, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(model, PROMPTS, max_new_tokens=2).token_ids
+    monkeypatch.setattr(ops.extension(), "few_rows_linear", lambda *_: pytest.fail("our product ran"))
     with ops.use(backend):
-        assert plain_linears(model) == []
+        assert generate(model, PROMPTS, max_new_tokens=2).token_ids == expected
 
 
 def test_a_compiled_forward_compiles(model: Coconut) -> None:
@@ -182,7 +184,6 @@ def test_a_forward_that_changes_during_a_pass_stays(model: Coconut) -> None:
 
 def test_an_interrupt_while_layers_are_replaced_restores_them(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[nn.Linear] = []
-
     original = linears._Forward.__init__
 
     def interrupted(self: object, layer: nn.Linear) -> None:
@@ -197,12 +198,16 @@ def test_an_interrupt_while_layers_are_replaced_restores_them(model: Coconut, mo
     assert len(made) == 5 and replaced(model) == [] and not linears._users and not linears._thread.inside
 
 
-def test_hooks_are_called(model: Coconut) -> None:
+def test_hooks_are_called(model: Coconut, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
+    weights: list[Tensor] = []
+    product = ops.extension().few_rows_linear
+    monkeypatch.setattr(ops.extension(), "few_rows_linear", lambda x, w, b: weights.append(w) or product(x, w, b))
     layer = model.hf.model.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda module, args, result: seen.append(tuple(result.shape)))
     generate(model, [[5, 6, 7]], max_new_tokens=3)
     assert seen == [(1, 3, 48), (1, 1, 48), (1, 1, 48)]
+    assert sum(w is layer.weight for w in weights) == 2
 
 
 def test_the_last_of_several_users_restores_the_model(model: Coconut) -> None:
