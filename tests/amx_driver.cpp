@@ -93,7 +93,7 @@ extern "C" void multiply(bool int8, const float* w, int n, int k, const float* x
   Team team(1);
   Arena arena;
   const Format format = int8 ? Format::int8 : Format::bf16;
-  const Linear linear = pack({w, Dtype::f32, k, 1}, nullptr, n, k, format, false, arena, team);
+  const Linear linear = pack({w, Dtype::f32, k, 1}, nullptr, n, k, format, false, Isa::amx, arena, team);
   amx_on_cpu::State& state = amx_on_cpu::state;
   state.loads = state.products = state.fetches = 0;
   if (int8) run<Format::int8>(linear, x, rows, out);

@@ -75,7 +75,7 @@ const float* Chain::keep(const float* values, int n) {
 }
 
 Linear Chain::pack_matrix(const Matrix& w, const float* bias, int n, int k, bool paired) {
-  return pack(w, bias, n, k, format_, paired, arena_, *team_);
+  return pack(w, bias, n, k, format_, paired, kernels_.isa, arena_, *team_);
 }
 
 void Chain::set_layer(int index, const LayerWeights& w) {

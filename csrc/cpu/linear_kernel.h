@@ -112,7 +112,7 @@ static INLINE void tile(const char* w, size_t w_step, int steps, const Input& in
   for (int s = 0; s < steps; ++s) {
     if (--countdown == 0) {
       for (int j = 0; j < NB; ++j) __builtin_prefetch(fetch + j * 64, 0, kToL1 ? 3 : 2);
-      fetch += MR <= 2 ? NB * 64 : w_step;
+      fetch += NB * 64;
       if (MR <= 2 && fetch == weights_end) fetch = prefetch.next;
       countdown = fetch_every;
       if (MR > 2 && at < end) {  // two lines, a third of those of weights at 32 rows: one or three were slower
@@ -161,7 +161,8 @@ struct Unit {
   KVPrefetch* kv;
 };
 
-// Where a group starts prefetching: each group takes its part of the next unit. With two groups the unit is read twice,
+// Where a group starts prefetching: each group takes its part of the next unit, and each of its tiles a part of that, in
+// the order of memory: lines in steps of a chunk came at half the rate (Zen 3). With two groups the unit is read twice,
 // and where it and the next one do not fit in L1 together, prefetching runs three quarters of a unit ahead (4 to 7% of
 // a bf16 pass of 8 rows).
 static INLINE const char* fetch_of(const Unit& u, int group) {
@@ -180,15 +181,16 @@ static void row_group(const Unit& u, int row, int group) {
     if constexpr (MR > 2) u.kv->advance();
     tile<P, MR, NB, kToL1>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
                            u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
-                           fetch + j * 64, u.groups, *u.prefetch, *u.kv);
+                           fetch + size_t(u.steps / u.groups) * j * 64, u.groups, *u.prefetch, *u.kv);
   }
 }
 
-// A small L1 has no room for the next unit where a few groups read this one. Which few was measured on Zen 4.
+// A small L1 has no room for the next unit where a few groups read this one, unless units are small (widest_for in
+// pack.cpp). Which few was measured on Zen 4.
 template <class P, int MR, int NB>
 static void row_group(const Unit& u, int row, int group) {
   constexpr bool kFloats = P::kRegisters == kVecs;
-  if (MR <= 2 || l1_is_large() || u.groups > (kFloats ? 3 : 2) || (kFloats && u.groups == 1))
+  if (KERNEL_LEVEL < 2 || MR <= 2 || l1_is_large() || u.groups > (kFloats ? 3 : 2) || (kFloats && u.groups == 1))
     return row_group<P, MR, NB, true>(u, row, group);
   if constexpr (MR > 2) row_group<P, MR, NB, false>(u, row, group);
 }

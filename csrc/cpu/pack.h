@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/dtype.h"
+#include "cpu/isa.h"
 #include "cpu/linear.h"
 #include "cpu/memory.h"
 #include "cpu/team.h"
@@ -35,9 +36,10 @@ class Arena {
   char* free_ = nullptr;
 };
 
-// Packs w (n, k) and bias ((n,) or null). Each of the team's threads writes what it will read later. paired: the matrix
-// is two stacked ones (gate, up), and a chunk holds the same outputs of both.
-Linear pack(const Matrix& w, const float* bias, int n, int k, Format format, bool paired, Arena& arena, Team& team);
+// Packs w (n, k) and bias ((n,) or null) for the kernels of `isa`. Each of the team's threads writes what it will read
+// later. paired: the matrix is two stacked ones (gate, up), and a chunk holds the same outputs of both.
+Linear pack(const Matrix& w, const float* bias, int n, int k, Format format, bool paired, Isa isa, Arena& arena,
+            Team& team);
 
 // The chunks [first, last) of a thread.
 struct Range {
