@@ -1,4 +1,4 @@
-"""The `figures` of a run (benchmarks/figures.py): shown at its end, kept under the folder that `--results` names."""
+"""The `figures` of a suite (benchmarks/figures.py): shown at the end, kept in a file of the folder `--results` names."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, default=None, help="folder to keep the figures of this run in")
 
 
-_figures = Figures()
+_figures: dict[str, Figures] = {}  # by the name of the suite
 
 
-@pytest.fixture(scope="session")
-def figures() -> Figures:
-    return _figures
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> Figures:
+    return _figures.setdefault(request.path.stem, Figures())
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _figures.rows:
-        return
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     write = terminalreporter.write_line
-    terminalreporter.section("figures of this run")
-    for line in [*_figures.cards, "", *_figures.table(), "", _figures.as_json()]:
-        write(line)
+    for name, figures in _figures.items():
+        if figures.rows:
+            terminalreporter.section(f"figures of {name}")
+            for line in [*figures.cards, "", *figures.table(), "", figures.as_json()]:
+                write(line)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """After every benchmark, not at the end: a run that is killed keeps what it has measured."""
     from coconut_fast.files import write_atomically
 
-    folder = item.config.getoption("--results")
-    if folder and _figures.rows:
-        name = "-".join(sorted({Path(a.split("::")[0]).stem for a in item.config.args}))
-        with write_atomically(folder / f"{name}.json") as file:
-            file.write(_figures.as_json() + "\n")
+    folder, figures = item.config.getoption("--results"), _figures.get(item.path.stem)
+    if folder and figures and figures.rows:
+        with write_atomically(folder / f"{item.path.stem}.json") as file:
+            file.write(figures.as_json() + "\n")
