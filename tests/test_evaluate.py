@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coconut_fast.data.curriculum import CurriculumConfig, question_row
+from coconut_fast.data.curriculum import CurriculumConfig, question_row, row_rng, training_row
 from coconut_fast.data.examples import Example, tokenize_examples
 from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
+from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.evaluate import accuracy
 from coconut_fast.evaluate.accuracy import evaluate, trained_curriculum
 from coconut_fast.evaluate.table import result_table, write_results
@@ -24,12 +25,12 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
 from coconut_fast.train.build import build
 from coconut_fast.train.callbacks import record_curriculum
-from coconut_fast.train.problems import DataSet
+from coconut_fast.train.problems import DataSet, tokenize
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
 from coconut_fast.train.trainer import CoconutTrainer
-from tests.runs import chains, tiny
+from tests.runs import MODEL, chains, tiny
 
 
 @pytest.fixture
@@ -133,6 +134,41 @@ def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
         assert [p.accepted for p in late] == [(e.answer,) for e in examples]
         assert all(p.length is None and p.prompt[-1] == 37 for p in late), "[A] is given"
     assert generate_and_score(model, early, max_new_tokens=9).mean_tokens == 2, "one thought, one node"
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("coconut", "chain"),
+        ("coconut", "next_node"),
+        ("coconut", "random_frontier"),
+        ("cot", "chain"),
+        ("no_cot", "chain"),
+    ],
+)
+def test_what_training_asks_for_of_a_graph_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, target: str, relabel: bool
+) -> None:
+    """ProsQA's own answers ("Tom is a lempus.") are none that a model of symbols could give."""
+    settings = tiny(tmp_path, tokenizer="symbols", method=method, model={**MODEL, "n_positions": 256})
+    model = build(settings, []).eval()
+    model.settings.symbols = {"relabel": relabel}
+    examples = generate_prosqa(6, hops=(3, 4))
+    tokenized = tokenize(examples, model.tokenizer, model.settings.symbols)
+    config = CurriculumConfig(method, target=target, max_latent_stage=4, pad_latent_to_max=False)
+    for stage in range(6):
+        rows = [training_row(ids, stage, config, model.tokens, row_rng(0, 0, ids.idx)) for ids in tokenized]
+        asked = [[token for token in labels if token >= 0 and token != model.tokens.eos] for _, labels in rows]
+        output = SimpleNamespace(
+            texts=[model.tokenizer.decode(ids) for ids in asked],
+            token_ids=asked,
+            num_thoughts=[0] * len(asked),
+            stats=SimpleNamespace(interrupted=False),
+        )
+        monkeypatch.setattr(scoring, "generate", lambda *_, output=output, **keywords: output)
+        result = generate_and_score(model, make_problems(model, examples, tokenized, stage, config))
+        assert result.accuracy == 1, (stage, result.predictions)
 
 
 def test_tables_and_files(tmp_path: Path) -> None:

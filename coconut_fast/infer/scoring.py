@@ -2,8 +2,8 @@
 
 The answer is the text after the last "#" ("[A]" in graph problems in symbols), or the whole text without one. It is
 correct if it equals the expected answer, both without commas and surrounding whitespace (the official rule; if the
-expected answer itself holds n "#", the text after the (n + 1)th from the end is compared). Thoughts count as generated
-tokens, end-of-text does not.
+expected answer itself holds n "#", the text after the (n + 1)th from the end is compared). In graph problems in symbols
+the target node is expected, as the model was asked for it. Thoughts count as generated tokens, end-of-text does not.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def make_problems(
     for example, ids in zip(examples, tokenized, strict=True):
         prompt = question_row(ids, stage, config, model.tokens)
         accepted: tuple[str, ...] = (clean(example.answer),)
+        if model.settings.symbols is not None:  # a record's answer may be a sentence, or an old number of the node
+            accepted = (extract_answer(model.tokenizer.decode(ids.answer_ids[:-1]), "[A]"),)
         length = None
         if config.target != "chain" and stage <= config.max_latent_stage and stage < len(ids.steps_ids):
             prompt = prompt[: len(prompt) - ids.cue]
