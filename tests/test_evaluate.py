@@ -145,6 +145,9 @@ def test_nodes_of_a_frontier_are_right_answers(tmp_path: Path) -> None:
         ("coconut", "random_frontier"),
         ("cot", "chain"),
         ("no_cot", "chain"),
+        ("no_cot", "next_node"),
+        ("no_curriculum", "random_frontier"),
+        ("pause", "next_node"),
     ],
 )
 def test_what_training_asks_for_of_a_graph_is_right(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from coconut_fast.data.curriculum import CurriculumConfig, question_row
+from coconut_fast.data.curriculum import CurriculumConfig, method_stage, question_row
 from coconut_fast.data.examples import Example, TokenizedExample
 from coconut_fast.infer.engine import generate
 from coconut_fast.infer.prompts import with_thoughts
@@ -111,6 +111,7 @@ def make_problems(
 
     Where the curriculum asks for one node of a graph, the nodes it may ask for at this stage are the right answers.
     """
+    stage = method_stage(stage, config)
     problems = []
     for example, ids in zip(examples, tokenized, strict=True):
         prompt = question_row(ids, stage, config, model.tokens)
