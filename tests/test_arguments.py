@@ -16,6 +16,7 @@ from coconut_fast.train.arguments import PASSED_THROUGH, RENAMED_FIELDS, Coconut
 from coconut_fast.train.build import build, make_tokenizer
 from coconut_fast.train.recipe import make_arguments, parse_overrides, read_recipe
 from coconut_fast.train.schedule import StageSchedule
+from tests.runs import chains, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -292,6 +293,15 @@ def test_a_tokenizer_that_does_not_load_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("[]")
     with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path} does not load: "):
         make_tokenizer(str(tmp_path), [])
+
+
+def test_a_tokenizer_beside_a_models_own_is_refused(tmp_path: Path) -> None:
+    build(tiny(tmp_path), chains(8)).save_pretrained(tmp_path / "words")
+    for saved in ({"model": str(tmp_path / "words")}, {"load_model_path": str(tmp_path / "words")}):
+        with pytest.raises(ValueError, match="tokenizer: found 'words', expected none .* for a model that brings its"):
+            build(tiny(tmp_path, **saved), chains(8))
+        with pytest.raises(ValueError, match="tokenizer: found 'symbols', expected none, because the model's own tok"):
+            build(tiny(tmp_path, **saved, tokenizer="symbols"), [])
 
 
 def test_training_arguments_that_are_followed_have_no_other_name() -> None:

@@ -25,8 +25,12 @@ from coconut_fast.data.graphs import (
     symbolic_record,
 )
 from coconut_fast.data.prosqa import generate_prosqa
+from coconut_fast.evaluate.recipe import evaluate_recipe
+from coconut_fast.model.loading import load
 from coconut_fast.train.problems import DataSet, graphs_of
 from coconut_fast.train.rows import StageRows
+from coconut_fast.train.run import run
+from tests.runs import tiny
 
 #     0 -> 2 -> 4 -> 6      6 is three hops from 0, by two shortest paths; 5 is a dead end; 1 -> 3 is the other part
 #     0 -> 2 -> 5 -> 6 -> 7
@@ -208,3 +212,30 @@ def test_what_does_not_fit_is_refused():
         layered_trees(1, depth=8, width=2)
     with pytest.raises(ValueError, match="extra_edges: found 9, expected 0 to 8"):
         layered_trees(1, extra_edges=9)
+
+
+def test_a_model_of_graphs_is_trained_on_and_evaluated_by_another_recipe(tmp_path):
+    """Graphs are written as the recipe says where it says tokenizer: symbols, else as the model knows them."""
+    path = tmp_path / "graphs.json"
+    write_examples(path, [symbolic_record(g, i) for i, g in enumerate(layered_trees(16, depth=1))])
+    data = {"train_path": str(path), "val_path": str(path), "markers": False, "num_epochs": 1}
+    first = run(tiny(tmp_path, tokenizer="symbols", separators=False, relabel=True, **data))
+    written = load(first).settings.symbols
+    assert written == {"frontier": "shortest_paths", "relabel": True, "separators": False}
+    own, recipes = {"tokenizer": None}, {"tokenizer": "symbols"}
+    for name, changes in (
+        ("a", {**own, "model": str(first)}),
+        ("b", {**own, "load_model_path": str(first)}),
+        ("c", {**recipes, "model": str(first)}),
+        ("d", {**recipes, "load_model_path": str(first)}),
+    ):
+        again = run(tiny(tmp_path, name=name, **{**data, **changes}))
+        assert load(again).settings.symbols == (
+            written if changes["tokenizer"] is None else {**written, "relabel": False, "separators": True}
+        )
+        if name == "a":  # resumed
+            assert load(run(tiny(tmp_path, name=name, **{**data, **changes, "num_epochs": 2}))).settings.stage == 1
+        assert len(evaluate_recipe(tiny(tmp_path, only_eval=True, **data, **changes)).predictions) == 16
+    (first / "coconut.json").unlink()
+    bare = tiny(tmp_path, only_eval=True, **data, **recipes, load_model_path=str(first), num_thoughts=2)
+    assert evaluate_recipe(bare).mean_thoughts == 2

@@ -388,6 +388,6 @@ def test_refuses_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: found from_config 'gpt9', expected a family transformers has"):
         run(tiny(tmp_path, model={"from_config": "gpt9"}))
     with pytest.raises(ValueError, match="load_model_path: no such file or directory: nowhere"):
-        run(tiny(tmp_path, load_model_path="nowhere"))
+        run(tiny(tmp_path, load_model_path="nowhere", tokenizer=None))
     with pytest.raises(ValueError, match="tokenizer: found none, expected 'words'"):
         run(tiny(tmp_path, tokenizer=None))

@@ -63,8 +63,8 @@ class CoconutArguments:
 
     # The model: a hub id, a directory, or a mapping {from_config: gpt2, n_layer: 2, ...} for one trained from scratch.
     model: str | dict[str, Any] = "openai-community/gpt2"
-    # None: the model's; "words": word by word, made from train_path; "symbols": graphs, one token per node; else a
-    # hub id or a directory.
+    # None: the model's, and its way of writing graphs; "words": word by word, made from train_path; "symbols": graphs,
+    # one token per node; else a hub id or a directory. A model that is not from scratch may have none or "symbols".
     tokenizer: str | None = None
     feedback: str = "identity"  # how a hidden state becomes the next input (model/feedback.py)
     load_model_path: str | None = None  # weights to start from: a directory, or a torch file (official checkpoints)

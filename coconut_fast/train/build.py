@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
+from coconut_fast.data.graphs import EOS, VOCABULARY
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.model.checks import check_ragged, check_vocabulary
 from coconut_fast.model.coconut import Coconut
@@ -33,14 +34,21 @@ def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
     torch.manual_seed(settings.seed)
     dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
     feedback = "pause" if settings.method == "pause_as_thought_multipass" else settings.feedback
+    brings_own = settings.load_model_path is not None or isinstance(settings.model, str)
+    if brings_own and settings.tokenizer not in (None, "symbols"):
+        raise ValueError(
+            f"tokenizer: found {settings.tokenizer!r}, expected none (or 'symbols') for a model that brings its own"
+        )
     if settings.load_model_path is not None:
         model = _load_weights(settings, dtype, feedback)
     elif isinstance(settings.model, dict):
         model = _from_config(settings, examples, dtype, feedback)
-    elif settings.tokenizer is not None:
-        raise ValueError(f"tokenizer: found {settings.tokenizer!r}, expected none for a model that brings its own")
     else:
         model = load(settings.model, dtype=dtype, feedback=_asked(feedback))
+    if settings.tokenizer == "symbols":
+        _check_symbols(model)
+        names = ("frontier", "relabel", "separators")
+        model.settings.symbols = {name: getattr(settings, name) for name in names}
     if METHODS[settings.method].slot == "pause" and model.tokens.pause is None:
         _add_pause(model)
     check_vocabulary(model)
@@ -53,6 +61,15 @@ def _load_weights(settings: CoconutArguments, dtype: torch.dtype, feedback: str)
         raise ValueError(f"load_model_path: no such file or directory: {path}")
     base = None if isinstance(settings.model, dict) or path.is_dir() else settings.model
     return load(path, dtype=dtype, feedback=_asked(feedback), base=base)
+
+
+def _check_symbols(model: Coconut) -> None:
+    """ValueError for a model with other tokens than those of graph problems."""
+    found = [] if model.tokenizer is None else model.tokenizer.convert_tokens_to_ids(VOCABULARY)
+    if found != [*range(len(VOCABULARY))] or model.tokens.eos != EOS:
+        raise ValueError(
+            "tokenizer: found 'symbols', expected none, because the model's own tokenizer is not that of graph problems"
+        )
 
 
 def _asked(feedback: str) -> str | None:

@@ -66,11 +66,7 @@ def _train(
         )
     manifest: dict[str, Any] = checkpoints.read_manifest(last) if last else {}
     model = checkpoints.read_model(last) if last else build(settings, examples)
-    symbols = None
-    if settings.tokenizer == "symbols":
-        symbols = {"frontier": settings.frontier, "relabel": settings.relabel, "separators": settings.separators}
-    model.settings.symbols = symbols
-    how = {"tokenizer": model.tokenizer, "symbols": symbols, "seed": settings.seed}
+    how = {"tokenizer": model.tokenizer, "symbols": model.settings.symbols, "seed": settings.seed}
     problems = DataSet(examples, **how, where=str(settings.train_path))
     validation = DataSet(held_out, **how, where=str(settings.val_path)) if held_out else None
 
