@@ -16,6 +16,7 @@ from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples,
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.evaluate import accuracy
 from coconut_fast.evaluate.accuracy import evaluate, trained_curriculum
+from coconut_fast.evaluate.recipe import evaluate_recipe
 from coconut_fast.evaluate.table import result_table, write_results
 from coconut_fast.infer import scoring
 from coconut_fast.infer.prompts import read_prompts
@@ -248,3 +249,42 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_labelled_tokens(tmp_path: Pa
     expected = model(batch=collate([r[1] for r in rows], model.tokens.thought, [r[2] for r in rows])).loss.item()
     found = [r["eval_loss"] for r in read_metrics(folder / "metrics.jsonl") if "eval_loss" in r]
     assert found[-1] == pytest.approx(expected, rel=1e-5) and len(found) == 2
+
+
+def test_a_recipe_is_evaluated_as_its_model_is_elsewhere(tmp_path: Path) -> None:
+    folder = run(tiny(tmp_path, pad_latent_to_max=False))
+    held_out, known = chains(8, seed=1), {"model": str(folder), "tokenizer": None}
+    for changes in ({}, {"num_thoughts": 1}, {"method": "cot", "parallel_rounds": 1}):
+        found = evaluate_recipe(tiny(tmp_path, **known, **changes))
+        count = changes.get("num_thoughts")
+        assert found.predictions == evaluate(load(folder), held_out, num_thoughts=count, max_new_tokens=8).predictions
+    model = load(folder)
+    model.settings.curriculum, model.settings.num_thoughts = None, 3
+    model.save_pretrained(tmp_path / "number")
+    assert evaluate_recipe(tiny(tmp_path, model=str(tmp_path / "number"), tokenizer=None)).mean_thoughts == 3
+    for method in ("cot", "pause"):
+        with pytest.raises(ValueError, match=f"num_thoughts: found 3, expected none: method '{method}' has no"):
+            evaluate_recipe(tiny(tmp_path, method=method, num_thoughts=3))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)])
+def test_a_recipe_is_evaluated_in_its_precision_and_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype | None
+) -> None:
+    seen = []
+
+    def score(model: Coconut, *_: object, **keywords: object) -> None:
+        active = torch.is_autocast_enabled("cpu")
+        seen.append((model.settings.parallel_rounds, torch.get_autocast_dtype("cpu") if active else None, model.dtype))
+
+    monkeypatch.setattr(accuracy, "generate_and_score", score)
+    evaluate_recipe(tiny(tmp_path, parallel_rounds=2, precision=precision, num_thoughts=2))
+    assert seen == [(2, dtype, torch.float32)]
+
+
+def test_the_number_of_pauses_is_not_taken_from_resume(tmp_path: Path) -> None:
+    bare = {"method": "pause_as_thought", "c_thought": 2, "resume": 1}
+    with pytest.raises(ValueError, match="resume: found 1, which .* 2 pause tokens .* has 4; say max_latent_stage=1"):
+        evaluate_recipe(tiny(tmp_path, **bare))
+    for change in ({"max_latent_stage": 1}, {"resume": 2}):
+        assert evaluate_recipe(tiny(tmp_path, **{**bare, **change})).mean_thoughts == 0

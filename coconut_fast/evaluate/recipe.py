@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from coconut_fast.data.curriculum import CurriculumConfig, num_slots, saved_curriculum
+from coconut_fast.data.curriculum import METHODS, num_slots
 from coconut_fast.data.examples import TokenizedExample
-from coconut_fast.infer.scoring import Evaluation, generate_and_score, make_problems
+from coconut_fast.evaluate.accuracy import evaluate
+from coconut_fast.infer.scoring import Evaluation
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.build import build
-from coconut_fast.train.problems import read_file, tokenize
+from coconut_fast.train.callbacks import record_curriculum
+from coconut_fast.train.problems import read_file
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions that compute over fp32 weights
 
 
 def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
@@ -19,37 +23,50 @@ def evaluate_recipe(settings: CoconutArguments) -> Evaluation:
     examples = read_file(settings.val_path, "val_path", limit)
     train = read_file(settings.train_path, "train_path") if settings.tokenizer == "words" else []
     model = build(settings, train).eval()
-    stage, config, num_thoughts = thoughts_of_recipe(settings, model)
+    num_thoughts = fill_settings(model, settings)
     if settings.device != "cpu":
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=str(settings.val_path))
-    return generate_and_score(
-        model,
-        make_problems(model, examples, tokenized, stage, config),
-        num_thoughts=num_thoughts,
-        max_new_tokens=settings.answer_length(),
-        batch_size=settings.eval_batch_size,
-        where=str(settings.val_path),
-    )
+    half = AUTOCAST.get(settings.precision)
+    with torch.autocast(model.device.type, half, enabled=half is not None):
+        return evaluate(
+            model,
+            examples,
+            num_thoughts=num_thoughts,
+            max_new_tokens=settings.answer_length(),
+            batch_size=settings.eval_batch_size,
+            where=str(settings.val_path),
+        )
 
 
-def thoughts_of_recipe(settings: CoconutArguments, model: Coconut) -> tuple[int, CurriculumConfig, int | None]:
-    """(stage, curriculum, number of thoughts if given explicitly).
+def fill_settings(model: Coconut, settings: CoconutArguments) -> int | None:
+    """What the checkpoint does not say of its training, `model.settings` gets from the recipe.
 
-    The checkpoint says, or num_thoughts does. Official checkpoints do not; then all stages' thoughts are used if
-    `resume` agrees, with a ValueError where the official code would silently take another number from it.
+    Returns the thoughts per question where the recipe's num_thoughts or the checkpoint says just their number. Official
+    checkpoints say nothing; then all stages' thoughts are used if `resume` agrees, with a ValueError where the official
+    code would silently take another number from it.
     """
-    if model.settings.curriculum is not None and model.settings.stage is not None:
-        return model.settings.stage, saved_curriculum(model.settings.curriculum), settings.num_thoughts
-    config = settings.curriculum()
-    last = config.max_latent_stage + 1
-    if settings.num_thoughts is None:
+    saved, count = model.settings, settings.num_thoughts
+    if saved.curriculum is not None and saved.stage is not None:
+        return count
+    config, last = settings.curriculum(), settings.max_latent_stage + 1
+    slot = METHODS[config.method].slot
+    if count is None and slot == "thought":
+        count = saved.num_thoughts
+    if count is None:
         empty = TokenizedExample([], [[]] * last, [])
-        by_resume = num_slots(empty, settings.resume // settings.epochs_per_stage, config)
-        full = num_slots(empty, last, config)
+        stage = settings.resume // settings.epochs_per_stage
+        by_resume, full = num_slots(empty, stage, config), num_slots(empty, last, config)
+        if by_resume != full and slot == "pause":
+            raise ValueError(
+                f"resume: found {settings.resume}, which would mean {by_resume} pause tokens where a fully trained "
+                f"model has {full}; say max_latent_stage={stage} or resume={(last - 1) * settings.epochs_per_stage}"
+            )
         if by_resume != full:
             raise ValueError(
                 f"num_thoughts: found none, and resume={settings.resume} would mean {by_resume} thoughts where a fully "
                 f"trained model has {full}; say num_thoughts={by_resume} or num_thoughts={full}"
             )
-    return last, config, settings.num_thoughts
+    record_curriculum(model, config, last)
+    if saved.parallel_rounds is None:
+        saved.parallel_rounds = settings.parallel_rounds
+    return count
