@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coconut_fast.commands.common import BASE_HELP, MODEL_HELP, add_command, find_model, quiet
+
+if TYPE_CHECKING:
+    from coconut_fast.model.coconut import Coconut
 
 
 def add(commands: Any) -> None:
@@ -65,10 +68,25 @@ def _model(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--num-thoughts: found {arguments.num_thoughts}, expected 0 or more")
     model = load(find_model(arguments.source), base=arguments.base)
     if arguments.num_thoughts is not None:
-        model.settings.num_thoughts = arguments.num_thoughts
-        model.settings.curriculum = model.settings.stage = None  # these would give another number
+        _remember_thoughts(model, arguments.num_thoughts)
     model.save_pretrained(arguments.target)
     return _wrote(arguments.target)
+
+
+def _remember_thoughts(model: Coconut, count: int) -> None:
+    """Questions will have `count` thoughts; what else is known of the training (markers, the target) stays.
+
+    ValueError for a model whose method has no thoughts.
+    """
+    from coconut_fast.data.curriculum import METHODS
+
+    saved = model.settings
+    if METHODS[saved.method].slot != "thought":
+        raise ValueError(f"--num-thoughts: found {count}, expected none: method {saved.method!r} has no thoughts")
+    saved.num_thoughts = count
+    if saved.curriculum is not None:
+        stages = {"c_thought": 1, "max_latent_stage": count, "pad_latent_to_max": True}
+        saved.curriculum, saved.stage = {**saved.curriculum, **stages}, count + 1  # past the last: the answer is next
 
 
 def _official(arguments: argparse.Namespace) -> int:
