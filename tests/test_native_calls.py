@@ -213,13 +213,33 @@ def _final_bias(model) -> None:
     model.hf.transformer.ln_f.bias.normal_(std=5.0)
 
 
-@pytest.mark.parametrize("change", [_new_head, _another_model, _fewer_layers, _final_bias])
+def _flat_norms(model) -> None:
+    for module in model.hf.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 100.0
+
+
+def _sharp_attention(model) -> None:
+    for block in model.hf.transformer.h:
+        block.attn.scaling *= 9
+
+
+def _other_activation(model) -> None:
+    for block in model.hf.transformer.h:
+        block.mlp.act = torch.nn.ReLU()
+
+
+CHANGES = [_new_head, _another_model, _fewer_layers, _final_bias, _flat_norms, _sharp_attention, _other_activation]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_answers_with_its_new_weights(change) -> None:
     model, _ = make_pair("gpt2", tie_word_embeddings=False)
     before = _answers(model)
     change(model)
     _like_the_oracle(model)
     assert _answers(model) != before
+    assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
 
 
 def test_code_of_the_users_own_is_not_passed_over() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial, wraps
+
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from coconut_fast.model.plan import ModelPlan, describe
 
@@ -79,7 +82,8 @@ def test_static_rope_comes_from_the_models_own_module(rope: dict[str, object]) -
 
 def test_declines_with_a_reason() -> None:
     assert "is not one of gpt2" in describe(llama_like("Gemma2"))
-    assert "activation 'quick_gelu'" in describe(gpt2(activation_function="quick_gelu"))
+    odd = describe(gpt2(activation_function="quick_gelu"))
+    assert "the activation of module transformer.h.0.mlp is a QuickGELUActivation, not one of" in odd
     assert "cross attention" in describe(gpt2(add_cross_attention=True))
     assert describe(gpt2(num_hidden_layers=0)) == "the model has no layers"
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -100,6 +104,66 @@ def test_declines_with_a_reason() -> None:
         pass
 
     assert "not transformers' GPT2LMHeadModel" in describe(Mine(gpt2().config))
+
+
+@pytest.mark.parametrize("make", [gpt2, partial(llama_like, "Qwen3")])
+def test_activation_and_eps_are_those_of_the_modules(make) -> None:
+    """Code may change them after the model was made from its configuration."""
+    model = make()
+    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+    eps = "eps" if hasattr(norms[0], "eps") else "variance_epsilon"
+    mlps = [m for m in model.modules() if type(m).__name__.endswith("MLP")]
+    act = "act" if hasattr(mlps[0], "act") else "act_fn"
+    for norm in norms[1:]:
+        setattr(norm, eps, 0.5)
+    assert "its norms have different eps: 0.5, 1e-0" in describe(model)
+    setattr(norms[0], eps, 0.5)
+    setattr(mlps[1], act, nn.GELU())
+    assert "its layers have different activations: gelu, " in describe(model)
+    setattr(mlps[0], act, nn.GELU())
+    plan = plan_of(model)
+    assert (plan.eps, plan.activation) == (0.5, "gelu")
+    for mlp in mlps:
+        setattr(mlp, act, nn.GELU(approximate="tanh"))
+    assert plan_of(model).activation == "gelu_tanh"
+    setattr(mlps[1], act, nn.Tanh())
+    assert "the activation of module " in describe(model)
+
+
+@pytest.mark.parametrize(
+    "name, activation",
+    [
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_fast", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_python_tanh", "gelu_tanh"),
+        ("gelu", "gelu"),
+        ("gelu_python", "gelu"),
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("relu", "relu"),
+    ],
+)
+def test_names_of_activations(name: str, activation: str) -> None:
+    assert plan_of(gpt2(activation_function=name)).activation == activation
+
+
+def test_declines_code_that_is_not_the_familys_own(monkeypatch) -> None:
+    model = llama_like("Llama")
+    assert isinstance(describe(model), ModelPlan)
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert describe(model) == "a forward hook is registered for all modules"
+    hook.remove()
+    forward = LlamaMLP.forward
+    for patched in (lambda self, x: -forward(self, x), wraps(forward)(lambda self, x: -forward(self, x))):
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", patched)
+            assert describe(model) == "module model.layers.0.mlp has had its forward replaced"
+    model.model.embed_tokens.max_norm = 1.0
+    assert describe(model) == "module model.embed_tokens has max_norm 1.0"
+    model.model.embed_tokens.max_norm = None
+    model.model.norm = nn.ReLU()
+    assert "module model.norm is a torch.nn.modules.activation.ReLU" in describe(model)
 
 
 def test_fingerprint_sees_training_and_replacement() -> None:

@@ -63,6 +63,10 @@ def test_what_makes_a_new_runner(family: str) -> None:
     model.feedback = make_feedback("rescale", model.hf.get_input_embeddings())
     run(temperature=0.5, seed=1)
     assert len(seen) == 5
+    for layer in model.hf.model.layers:
+        layer.self_attn.scaling *= 2
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize("free", [0, 1])
@@ -117,7 +121,18 @@ def adapt(model: Coconut) -> Callable[[], None]:
     return lambda: setattr(attention, "o_proj", base)
 
 
-@pytest.mark.parametrize("change", [add_hook, replace_forward, set_feedback, adapt])
+def hook_all(model: Coconut) -> Callable[[], None]:
+    return torch.nn.modules.module.register_module_forward_hook(lambda *_: None).remove
+
+
+def patch_class(model: Coconut) -> Callable[[], None]:
+    kind = type(model.hf.base_model.norm)
+    kept = kind.forward
+    kind.forward = lambda self, x: kept(self, x)
+    return lambda: setattr(kind, "forward", kept)
+
+
+@pytest.mark.parametrize("change", [add_hook, replace_forward, set_feedback, adapt, hook_all, patch_class])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_nothing_is_kept_where_python_may_change_between_calls(family: str, change) -> None:
     model, _ = make_pair(family)

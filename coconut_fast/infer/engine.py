@@ -75,8 +75,8 @@ def generate(
     for one row, no less time from 32 rows on, and changes answers: measure it with `coconut-fast eval --weights int8`.
 
     Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
-    Weight changes between calls are seen, except writes through `.data` on the CPU; after those call
-    `model.load_state_dict(model.state_dict())`.
+    Weight changes between calls are seen, except writes through `.data` or `.detach().numpy()` on the CPU; after
+    those call `model.load_state_dict(model.state_dict())`.
 
     Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
     id, and for arguments out of range. Ctrl-C returns the answers finished so far.

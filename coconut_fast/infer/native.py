@@ -291,8 +291,8 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
     """The model's packed weights, made once in each format and again after its weights or feedback changed.
 
     Changes are detected by addresses, version counters and optimizer steps. A write through `.data`, the way some code
-    swaps in averaged weights, leaves no trace in these; `copy_` under `torch.no_grad()` and `load_state_dict` do, and
-    `model.load_state_dict(model.state_dict())` makes an earlier write through `.data` known.
+    swaps in averaged weights, or through NumPy leaves no trace in these; `copy_` under `torch.no_grad()` and
+    `load_state_dict` do, and `model.load_state_dict(model.state_dict())` makes an earlier write known.
     """
     kept = _packed.setdefault(model, {})
     name = weights or FORMATS[model.dtype]
@@ -308,7 +308,7 @@ def packed(model: Coconut, weights: str | None = None) -> NativeModel:
 
 
 def fingerprint(model: Coconut) -> tuple[object, ...]:
-    """Changes when packed weights would (except by writes through `.data`, see `packed`) and in a forked process,
+    """Changes when a chain would (except by writes through `.data` or NumPy, see `packed`) and in a forked process,
     which lacks the threads of its parent's chain."""
     plan = describe(model.hf)  # described again: a replaced weight is another tensor
     weights = plan if isinstance(plan, str) else plan.fingerprint()

@@ -19,6 +19,8 @@ from coconut_fast.model import plan
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
 
+NUMBERS = ("eps", "variance_epsilon", "scaling", "attention_scaling")  # of norms, attention, rotary embeddings
+
 
 class KeptRunner(GraphRunner):
     """A graph runner that is kept for the model's next call when this one is over."""
@@ -126,6 +128,7 @@ def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
 def _structure(model: Coconut) -> list[object]:
     """The model's modules, which of them have hooks or a replaced forward, and its weights' addresses and dtypes.
 
+    Also the forwards of their classes, whether all modules have hooks, and NUMBERS, which launches hold as constants.
     While it is unchanged, so are the results of `not_reusable`, `hooked` and `fused.reason_not`.
     """
     modules = plan.modules_of(model)
@@ -133,7 +136,10 @@ def _structure(model: Coconut) -> list[object]:
     more = [i for i, d in enumerate(found) if d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d]
     held = chain.from_iterable([d[kind].values() for kind in ("_parameters", "_buffers") for d in found if d[kind]])
     weights = [(tensor.data_ptr(), tensor.dtype) for tensor in held if tensor is not None]
-    return [list(map(id, modules)), list(map(type, modules)), more, weights]
+    kinds = list(map(type, modules))
+    forwards = {kind: getattr(kind, "forward", None) for kind in set(kinds)}
+    numbers = [number for d in found for name in NUMBERS if type(number := d.get(name)) in (int, float)]
+    return [list(map(id, modules)), kinds, more, weights, forwards, numbers, plan.has_global_hooks()]
 
 
 def _holds(runner: KeptRunner, wanted: dict[str, int]) -> bool:

@@ -16,22 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 # Static RoPE variants: inv_freq and attention_scaling of the rotary module describe them completely.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-# The names of Hugging Face's ACT2FN -> ours. "gelu_tanh" is the tanh approximation under all its names.
+# Classes of activations -> ours. "gelu_tanh" is the tanh approximation under all its names.
 ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "GELU": "gelu",  # unless its `approximate` is "tanh"
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "ReLU": "relu",
 }
+LIBRARIES = ("torch.", "transformers.")
 FAMILIES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -107,11 +108,13 @@ class ModelPlan:
         """The tensors of one layer; merged ones are copies that the plan does not keep, or are written into `into`."""
         return _gpt2_layer(self.blocks[index]) if self.model_type == "gpt2" else _llama_layer(self.blocks[index], into)
 
-    def fingerprint(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a weight is replaced or written in place: tells an engine that its packed copy is stale."""
+    def fingerprint(self) -> tuple[object, ...]:
+        """Changes with a number here, or a weight replaced or written in place: an engine's copy is stale then."""
+        values = (getattr(self, f.name) for f in fields(self))
+        numbers = tuple(v for v in values if not isinstance(v, Tensor | nn.ModuleList))
         ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
         blocks = chain.from_iterable(module._parameters.values() for module in modules_of(self.blocks))
-        return versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
+        return numbers, versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -150,11 +153,9 @@ def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
     config, body = model.config, model.transformer
     if config.add_cross_attention:
         return "cross attention is not supported"
-    if config.activation_function not in ACTIVATIONS:
-        return f"activation {config.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
     plain = {"Embedding", "Dropout", "ModuleList", "LayerNorm", "Linear", "Conv1D"}
     plain |= {"GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP"}
-    odd = _unusual_module(model, plain)
+    odd = _unusual_module(model, plain, act="act", eps="eps")
     if odd:
         return odd
     return ModelPlan(
@@ -165,8 +166,8 @@ def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
         head_dim=config.hidden_size // config.num_attention_heads,
         inner=body.h[0].mlp.c_fc.nf,
         norm="layer",
-        eps=config.layer_norm_epsilon,
-        activation=ACTIVATIONS[config.activation_function],
+        eps=float(body.ln_f.eps),
+        activation=_formula(body.h[0].mlp.act),
         gated=False,
         scaling=tuple(block.attn.scaling for block in body.h),
         window=(0,) * len(body.h),
@@ -184,11 +185,9 @@ def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
 def _describe_llama(model: nn.Module) -> ModelPlan | str:
     config, body = model.config, model.model
     kind = type(model).__name__.removesuffix("ForCausalLM")
-    if config.hidden_act not in ACTIVATIONS:
-        return f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
     plain = {"Embedding", "ModuleList", "Linear", f"{kind}ForCausalLM", f"{kind}Model", f"{kind}DecoderLayer"}
     plain |= {f"{kind}Attention", f"{kind}MLP", f"{kind}RMSNorm", f"{kind}RotaryEmbedding"}
-    odd = _unusual_module(model, plain)
+    odd = _unusual_module(model, plain, act="act_fn", eps="variance_epsilon")
     if odd:
         return odd
     rope = body.rotary_emb
@@ -207,8 +206,8 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
         head_dim=head_dim,
         inner=config.intermediate_size,
         norm="rms",
-        eps=config.rms_norm_eps,
-        activation=ACTIVATIONS[config.hidden_act],
+        eps=float(body.norm.variance_epsilon),
+        activation=_formula(body.layers[0].mlp.act_fn),
         gated=True,
         scaling=tuple(layer.scaling for layer in attention),
         window=tuple(window),
@@ -238,15 +237,41 @@ def _window(model: nn.Module, attention: nn.Module) -> int:
     return getattr(attention, "sliding_window", None) or 0
 
 
-def _unusual_module(model: nn.Module, plain: set[str]) -> str | None:
-    """Why this is not the plain model: an adapter, a quantised layer, a hook, a parametrisation, a replaced module."""
-    for module in modules_of(model):
+def _unusual_module(model: nn.Module, plain: set[str], act: str, eps: str) -> str | None:
+    """Why this is not the plain model: an adapter, a quantised layer, a hook, a parametrisation, a replaced module.
+
+    act: the name of an MLP's activation, eps: that of a norm's epsilon. A plan has one of each for all layers.
+    """
+    modules = modules_of(model)
+    activations = {m._modules.get(act): m for m in modules if type(m).__name__.endswith("MLP")}
+    for module in modules:
         kind = type(module)
         ours = kind.__module__.startswith(("torch.nn.modules.", "transformers."))
-        activation = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation")
-        if not ours or not (activation or kind.__name__ in plain):
+        if not ours or not (kind.__name__ in plain or module in activations):
             return f"module {_name(model, module)} is a {kind.__module__}.{kind.__name__}"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return f"module {_name(model, module)} has max_norm {module.max_norm}"
+    formulas = {_formula(activation) for activation in activations}
+    if "" in formulas:
+        found, mlp = next((a, mlp) for a, mlp in activations.items() if not _formula(a))
+        known = ", ".join(ACTIVATIONS)
+        return f"the activation of module {_name(model, mlp)} is a {type(found).__name__}, not one of {known}"
+    if len(formulas) > 1:
+        return f"its layers have different activations: {', '.join(sorted(formulas))}"
+    epsilons = {getattr(m, eps, None) for m in modules if type(m).__name__.endswith("Norm")}
+    if len(epsilons) > 1:
+        return f"its norms have different eps: {', '.join(sorted(map(str, epsilons)))}"
     return hooked(model)
+
+
+def _formula(activation: nn.Module | None) -> str:
+    """What an activation module computes, as a value of ACTIVATIONS; empty if it is not one of these."""
+    kind = type(activation)
+    if kind.__module__ not in ("transformers.activations", "torch.nn.modules.activation"):
+        return ""
+    if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
+        return "gelu_tanh"
+    return ACTIVATIONS.get(kind.__name__, "")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -263,12 +288,37 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
     """The first module that has a forward hook or a replaced forward, as a sentence; None if there is none."""
-    for module in modules_of(model):
+    if has_global_hooks():
+        return "a forward hook is registered for all modules"
+    modules = modules_of(model)
+    patched = {kind for kind in set(map(type, modules)) if _is_patched(kind)}
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"module {_name(model, module, prefix)} has a forward hook"
-        if "forward" in vars(module):
+        if "forward" in vars(module) or type(module) in patched:
             return f"module {_name(model, module, prefix)} has had its forward replaced"
     return None
+
+
+def has_global_hooks() -> bool:
+    """Whether torch's register_module_forward_hook or register_module_forward_pre_hook is in use."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def _is_patched(kind: type[nn.Module]) -> bool:
+    """Whether the class has got a forward that was not written with it.
+
+    A wrapper may bear the name and module of what it wraps (functools.wraps), but its globals are those of its own.
+    """
+    owner = next(c for c in kind.__mro__ if "forward" in vars(c))
+    forward = vars(owner)["forward"]
+    if getattr(forward, "__module__", None) != owner.__module__:
+        return True
+    while forward is not None and owner.__module__.startswith(LIBRARIES):
+        if not getattr(forward, "__globals__", {}).get("__name__", "").startswith(LIBRARIES):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def _name(model: nn.Module, module: nn.Module, prefix: str = "") -> str:
