@@ -78,21 +78,33 @@ def test_a_feedback_without_its_weights_is_refused(tmp_path) -> None:
             load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["some-org/Model-2.5-0.5B", "model"])
-def test_a_hub_id_loads_whole(name: str, tmp_path) -> None:
-    """From the hub's cache, laid out as after a download; in a separate process, which looks up the cache's path."""
-    hf = make_hf("gpt2")
-    model = Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings()))
+def in_the_hubs_cache(model, name: str, tmp_path, code: str) -> None:
+    """Runs code where the model lies in the hub's cache, as after a download: in a process that looks up its path."""
     cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
     model.save_pretrained(cached / "snapshots" / "0123abcd")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abcd")
-    code = f"""import torch; from coconut_fast import load
-torch.save(load({name!r}).state_dict(), {str(tmp_path / "state")!r})"""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("name", ["some-org/Model-2.5-0.5B", "model"])
+def test_a_hub_id_loads_whole(name: str, tmp_path) -> None:
+    hf = make_hf("gpt2")
+    model = Coconut(hf, TOKENS, feedback=make_feedback("projection", hf.get_input_embeddings()))
+    code = f"""import torch; from coconut_fast import load
+torch.save(load({name!r}).state_dict(), {str(tmp_path / "state")!r})"""
+    in_the_hubs_cache(model, name, tmp_path, code)
     found = torch.load(tmp_path / "state")
     assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())
+
+
+def test_a_hub_id_without_a_tokenizer_takes_tokens(tmp_path) -> None:
+    code = """import pytest; from coconut_fast import LatentTokens, load
+assert load("org/model", tokens=LatentTokens(thought=5)).tokenizer is None
+with pytest.raises(ValueError, match="^tokens: org/model has no tokenizer"):
+    load("org/model")"""
+    in_the_hubs_cache(make_hf("llama"), "org/model", tmp_path, code)
 
 
 @pytest.mark.parametrize("official", [False, True])

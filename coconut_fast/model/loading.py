@@ -296,7 +296,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_tokenizer(home: Path | str) -> PreTrainedTokenizerBase | None:
-    if isinstance(home, Path) and not any((home / f).is_file() for f in TOKENIZER_FILES):
+    if not any(_find(home, f) for f in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(home)
