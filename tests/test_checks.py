@@ -70,3 +70,21 @@ def test_a_model_that_can_is_not(family: str, dtype: torch.dtype):
 def test_a_window_as_long_as_the_model_needs_nobody_to_know_it():
     settings = REFUSED["qwen2_moe"][0] | {"sliding_window": 64}
     check_ragged(Coconut(random_model("qwen2_moe", settings), LatentTokens(thought=2)), "model")
+
+
+@pytest.mark.parametrize("overflows", ["hidden states", "logits"])
+def test_a_model_that_overflows_is_told_so(overflows: str, tmp_path):
+    hf = make_hf("llama")
+    with torch.no_grad():
+        hf.lm_head.weight.mul_(1e5)
+        if overflows == "hidden states":
+            hf.lm_head.weight.copy_(hf.model.embed_tokens.weight)
+            for layer in hf.model.layers:
+                layer.mlp.up_proj.weight.mul_(1e4)
+                layer.mlp.down_proj.weight.mul_(1e4)
+        hf.lm_head.weight.clamp_(-6e4, 6e4)
+    hf.save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        load(tmp_path, tokens=TOKENS, dtype=dtype)
+    with pytest.raises(ValueError, match=f"the {overflows} of LlamaForCausalLM are NaN or infinite in torch.float16"):
+        load(tmp_path, tokens=TOKENS, dtype="float16")

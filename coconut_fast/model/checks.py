@@ -56,6 +56,12 @@ def check_ragged(model: Coconut, what: str) -> None:
         raise ValueError(f"{what}: {name} cannot run ragged: {error}") from error
     if sorted(layer for layer, _ in calls) != list(range(model.num_layers)):
         raise ValueError(f"{what}: {name} cannot run ragged: it has layers without attention, or with their own")
+    for made, values in ((alone_TD, "hidden states"), (theirs_TV, "logits")):
+        if not made.isfinite().all():
+            raise ValueError(
+                f"{what}: the {values} of {name} are NaN or infinite in {model.dtype}, expected finite ones"
+                + ("; dtype='bfloat16' and 'float32' have a wider range" if model.dtype == torch.float16 else "")
+            )
     exact = together_TD.dtype in (torch.float32, torch.float64)
     if not _is_close(together_TD, alone_TD, 1e-3 if exact else 0.1):
         raise ValueError(f"{what}: {name} cannot run ragged: a row depends on the rows beside it")
