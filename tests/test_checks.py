@@ -38,6 +38,7 @@ REFUSED = {
     "stablelm": ({}, "does not hand keywords on"),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
     "bert": ({"is_decoder": True}, "logits in a way that is not known"),
+    "bert-generation": ({"is_decoder": False}, "attends to later positions"),
 }
 
 

@@ -50,7 +50,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query (1, H, T, K), key and value (1, Hkv, T, K) of a ragged batch -> output (1, T, H, K).
 
-    Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks).
+    Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks, attention to
+    later positions).
     """
     if ragged is None:
         raise ValueError(
@@ -62,6 +63,11 @@ def attend(
         raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} uses attention sinks, which attn_implementation={NAME!r} lacks")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ValueError(
+            f"{type(module).__name__} attends to later positions too (is_causal is False), "
+            f"attn_implementation={NAME!r} only to earlier ones"
+        )
     layer: int = module.layer_idx  # type: ignore[assignment]
     if ragged.calls is not None:
         ragged.calls.append((layer, sliding_window))
