@@ -17,6 +17,7 @@ from coconut_fast.data.curriculum import CurriculumConfig
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.think import think
+from coconut_fast.model.batch import collate
 from coconut_fast.model.cache import KVCache
 from coconut_fast.model.coconut import SavedSettings
 from coconut_fast.train.build import build
@@ -64,6 +65,16 @@ def test_masks_that_are_none_are_refused(model: Coconut) -> None:
     for kind in (torch.bool, torch.int64, torch.float32, torch.bfloat16):
         mask = torch.tensor([[1, 1, 0]]).to(kind)
         assert torch.equal(model(ids, mask).logits[:, :2], model(ids[:, :2]).logits)
+
+
+def test_a_batch_holds_its_own_tensors(model: Coconut) -> None:
+    """Others beside it would be ignored: labels, for one, gave a loss of 0."""
+    ids = torch.tensor([PROMPT])
+    batch = collate([PROMPT], THOUGHT)
+    for name in ("input_ids", "attention_mask", "position_ids", "labels"):
+        with pytest.raises(ValueError, match=f"^batch: found {name} beside it, expected the batch alone"):
+            model(**{name: ids}, batch=batch)
+    assert model(batch=batch).loss is None
 
 
 def test_searches_are_told_of_empty_rows_and_counts(model: Coconut) -> None:

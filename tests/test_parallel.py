@@ -71,6 +71,14 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), first, strict=True))
 
 
+def test_detached_thoughts_are_refused() -> None:
+    """The gradients of parallel rounds reach all thoughts, so the setting would do nothing."""
+    model, _ = make_pair("gpt2")
+    model.settings.parallel_rounds, model.detach_after = 3, 1
+    with pytest.raises(ValueError, match="^detach_after: found 1 with parallel_rounds, whose gradients reach all"):
+        model(batch=BATCH)
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_a_model_answers_by_the_rounds_it_was_trained_with(family: str, rounds: int, tmp_path) -> None:

@@ -108,9 +108,10 @@ class CoconutOutput:
 class Coconut(nn.Module):
     """A Hugging Face causal language model that thinks: `hf`, `tokens`, `feedback`, `tokenizer` and `settings`.
 
-    Training also depends on `detach_after` (gradients through the last n thoughts of a row only; None: through all),
-    `checkpoint_passes` (keep only the inputs of a pass and recompute it in backward) and `defer_weight_gradients` (one
-    weight gradient for all passes, model/deferred.py). `settings` are saved with the model.
+    Training also depends on `detach_after` (gradients through the last n thoughts of a row only; None: through all, as
+    parallel rounds require), `checkpoint_passes` (keep only the inputs of a pass and recompute it in backward) and
+    `defer_weight_gradients` (one weight gradient for all passes, model/deferred.py). `settings` are saved with the
+    model.
     """
 
     def __init__(
@@ -252,8 +253,14 @@ class Coconut(nn.Module):
         labels are not shifted; -100 marks tokens without one. Positions count from a row's first token. A row's result
         does not depend on other rows. loss_only: the last layer computes only what the loss and the thoughts need, as
         in training; the output then has no logits.
-        Raises ValueError for tensors of another shape, and for ids, labels or positions outside the model's range.
+        Raises ValueError for tensors of another shape, for ids, labels or positions outside the model's range, and for
+        tensors beside a `batch`, which holds its own.
         """
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
+        tensors |= {"position_ids": position_ids, "labels": labels}
+        beside = [name for name, tensor in tensors.items() if tensor is not None]
+        if batch is not None and beside:
+            raise ValueError(f"batch: found {', '.join(beside)} beside it, expected the batch alone")
         if batch is None:
             if input_ids is None:
                 raise ValueError("forward: expected input_ids or batch, found neither")
@@ -281,6 +288,10 @@ class Coconut(nn.Module):
             layers_L = torch.arange(1, self.num_layers + 1, device=device)
             seeds_L = (torch.randint(2**31, (), device=device) + 0x9E3779B1 * layers_L) & 0x7FFFFFFF
         if self.settings.parallel_rounds is not None:
+            if self.detach_after is not None:
+                raise ValueError(
+                    f"detach_after: found {self.detach_after} with parallel_rounds, whose gradients reach all thoughts"
+                )
             growing = KVCache(
                 self.num_layers,
                 num_slots=batch.num_slots,
