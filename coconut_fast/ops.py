@@ -3,7 +3,8 @@
 An op has one name everywhere it exists: `x_ref` in kernels/reference*.py, `kernels/x.py` (Triton; `matmul` and
 `linear_cross_entropy` are PyTorch), `x` in the C++ module (CPU).
 `ops.x(...)` runs the first backend of BACKENDS[x] that the tensors' device allows; `use("torch")` or the environment
-variable COCONUT_FAST_BACKEND asks for one by name, and an explicit choice that cannot be honoured is an error.
+variable COCONUT_FAST_BACKEND asks for one by name, and an explicit choice that cannot be honoured is an error. Only
+"torch" has every op: "triton" and "cpu" can generate, but lack ops of a training step.
 
 Nothing here probes a device at import; the C++ module and the kernels load on first use.
 """
@@ -73,7 +74,10 @@ class BackendError(ValueError):
 
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Within the block every op runs on `backend` ("triton", "cpu", "torch"), or raises where it cannot."""
+    """Within the block every op runs on `backend` ("triton", "cpu", "torch"), or raises where it cannot.
+
+    "triton" and "cpu" have what generation needs, but no `linear_cross_entropy`: training needs "torch" or None.
+    """
     global _forced
     before, _forced = _forced, backend
     try:

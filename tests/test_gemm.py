@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
 from coconut_fast import ops
-from coconut_fast.model.weight import UNPACKED_ROWS, Weight
+from coconut_fast.model.weight import UNPACKED_ROWS, Weight, has_own_products
 from tests.compare import assert_as_good_as_torch
+from tests.families import make_pair, make_row
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHAPES = [(0, 4, 3), (1, 2, 1), (7, 64, 33), (15, 96, 48), (70, 2050, 100), (300, 768, 96), (32, 8192, 48)]
@@ -22,6 +25,25 @@ def backend(request) -> str:
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("asked", [None, "cpu", "torch", "triton"])
+@pytest.mark.parametrize("reason", [None, "it needs another CPU"])
+def test_whether_products_are_our_own_is_a_question(reason: str | None, asked: str | None, monkeypatch) -> None:
+    """What a named backend cannot run, the op itself refuses when it is called."""
+    monkeypatch.setattr(ops, "why_not", lambda op, backend, device: reason)
+    with ops.use(asked):
+        assert has_own_products(draw(4, 4), torch.float32) == (reason is None and asked in (None, "cpu"))
+
+
+def test_a_training_step_needs_ops_that_only_torch_has() -> None:
+    ids = torch.tensor([make_row(5, 2, 3, 1)])
+    for backend in ("torch", "cpu"):
+        model, _ = make_pair("gpt2")
+        refused = pytest.raises(ValueError, match="ops.*: backend 'cpu' was asked for, but .* has no cpu impl")
+        with ops.use(backend), nullcontext() if backend == "torch" else refused:
+            model(ids, labels=ids).loss.backward()
+            assert model.hf.lm_head.weight.grad is not None
 
 
 @DTYPES
