@@ -31,7 +31,9 @@ def add(commands: Any) -> None:
         help="nucleus sampling: from the fewest likeliest tokens whose probabilities reach this sum (default 1: all)",
     )
     parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each call)")
-    parser.add_argument("--num-samples", type=int, default=1, help="answers per prompt (default 1)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, help="answers per prompt (default 1; more need a temperature)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object per answer, with its token ids")
     add_model_options(parser)
     parser.set_defaults(run=_generate)

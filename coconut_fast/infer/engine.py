@@ -68,11 +68,12 @@ def generate(
     thoughts or pauses its checkpoint was trained with, or none, with a warning, if the checkpoint does not say
     (official ones). max_new_tokens: the longest answer, for all or one per prompt. temperature 0 is greedy; otherwise
     every answer has its own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the
-    order of prompts. num_samples: answers per prompt, from one prefill and one chain of thoughts; with a feedback that
-    draws noise pass the prompt several times instead, and call `torch.manual_seed`. return_thoughts: also return the
-    hidden states that were fed back. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", the format of the
-    native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per output) takes half the time of bf16
-    for one row, no less time from 32 rows on, and changes answers: measure it with `coconut-fast eval --weights int8`.
+    order of prompts. num_samples: answers per prompt, from one prefill and one chain of thoughts; more than one need a
+    temperature; with a feedback that draws noise pass the prompt several times instead, and call `torch.manual_seed`.
+    return_thoughts: also return the hidden states that were fed back. batch_size: rows at a time. weights: "fp32",
+    "bf16" or "int8", the format of the native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per
+    output) takes half the time of bf16 for one row, no less time from 32 rows on, and changes answers: measure it with
+    `coconut-fast eval --weights int8`.
 
     Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
     Weight changes between calls are seen, except writes through `.data` or `.detach().numpy()` on the CPU; after
@@ -85,6 +86,8 @@ def generate(
     batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
     if not _is_a(Real, temperature) or not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number of at least 0, found {temperature!r}")
+    if num_samples > 1 and not temperature:
+        raise ValueError(f"num_samples: found {num_samples} at temperature 0, where all answers to a prompt are one")
     if not _is_a(Real, top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0 and up to 1, found {top_p!r}")
     if seed is not None and not _is_a(Integral, seed):
