@@ -115,6 +115,15 @@ def test_an_output_is_made_of_five_fields() -> None:
     assert output.prompt_ids == []
 
 
+@pytest.mark.usefixtures("runner")
+def test_answers_are_told_of_when_they_are_complete(model: Coconut) -> None:
+    told: list[tuple] = []
+    options = {"max_new_tokens": [40, 2, 3], "num_samples": 2, "temperature": 1.0, "seed": 1, "batch_size": 4}
+    output = generate(model, [PROMPT, [5, 6], [7]], **options, on_answer=lambda *answer: told.append(answer))
+    assert [i for i, *_ in told] == [2, 3, 4, 5, 0, 1], "the long answers are complete last"
+    assert sorted(told) == list(zip(range(6), output.texts, output.token_ids, output.num_thoughts, strict=True))
+
+
 def test_paths_and_dtypes_are_taken_as_transformers_does(model: Coconut, tmp_path: Path) -> None:
     class Entry:  # a path that is no Path, as os.scandir gives
         def __fspath__(self) -> str:

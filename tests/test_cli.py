@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import json
@@ -18,7 +19,7 @@ import yaml
 from coconut_fast import load
 from coconut_fast.cli import main
 from coconut_fast.commands.common import find_model
-from coconut_fast.commands.generate import read_prompts_file
+from coconut_fast.commands.generate import _Lines, read_prompts_file
 from coconut_fast.data.curriculum import CurriculumConfig, num_slots
 from coconut_fast.data.examples import TokenizedExample, read_examples
 from coconut_fast.data.graphs import ANSWER, ROOT, TOKENS
@@ -340,6 +341,34 @@ def test_an_interrupted_command_says_what_is_left(
 
     monkeypatch.setattr("coconut_fast.train.recipe.read_recipe", lambda *_: half_imported(_))
     assert fails(capsys, 1, *training) == "coconut-fast: error: interrupted"
+
+
+def test_answers_are_printed_as_they_are_complete(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the prompts; whatever ends the process later takes none of them with it."""
+    finish, printed = engine.Engine._finish, []
+
+    def watched(self, number: int, answer: object) -> None:
+        printed.append(capsys.readouterr().out)
+        if number == 2:
+            raise RuntimeError("the machine is on fire")
+        finish(self, number, answer)
+
+    (tmp_path / "prompts.txt").write_text("go on from ada\ngo on from bo\ngo on on from bo\n")
+    generating = ("generate", trained / "runs" / "run", "--file", tmp_path / "prompts.txt", "--max-new-tokens", "4")
+    expected = call(capsys, *generating)
+    monkeypatch.setattr(engine.Engine, "_finish", watched)
+    assert fails(capsys, 1, *generating, "--batch-size", "1").endswith("the machine is on fire")
+    assert all(printed[1:]) and "".join(printed) == "".join(expected.splitlines(keepends=True)[:2])
+
+    lines = _Lines(["a", "b"], argparse.Namespace(json=False, num_samples=2))
+    shown = []
+    for number in (1, 0, 3):
+        lines.add(number, f"answer {number}", [], 0)
+        shown.append(capsys.readouterr().out)
+    lines.print_rest()
+    assert shown == ["", "answer 0\nanswer 1\n", ""] and capsys.readouterr().out == "answer 3\n"
 
 
 def test_failures_while_running_exit_1(

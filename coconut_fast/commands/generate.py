@@ -85,20 +85,41 @@ def _answer(model: Any, prompts: list[str], arguments: argparse.Namespace) -> No
 
     names = ("num_thoughts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples", "batch_size")
     options = {name: getattr(arguments, name) for name in (*names, "weights")}
-    output = generate(model, prompts, **options)
-    for number, text in enumerate(output.texts):
-        if output.token_ids[number] is None:
-            continue  # not finished when the user interrupted
-        if arguments.json:
-            record = {
-                "prompt": prompts[number // arguments.num_samples],
-                "text": text,
-                "token_ids": output.token_ids[number],
-                "num_thoughts": output.num_thoughts[number],
-            }
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
-            print(text, flush=True)
+    lines = _Lines(prompts, arguments)
+    try:
+        output = generate(model, prompts, **options, on_answer=lines.add)
+    finally:
+        lines.print_rest()
     if output.stats.interrupted:
         finished = len(output.texts) - output.token_ids.count(None)
         raise KeyboardInterrupt(f"{finished} of {len(output.texts)} answers were finished")
+
+
+class _Lines:
+    """Prints each answer as soon as it and all before it are complete: a run that is killed has printed these."""
+
+    def __init__(self, prompts: list[str], arguments: argparse.Namespace) -> None:
+        self.prompts, self.arguments = prompts, arguments
+        self.waiting: dict[int, str] = {}  # number -> the line of an answer that others must precede
+        self.next = 0
+        # On a terminal, what is left of the line of the progress bar, which draws itself again.
+        self.erase = "\r\x1b[K" if sys.stdout.isatty() and sys.stderr.isatty() else ""
+
+    def add(self, number: int, text: str | None, token_ids: list[int], num_thoughts: int) -> None:
+        if self.arguments.json:
+            prompt = self.prompts[number // self.arguments.num_samples]
+            record = {"prompt": prompt, "text": text, "token_ids": token_ids, "num_thoughts": num_thoughts}
+            self.waiting[number] = json.dumps(record, ensure_ascii=False)
+        else:
+            self.waiting[number] = str(text)
+        while self.next in self.waiting:
+            self._print(self.next)
+            self.next += 1
+
+    def print_rest(self) -> None:
+        """After a failure or Ctrl-C, the answers behind one that is missing."""
+        for number in sorted(self.waiting):
+            self._print(number)
+
+    def _print(self, number: int) -> None:
+        print(self.erase + self.waiting.pop(number), flush=True)

@@ -27,6 +27,7 @@ from coconut_fast.model.plan import modules_of
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 WEIGHTS = ("fp32", "bf16", "int8")
+OnAnswer = Callable[[int, str | None, list[int], int], object]
 
 
 @dataclass
@@ -60,6 +61,7 @@ def generate(
     return_thoughts: bool = False,
     batch_size: int | None = None,
     weights: str | None = None,
+    on_answer: OnAnswer | None = None,
 ) -> GenerateOutput:
     """Answers to prompts, each after its thoughts (arXiv 2412.06769, section 3, "Inference").
 
@@ -73,7 +75,8 @@ def generate(
     return_thoughts: also return the hidden states that were fed back. batch_size: rows at a time. weights: "fp32",
     "bf16" or "int8", the format of the native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per
     output) takes half the time of bf16 for one row, no less time from 32 rows on, and changes answers: measure it with
-    `coconut-fast eval --weights int8`.
+    `coconut-fast eval --weights int8`. on_answer: called with i, texts[i], token_ids[i] and num_thoughts[i] of the
+    output as soon as this answer is complete; answers complete in any order.
 
     Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
     Weight changes between calls are seen, except writes through `.data` or `.detach().numpy()` on the CPU; after
@@ -105,7 +108,7 @@ def generate(
         seed = int(torch.randint(2**62, (), device="cpu")) if temperature else 0
     # Below 1e-30 only the likeliest token can be drawn, and 1 / temperature may overflow fp32.
     sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
-    engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts)
+    engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts, on_answer)
     in_training = [module for module in modules_of(model) if module.training]
     for module in in_training:
         module.training = False
@@ -151,11 +154,13 @@ class Engine:
         batch_size: int | None,
         weights: str | None,
         keep_thoughts: bool,
+        on_answer: OnAnswer | None = None,
     ) -> None:
         self.model = model
         self.prompts = prompts
         self.num_samples = num_samples
         self.keep_thoughts = keep_thoughts
+        self.on_answer = on_answer
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         num_answers = max(1, len(prompts) * num_samples)
@@ -243,6 +248,13 @@ class Engine:
             tokens = tokens[:-1]
         self.stats.new_tokens += len(answer.tokens)
         self.finished[number] = tokens
+        if self.on_answer is not None:
+            thoughts = self.prompts[number // self.num_samples].num_thoughts
+            self.on_answer(number, self._text(tokens), list(tokens), thoughts)
+
+    def _text(self, tokens: list[int] | None) -> str | None:
+        tokenizer = self.model.tokenizer
+        return None if tokens is None or tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
 
     def output(self) -> GenerateOutput:
         """The finished answers, in the order of the prompts."""
@@ -250,11 +262,7 @@ class Engine:
         if self.runner.fallback_reason:
             self.stats.reason = self.runner.fallback_reason
         answers = [self.finished.get(n) for n in range(len(self.prompts) * self.num_samples)]
-        tokenizer = self.model.tokenizer
-        texts = [
-            None if ids is None or tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in answers
-        ]
+        texts = [self._text(ids) for ids in answers]
         counts = [p.num_thoughts for p in self.prompts for _ in range(self.num_samples)]
         thoughts = None
         if self.keep_thoughts:
