@@ -40,7 +40,8 @@ class GenerateOutput:
     texts: list[str | None]  # without special tokens; None for models without a tokenizer
     token_ids: list[list[int] | None]  # without end-of-text
     num_thoughts: list[int]
-    # (k, D) each: the hidden states fed back, one tensor for all samples of a prompt; None unless asked for.
+    # (k, D) each: the hidden states fed back (with parallel rounds, those after the last one), one tensor for all
+    # samples of a prompt; None unless asked for.
     thoughts: list[torch.Tensor | None] | None = field(repr=False)
     stats: GenerateStats = field(repr=False)
     # As the model read it, with thoughts, markers and anything else that frames a question: the answer's tokens follow.
@@ -72,11 +73,12 @@ def generate(
     every answer has its own random numbers, made from `seed` and its prompt, so it does not depend on the batch or the
     order of prompts. num_samples: answers per prompt, from one prefill and one chain of thoughts; more than one need a
     temperature; with a feedback that draws noise pass the prompt several times instead, and call `torch.manual_seed`.
-    return_thoughts: also return the hidden states that were fed back. batch_size: rows at a time. weights: "fp32",
-    "bf16" or "int8", the format of the native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per
-    output) takes half the time of bf16 for one row, no less time from 32 rows on, and changes answers: measure it with
-    `coconut-fast eval --weights int8`. on_answer: called with i, texts[i], token_ids[i] and num_thoughts[i] of the
-    output as soon as this answer is complete; answers complete in any order.
+    return_thoughts: also return the hidden states that were fed back; with parallel rounds, those after the last round,
+    which one more round would feed. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", the format of the
+    native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per output) takes half the time of bf16
+    for one row, no less time from 32 rows on, and changes answers: measure it with `coconut-fast eval --weights int8`.
+    on_answer: called with i, texts[i], token_ids[i] and num_thoughts[i] of the output as soon as this answer is
+    complete; answers complete in any order.
 
     Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
     Weight changes between calls are seen, except writes through `.data` or `.detach().numpy()` on the CPU; after
