@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coconut_fast import generate
-from coconut_fast.infer import machine, native
+from coconut_fast.infer import engine, machine, native
 from tests.families import make_pair
 from tests.test_native import native_chains, random_model, wrap
 
@@ -19,9 +19,30 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
     free = type("", (), {"available": 20_000})
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: free)
     with pytest.raises(ValueError, match="batch_size: a cache of 5 rows needs .* GB are free"):
-        generate(model, [[5, 6]] * 5)
+        generate(model, [[5, 6]] * 5, batch_size=5)
     monkeypatch.undo()
     assert generate(model, [[5, 6]] * 5, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("sampled", [{}, {"num_samples": 3, "temperature": 1.0, "seed": 1}], ids=["greedy", "sampled"])
+def test_one_long_prompt_does_not_size_the_rows_of_short_ones(sampled: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the sum of what the rows need; and where nobody named a number of rows, as many are taken as fit."""
+    model, _ = make_pair("llama")
+    prompts, options = [[5, 6]] * 7 + [[7, 8] * 100], {"max_new_tokens": 5, **sampled}
+    samples = options.get("num_samples", 1)
+    expected = generate(model, prompts, **options).token_ids
+    needed = machine.cache_bytes(model, 16 * samples * (7 * 2 + 14))
+    one = machine.cache_bytes(model, 16 * samples * 14)
+    sizes, begin = [], engine.Engine.run
+    monkeypatch.setattr(engine.Engine, "run", lambda self: sizes.append(self.batch_size) or begin(self))
+    for free, batch_size in ((needed, 8 * samples), (-(-needed * 4 // 3), None), (one * 2, None), (one, None)):
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        assert generate(model, prompts, batch_size=batch_size, **options).token_ids == expected
+    assert sizes[:2] == [8 * samples] * 2 and 8 * samples > sizes[2] > sizes[3] == samples
+    for free, batch_size, rows in ((needed - 1, 8 * samples, 8 * samples), (one - 1, None, samples)):
+        monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
+        with pytest.raises(ValueError, match=f"batch_size: a cache of {rows} rows needs"):
+            generate(model, prompts, batch_size=batch_size, **options)
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -32,7 +53,7 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         (tmp_path / f"memory.{name}").write_text(text)
     assert machine.free_bytes(torch.device("cpu")) == 14_000 < whole
     with pytest.raises(ValueError, match=r"a cache of 5 rows needs .* GB, 0.00 GB are free"):
-        generate(model, [[5, 6]] * 5)
+        generate(model, [[5, 6]] * 5, batch_size=5)
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_bytes(torch.device("cpu")) > 14_000
 

@@ -74,11 +74,11 @@ def generate(
     order of prompts. num_samples: answers per prompt, from one prefill and one chain of thoughts; more than one need a
     temperature; with a feedback that draws noise pass the prompt several times instead, and call `torch.manual_seed`.
     return_thoughts: also return the hidden states that were fed back; with parallel rounds, those after the last round,
-    which one more round would feed. batch_size: rows at a time. weights: "fp32", "bf16" or "int8", the format of the
-    native chain's weights on a CPU; None: the model's own dtype. int8 (a scale per output) takes half the time of bf16
-    for one row, no less time from 32 rows on, and changes answers: measure it with `coconut-fast eval --weights int8`.
-    on_answer: called with i, texts[i], token_ids[i] and num_thoughts[i] of the output as soon as this answer is
-    complete; answers complete in any order.
+    which one more round would feed. batch_size: rows at a time; None: 32 on a CPU, 256 on a GPU, or as many as fit into
+    its memory. weights: "fp32", "bf16" or "int8", the format of the native chain's weights on a CPU; None: the model's
+    own dtype. int8 (a scale per output) takes half the time of bf16 for one row, no less time from 32 rows on, and
+    changes answers: measure it with `coconut-fast eval --weights int8`. on_answer: called with i, texts[i],
+    token_ids[i] and num_thoughts[i] of the output as soon as this answer is complete; answers complete in any order.
 
     Any token may be generated, `<|latent|>` too, as by the official code; a later forward would take it for a thought.
     Weight changes between calls are seen, except writes through `.data` or `.detach().numpy()` on the CPU; after
@@ -166,13 +166,18 @@ class Engine:
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         num_answers = max(1, len(prompts) * num_samples)
+        chosen = batch_size is None
         batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), num_answers))
-        longest = max((len(p.ids) + p.max_new_tokens for p in prompts), default=0)
-        # Whole pages per row, and one more for the page that each sample of a prompt writes by itself.
-        num_slots = batch_size * (-(-longest // PAGE_SIZE) + 1) * PAGE_SIZE
-        room = {"num_slots": num_slots, "max_rows": batch_size + 1, "max_length": longest + PAGE_SIZE}
+        lengths = sorted((len(p.ids) + p.max_new_tokens for p in prompts), reverse=True) or [0]
+        room = _room(lengths, num_samples, batch_size)
         if not runner_cache.holds(model, **room):
-            machine.check(model, num_slots, batch_size, held=runner_cache.held_bytes(model))
+            # The call reuses a kept cache, or frees it first.
+            free = machine.free_bytes(model.device) + runner_cache.held_bytes(model)
+            # Where the number of rows is ours to choose, a quarter of the memory is left to the passes.
+            while chosen and batch_size > num_samples and machine.cache_bytes(model, room["num_slots"]) > free * 3 // 4:
+                batch_size -= 1
+                room = _room(lengths, num_samples, batch_size)
+            machine.check(model, room["num_slots"], batch_size, free)
         # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
         self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * num_answers
         runner, reason = choose_runner(model)
@@ -276,6 +281,15 @@ class Engine:
 def _is_a(kind: type, value: object) -> bool:
     """Whether a value is such a number; True and False, which Python counts as 1 and 0, are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _room(lengths: Sequence[int], num_samples: int, batch_size: int) -> dict[str, int]:
+    """The cache for any `batch_size` answers at a time, of `num_samples` to each prompt; lengths: what prompts grow to,
+    longest first. Whole pages per row, and one more for the page that each sample of a prompt writes by itself."""
+    whole, rest = divmod(batch_size, num_samples)
+    pages = [-(-n // PAGE_SIZE) + 1 for n in lengths[: whole + 1]]
+    num_pages = sum(pages[:whole]) * num_samples + (pages[whole] * rest if rest else 0)
+    return {"num_slots": num_pages * PAGE_SIZE, "max_rows": batch_size + 1, "max_length": lengths[0] + PAGE_SIZE}
 
 
 def _seeds(prompts: Sequence[Prompt], seed: int, num_samples: int) -> list[int]:

@@ -18,12 +18,9 @@ _MEMORY = (
 _CPU_TIME = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # quota and period, in microseconds
 
 
-def check(model: Coconut, num_slots: int, batch_size: int, *, held: int) -> None:
-    """ValueError where the cache of this call would not fit into the memory that is free now.
-
-    held: bytes of a kept cache, which the call reuses or frees first.
-    """
-    needed, free = cache_bytes(model, num_slots), free_bytes(model.device) + held
+def check(model: Coconut, num_slots: int, batch_size: int, free: int) -> None:
+    """ValueError where the cache of this call would not fit into `free` bytes."""
+    needed = cache_bytes(model, num_slots)
     if needed > free:
         raise ValueError(
             f"batch_size: a cache of {batch_size} rows needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
