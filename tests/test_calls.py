@@ -124,6 +124,19 @@ def test_answers_are_told_of_when_they_are_complete(model: Coconut) -> None:
     assert sorted(told) == list(zip(range(6), output.texts, output.token_ids, output.num_thoughts, strict=True))
 
 
+def test_states_that_are_not_finite_are_told_of_once() -> None:
+    """Their answers look like any others."""
+
+    class Broken(nn.Module):
+        def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+            return hidden_BD * float("nan")
+
+    model = Coconut(make_hf("gpt2"), TOKENS, feedback=Broken())
+    with pytest.warns(UserWarning, match="^generate: hidden states are NaN or infinite") as told:
+        generate(model, [PROMPT] * 3, max_new_tokens=2, batch_size=1)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
 def test_paths_and_dtypes_are_taken_as_transformers_does(model: Coconut, tmp_path: Path) -> None:
     class Entry:  # a path that is no Path, as os.scandir gives
         def __fspath__(self) -> str:

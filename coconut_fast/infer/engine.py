@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ def generate(
     those call `model.load_state_dict(model.state_dict())`.
 
     Raises ValueError, before any work, for a prompt that is empty, too long for the model or holds an unknown token
-    id, and for arguments out of range. Ctrl-C returns the answers finished so far.
+    id, and for arguments out of range. Warns, on a CPU, where hidden states are NaN or infinite. Ctrl-C returns the
+    answers finished so far.
     """
     num_samples, top_k = whole("num_samples", num_samples, 1), whole("top_k", top_k, 0)
     batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
@@ -163,6 +165,7 @@ class Engine:
         self.num_samples = num_samples
         self.keep_thoughts = keep_thoughts
         self.on_answer = on_answer
+        self.not_finite = False  # whether a prompt's last state was found to be NaN or infinite
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
         num_answers = max(1, len(prompts) * num_samples)
@@ -235,6 +238,9 @@ class Engine:
         kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
         rows = self.runner.cache.alloc(len(group))
         hidden_BD = self.runner.prefill_and_think(rows, prompts, kept)
+        if hidden_BD.is_cpu and not self.not_finite and not hidden_BD.isfinite().all():  # on a GPU this would wait
+            self.not_finite = True
+            warnings.warn("generate: hidden states are NaN or infinite, so that answers mean nothing", stacklevel=4)
         answers = {}
         for n, (i, row) in enumerate(zip(group, rows, strict=True)):
             shared = [row] + [self.runner.cache.fork([row])[0] for _ in range(self.num_samples - 1)]
