@@ -1,4 +1,4 @@
-"""The `figures` of a suite (benchmarks/figures.py): shown at the end, kept in a file of the folder `--results` names."""
+"""The `figures` of a suite (benchmarks/figures.py): shown at the end, kept in the folder that `--results` names."""
 
 from __future__ import annotations
 
