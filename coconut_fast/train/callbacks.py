@@ -69,7 +69,15 @@ class StageCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        run = self.trainer.run_state
+        run, updates = self.trainer.run_state, self.trainer.sampler.updates
+        if state.global_step < (len(run.history) + 1) * updates:  # a callback has stopped the run within the epoch
+            if not control.should_training_stop:
+                raise ValueError(
+                    f"should_epoch_stop: set by a callback at step {state.global_step}, but epochs of this run have "
+                    f"{updates} steps; expected should_training_stop, after which the run can resume"
+                )
+            control.should_evaluate = False  # the epoch is not over: it is saved as save_steps does
+            return
         run.history.append(EpochRecord(self.trainer.stage))
         if self.trainer.settings.save_only_improve:
             control.should_save = False
