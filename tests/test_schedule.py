@@ -46,6 +46,15 @@ def test_advances_when_the_metric_passes_and_by_count_at_the_latest() -> None:
     assert schedule.final_start([EpochRecord(0, 0.1)]) is None
 
 
+def test_skipped_epochs_of_the_first_stage_count_with_and_without_a_metric() -> None:
+    plan = {"last_stage": 6, "epochs_per_stage": 5, "num_epochs": 50}
+    for skipped in (3, 5, 7):
+        by_count = StageSchedule(**plan, first_epoch=skipped).stages_by_count()
+        assert StageSchedule(**plan, first_epoch=skipped, advance_at=1.0).stages_by_count() == by_count
+    stages, _ = play(StageSchedule(1, epochs_per_stage=2, num_epochs=4, first_epoch=1, advance_at=1.0), [0.0] * 3)
+    assert stages == [0, 1, 1]
+
+
 def test_a_list_names_the_first_stages_alone() -> None:
     schedule = StageSchedule(
         last_stage=3, epochs_per_stage=2, first_stage_epochs=4, num_epochs=20, advance_at=[0.6], final_epochs=1
@@ -75,6 +84,10 @@ def test_final_epochs_end_a_run_by_count() -> None:
         (
             {"last_stage": 3, "epochs_per_stage": 2, "first_stage_epochs": 6, "num_epochs": 20, "advance_at": [0.9]},
             "0: at most 6 epochs, until accuracy 0.9; 1 to 2: 2 epochs each; 3: the rest of 20 epochs",
+        ),
+        (
+            {"last_stage": 7, "epochs_per_stage": 2, "num_epochs": 16, "advance_at": [0.5]},
+            "0: at most 2 epochs, until accuracy 0.5; 1 to 6: 2 epochs each; 7: the rest of 16 epochs",
         ),
         (
             {"last_stage": 2, "epochs_per_stage": 2, "num_epochs": 20, "advance_at": 0.9, "final_epochs": 3},

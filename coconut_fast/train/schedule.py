@@ -98,6 +98,8 @@ class StageSchedule:
             return None if self.final_epochs is not None and spent >= self.final_epochs else now
         if self.advance_at is None:
             return self.planned_stage(self.first_epoch + len(history))
+        if spent == len(history):  # the run began within this stage
+            spent += sum(self.planned_stage(epoch) == now for epoch in range(self.first_epoch))
         metric, asked = history[-1].metric, self.threshold(now)
         passed = metric is not None and asked is not None and metric >= asked
         return now + 1 if passed or spent >= self.epochs_of(now) else now
@@ -112,14 +114,16 @@ class StageSchedule:
     def in_words(self) -> str:
         """The plan in words, such as "0: at most 6 epochs, until accuracy 0.9; 1 to 3: 2 epochs each; 4: 8 epochs"."""
         counts = Counter(self.stages_by_count())
+        rest = self.last_stage in counts and self.advance_at is not None and self.final_epochs is None
+        fixed = sorted(stage for stage in counts if not (rest and stage == self.last_stage))
         parts = []
-        for (count, until), group in groupby(sorted(counts), lambda s: (counts[s], self._left_at(s))):
+        for (count, until), group in groupby(fixed, lambda s: (counts[s], self._left_at(s))):
             stages = list(group)
             name, each = (f"{stages[0]} to {stages[-1]}", " each") if len(stages) > 1 else (f"{stages[0]}", "")
             epochs = f"{count} epoch{'s' if count != 1 else ''}{each}"
             parts.append(f"{name}: {epochs}" if until is None else f"{name}: at most {epochs}, until accuracy {until}")
-        if self.last_stage in counts and self.advance_at is not None and self.final_epochs is None:
-            parts[-1] = f"{self.last_stage}: the rest of {self.num_epochs - self.first_epoch} epochs"
+        if rest:
+            parts.append(f"{self.last_stage}: the rest of {self.num_epochs - self.first_epoch} epochs")
         return "; ".join(parts)
 
     def _left_at(self, stage: int) -> float | None:
