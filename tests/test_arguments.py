@@ -116,6 +116,24 @@ def test_a_flag_that_would_leave_no_method_is_refused() -> None:
         make_arguments({"method": "cot"}, {"cot": False})
 
 
+@pytest.mark.parametrize(
+    ("own", "theirs"),
+    [
+        ({"model": "a"}, {"model_id": "b"}),
+        ({"precision": "bf16"}, {"bf16": False}),
+        ({"method": "icot"}, {"cot": True}),
+    ],
+)
+def test_an_official_setting_beside_our_own_is_refused(own: dict[str, Any], theirs: dict[str, Any]) -> None:
+    message = f"found {next(iter(own))} and {next(iter(theirs))}, expected one of them"
+    with pytest.raises(ValueError, match=f"a.yaml: {message}"):
+        make_arguments({**theirs, **own}, where="a.yaml")
+    with pytest.raises(ValueError, match=f"override: {message}"):
+        make_arguments({}, {**theirs, **own})
+    name, value = next(iter(own.items()))
+    assert getattr(make_arguments(theirs, own), name) == value, "an override wins"
+
+
 @pytest.mark.parametrize("text", ["no", "off", "yes", "true", "2026-11-26", "007", "1.10", "12:30", "1_000", "0x10"])
 def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """YAML 1.1 would turn `no` into False, 2026-11-26 into a date, 007 into 7 and 12:30 into 750."""

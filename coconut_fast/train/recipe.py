@@ -62,8 +62,6 @@ def make_arguments(
     """Settings from a mapping of keys (ours or the official ones) and overriding ones."""
     overrides = dict(overrides or {})
     translated = _translate(dict(file), where)
-    if "model" in overrides and "model_id" in overrides:
-        raise ValueError("override: found model and model_id, expected one of them")
     nested = {key: value for key, value in overrides.items() if "." in key}
     changes = _translate({key: value for key, value in overrides.items() if "." not in key}, "override")
     merged = {**translated, **changes}
@@ -147,6 +145,10 @@ def _translate(found: dict[str, Any], where: str) -> dict[str, Any]:
             if nearest in RENAMED_FIELDS:
                 named = f"{nearest} is called {RENAMED_FIELDS[nearest]} here"
             raise ValueError(f"{where}: unknown key {key!r}; {named}")
+    set_flags = [("method", flag) for flag in FLAGS if found.get(flag)]  # one set to false may stand beside a method
+    for own, theirs in (("model", "model_id"), ("precision", "bf16"), *set_flags):
+        if own in found and theirs in found:
+            raise ValueError(f"{where}: found {own} and {theirs}, expected one of them")
     result = {key: value for key, value in found.items() if key not in official}
     if "model_id" in found:
         result["model"] = found["model_id"]
