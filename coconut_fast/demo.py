@@ -25,7 +25,7 @@ from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts
 from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
-from coconut_fast.train.recipe import read_recipe
+from coconut_fast.train.recipe import parse_overrides, read_recipe
 from coconut_fast.train.reports import METRICS, read_metrics
 from coconut_fast.train.run import run as train
 
@@ -66,6 +66,11 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
 
     overrides: settings of all runs, "key=value" each. Returns the results on fresh graphs by name.
     """
+    for key in parse_overrides(overrides):
+        if key in ("name", "save_path"):
+            raise ValueError(
+                f"override: found {key}, expected another setting: the demo names its runs, --out its folder"
+            )
     for changes in RUNS.values():
         read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # wrong settings are refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"

@@ -190,6 +190,8 @@ GOOD = {"edges": [[0, 1], [2, 3]], "root": 0, "target": 1, "neg_target": 3}
         ({"target": 9, "idx_to_symbol": ["a", "b", "c", "d"]}, "record 1: node: found 9, expected 0 to 3"),
         ({"target": 3, "neg_target": 1}, "record 1: target: node 3 cannot be reached from root 0"),
         ({"neg_target": 1}, "record 1: neg_target: node 1 can be reached from root 0"),
+        ({"idx_to_symbol": 7}, "record 1: idx_to_symbol: found 7, expected a list of a name for each node"),
+        ({"edges": [[0, 1], [2, 34]]}, "record 1: found 35 nodes, expected at most the 31 that have a symbol"),
     ],
 )
 def test_a_broken_graph_is_one_clear_error(tmp_path, change, message):

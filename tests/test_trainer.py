@@ -376,6 +376,8 @@ def test_refuses_before_it_starts(tmp_path: Path) -> None:
         ValueError, match=r"train.json: record 1: the field 'edges' is missing; expected a problem with"
     ):
         run(tiny(tmp_path, tokenizer="symbols"))
+    with pytest.raises(ValueError, match=r"train.json: record 1: found text, expected a graph problem, whose nodes"):
+        run(tiny(tmp_path, target="random_frontier"))
     with pytest.raises(ValueError, match=r"model: .*divisible by num_heads"):
         run(tiny(tmp_path, model={**MODEL, "n_head": 5}))
     with pytest.raises(ValueError, match="train_path: found none, expected a file of problems"):

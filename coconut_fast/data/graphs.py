@@ -130,6 +130,8 @@ def graph_of(example: Example, where: str = "the record") -> Graph:
             f"{where}: expected edges as a list of [from, to], root, target and neg_target as nodes, all whole numbers"
         )
     symbols = extra.get("idx_to_symbol")
+    if not isinstance(symbols, list | None):
+        raise ValueError(f"{where}: idx_to_symbol: found {symbols!r}, expected a list of a name for each node")
     num_nodes = len(symbols) if symbols else 1 + max(chain(ends, *edges))
     try:
         return Graph(num_nodes, tuple((source, destination) for source, destination in edges), *ends)

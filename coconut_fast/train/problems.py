@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from coconut_fast.data.examples import Example, TokenizedExample, read_examples, tokenize_examples
-from coconut_fast.data.graphs import Graph, graph_of, symbolic_example, symbolic_examples
+from coconut_fast.data.graphs import NUM_NODES, Graph, graph_of, symbolic_example, symbolic_examples
 
 
 class DataSet:
@@ -55,8 +55,15 @@ class DataSet:
 
 
 def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Graph]:
-    """The graphs of problems; ValueError, naming `where` and the record, for a problem without one."""
-    return [graph_of(example, f"{where}: record {number}") for number, example in enumerate(examples, 1)]
+    """The graphs of problems; ValueError, naming `where` and the record, for none, or one too large for the symbols."""
+    graphs = [graph_of(example, f"{where}: record {number}") for number, example in enumerate(examples, 1)]
+    for number, graph in enumerate(graphs, 1):
+        if graph.num_nodes > NUM_NODES:
+            raise ValueError(
+                f"{where}: record {number}: found {graph.num_nodes} nodes, expected at most the {NUM_NODES} that have "
+                "a symbol"
+            )
+    return graphs
 
 
 def tokenize(

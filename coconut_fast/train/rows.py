@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from coconut_fast.data.curriculum import CurriculumConfig, method_stage, row_rng, training_row
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig, method_stage, row_rng, training_row
 from coconut_fast.model.batch import collate
 from coconut_fast.tokens import IGNORE, LatentTokens
 from coconut_fast.train.buckets import bucketed
@@ -60,15 +60,22 @@ class StageRows(Dataset):
     def check(self, stages: Sequence[int], max_positions: int | None, name: str = "train_path") -> None:
         """ValueError for the first row of any stage that cannot run; `name`: the setting.
 
-        That is a row longer than the model's positions, or one that starts with a thought. Randomness only gives
-        a row another stage or a shorter rest of its chain, so checking all stages without it is enough.
+        That is a row longer than the model's positions, one that starts with a thought, or one without the target asked
+        for. Randomness only gives a row another stage or a shorter rest of its chain, so checking all stages without it
+        is enough.
         """
         certain = replace(self.config, uniform_prob=0.0, replay_prob=0.0, removal_smoothing=math.inf)
+        asks_nodes = self.config.target == "random_frontier" and METHODS[self.config.method].stages != "last"
         for idx, example in enumerate(self.problems.fixed):
             if example.question_ids[:1] == [self.tokens.thought]:
                 raise ValueError(
                     f"{self.problems.where}: record {idx + 1}: the question starts with a thought, expected a token "
                     "in front of it"
+                )
+            if asks_nodes and example.steps_ids and example.frontiers is None:
+                raise ValueError(
+                    f"{self.problems.where}: record {idx + 1}: found text, expected a graph problem, whose nodes "
+                    "target random_frontier asks for (tokenizer: symbols)"
                 )
             if max_positions is None:
                 continue
