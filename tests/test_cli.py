@@ -272,6 +272,18 @@ def test_an_unfinished_run_stands_for_its_best_checkpoint_else_its_last(
     assert find_model(str(run)) == last
 
 
+def test_a_run_that_has_gone_on_stands_for_its_checkpoints(trained: Path, tmp_path: Path) -> None:
+    """It had ended, was made longer and killed: the model of its first end is still in its directory."""
+    run = tmp_path / "longer"
+    shutil.copytree(trained / "runs" / "run", run)
+    last = checkpoints.complete(run)[-1]
+    best = run / f"checkpoint-{checkpoints.read_manifest(last)['best']['step']}"
+    ended = (run / "config.json").stat().st_mtime
+    os.utime(last / "checkpoint.json", (ended + 1, ended + 1))
+    with pytest.warns(UserWarning, match=f"{last.name} is newer than the model beside it; reading {best.name}"):
+        assert find_model(str(run)) == best
+
+
 def test_a_finished_run_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = ("train", str(trained / "recipe.yaml"), "name=run")
     assert main([*again, "lr=1e-3"]) == 0

@@ -82,12 +82,25 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
 
 
 def find_model(path: str) -> str | Path:
-    """What to load for `path`: for an unfinished run's directory, its stage's best checkpoint, else its last."""
+    """What to load for `path`: for an unfinished run's directory, its stage's best checkpoint, else its last.
+
+    A run that was made longer is unfinished again: a checkpoint is newer than the model of its first end, with a
+    warning.
+    """
     from coconut_fast.train import checkpoints
 
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+    if not os.path.isdir(path):
+        return path
+    model, found = Path(path, "config.json"), checkpoints.complete(Path(path))
+    if not model.is_file():
         return checkpoints.best_or_last(Path(path)) or path
-    return path
+    manifest = found[-1] / checkpoints.MANIFEST if found else model
+    if not manifest.is_file() or manifest.stat().st_mtime <= model.stat().st_mtime:
+        return path
+    chosen = checkpoints.best_or_last(Path(path))
+    assert chosen is not None
+    warnings.warn(f"{path}: {found[-1].name} is newer than the model beside it; reading {chosen.name}", stacklevel=1)
+    return chosen
 
 
 def tell_of_hub(path: str) -> None:
