@@ -241,6 +241,11 @@ def test_a_process_has_one_gpu_of_several(monkeypatch) -> None:
     assert (args.n_gpu, args.train_batch_size) == (1, 8)
 
 
+def test_one_process_has_nothing_to_shard_over() -> None:
+    with pytest.raises(ValueError, match="fsdp: found one process, expected several to shard over, started by"):
+        CoconutArguments(fsdp=True, device="cpu").to_training_arguments("GPT2Block")
+
+
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.yaml: cannot be read \(No such file"):
         read_recipe(tmp_path / "absent.yaml")

@@ -15,6 +15,8 @@ import yaml
 
 from coconut_fast import load
 from coconut_fast.train.build import build
+from coconut_fast.train.checkpoints import CheckpointError
+from coconut_fast.train.run import run
 from tests.conftest import ROOT
 from tests.distributed_worker import train
 from tests.runs import chains, tiny
@@ -93,6 +95,15 @@ def test_fsdp_equals_one_process_and_goes_on(single: dict[str, Any], tmp_path: P
     )
     shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoint-12")
     assert_same_weights(train_together(tmp_path, "fsdp=true"), single)
+
+
+def test_a_sharded_run_does_not_go_on_unsharded(tmp_path: Path) -> None:
+    """Its optimizer's state has other files."""
+    changes = {"epoch_size": 16, "eval_examples": 2}
+    manifest = run(tiny(tmp_path, num_epochs=1, **changes)) / "checkpoint-1" / "checkpoint.json"
+    manifest.write_text(manifest.read_text().replace('"fsdp": false', '"fsdp": true'))
+    with pytest.raises(CheckpointError, match="fsdp was True there and is False now"):
+        run(tiny(tmp_path, num_epochs=2, **changes))
 
 
 @pytest.mark.slow

@@ -319,6 +319,8 @@ class CoconutArguments:
         arguments = TrainingArguments(**chosen, **self.training_arguments)
         if arguments.n_gpu > 1:  # torchrun uses several; transformers' DataParallel can split only padded batches
             arguments._n_gpu = 1
+        if self.fsdp and arguments.world_size == 1:
+            raise ValueError("fsdp: found one process, expected several to shard over, started by torchrun")
         return arguments
 
     def to_dict(self) -> dict[str, Any]:

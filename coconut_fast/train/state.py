@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAY_CHANGE = {
     "name", "project", "save_path", "debug", "only_eval", "device", "train_path", "val_path", "load_model_path",
     "num_epochs", "eval_batch_size", "num_thoughts", "save_steps", "keep_last", "logging_steps", "report_to",
-    "num_workers", "training_arguments", "max_nonfinite", "fsdp", "batch_size_training", "gradient_accumulation_steps",
+    "num_workers", "training_arguments", "max_nonfinite", "batch_size_training", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
