@@ -1,7 +1,8 @@
-"""What a user's callbacks may do to a run: stop it within an epoch, from where it resumes."""
+"""What a user's callbacks may do to a run: stop it within an epoch, from where it resumes, and evaluate."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,29 @@ def test_an_epoch_is_not_cut_short(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="should_epoch_stop: set by a callback at step 7, .* 5 steps; expected should"):
         trainer.train()
     assert [folder.name for folder in checkpoints.complete(Path(trainer.args.output_dir))] == ["checkpoint-5"]
+
+
+class EvaluateOthers(TrainerCallback):
+    """Evaluates other problems when an epoch's end has been evaluated and saved."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(self.trainer.evaluate(self.problems))  # type: ignore[attr-defined]
+
+
+def test_evaluations_of_other_problems_leave_the_run_alone(tmp_path: Path) -> None:
+    callback = EvaluateOthers()
+    trainer = make_trainer(tmp_path, callback, num_epochs=1)
+    callback.trainer, callback.problems = trainer, DataSet(chains(3, seed=2), trainer.model.tokenizer)  # type: ignore
+    trainer.train()
+    assert [found["eval_examples"] for found in callback.found] == [3]
+    [record] = trainer.run_state.history
+    before = copy.deepcopy(trainer.run_state)
+    own, other = trainer.evaluate(metric_key_prefix="test"), trainer.evaluate(callback.problems)  # type: ignore
+    assert own["test_examples"] == 8 and own["test_accuracy"] == record.metric and own["test_loss"] > 0
+    assert other["eval_examples"] == 3 and other["eval_loss"] != own["test_loss"]
+    assert trainer.run_state == before
+    with pytest.raises(ValueError, match="eval_dataset: found list, expected a DataSet"):
+        trainer.evaluate([1])

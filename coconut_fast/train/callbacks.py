@@ -94,7 +94,7 @@ class StageCallback(TrainerCallback):
     ) -> None:
         trainer, run = self.trainer, self.trainer.run_state
         epoch_ended = state.global_step and len(run.history) * trainer.sampler.updates == state.global_step
-        if not epoch_ended or metrics is None:
+        if not epoch_ended or not trainer.judges or metrics is None or "eval_accuracy" not in metrics:
             return
         accuracy = metrics["eval_accuracy"]
         run.history[-1] = EpochRecord(trainer.stage, accuracy)

@@ -117,6 +117,7 @@ class CoconutTrainer(Trainer):
         self.collate = Collate(model.tokens, in_buckets=self.graphed is not None)
         self.prefetches = self.args.device.type == "cuda"  # on a CPU it would take cores from the step
         self.prefetcher: Prefetcher | None = None  # of the current epoch
+        self.judges = True  # whether the last evaluation was of the validation problems
         self.step_rows: list[Any] = []  # the rows of the step in progress
         self.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)  # in all its batches so far
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in total
@@ -250,14 +251,8 @@ class CoconutTrainer(Trainer):
     def _non_finite_message(self) -> str:
         own = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""  # each has its own rows
         file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}{own}.json"
-        names = ("problem", "epoch", "stage")
-        write_json(
-            file,
-            [
-                {**dict(zip(names, key, strict=True)), "input_ids": ids, "labels": labels}
-                for key, ids, labels in self.step_rows
-            ],
-        )
+        names = ("problem", "epoch", "stage", "input_ids", "labels")
+        write_json(file, [dict(zip(names, (*key, ids, labels), strict=True)) for key, ids, labels in self.step_rows])
         return (
             f"loss or gradient was not finite in {int(self.streak)} steps in a row, up to step "
             f"{self.state.global_step + 1}; the last batch is in {file}"
@@ -305,9 +300,14 @@ class CoconutTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluates the model as it is and logs the figures; training rates exclude the time this takes."""
+        """Evaluates the model as it is and logs the figures; training rates exclude the time this takes.
+
+        eval_dataset: a DataSet (default: the validation problems, the only ones that affect the run).
+        """
         start = time.perf_counter()
-        figures = validate(self)
+        problems = self.validation if eval_dataset is None else eval_dataset
+        figures = validate(self, problems)
+        self.judges = problems is self.validation
         self.counted["since"] += time.perf_counter() - start
         metrics: dict[str, Any] = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics["stage"] = self.stage

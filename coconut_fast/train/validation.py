@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from coconut_fast.train.trainer import CoconutTrainer
 
 
-def validate(trainer: CoconutTrainer) -> dict[str, Any]:
+def validate(trainer: CoconutTrainer, problems: DataSet | None) -> dict[str, Any]:
     """The figures of infer.scoring.Evaluation.summary, and "loss"; the model keeps its mode (train or eval)."""
-    assert trainer.validation is not None
+    if not isinstance(problems, DataSet):
+        raise ValueError(f"eval_dataset: found {type(problems).__name__}, expected a DataSet")
     model: Coconut = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
     with sharding.gathered(model), trainer.accelerator.autocast():
-        result = _answers(trainer, model, trainer.validation)
-        loss = _mean_loss(trainer, model, trainer.validation)
+        result = _answers(trainer, model, problems)
+        loss = _mean_loss(trainer, model, problems)
     model.train(was_training)
     return {**result.summary(), "loss": loss}
 
