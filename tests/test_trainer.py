@@ -24,7 +24,7 @@ from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
 from coconut_fast.train.state import RunState
-from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
 
 
@@ -275,75 +275,6 @@ def test_graph_problems_train_as_symbols(tmp_path: Path) -> None:
     tokens = [r["eval_mean_tokens"] for r in read_metrics(folder / "metrics.jsonl") if "eval_accuracy" in r]
     assert tokens[:2] == [1, 2], "a node; a thought and a node"
     assert load(folder).settings.symbols == {"frontier": "shortest_paths", "relabel": True, "separators": True}
-
-
-class Spoiled(CoconutTrainer):
-    """Its loss is not a number in chosen steps."""
-
-    bad_steps: tuple[int, ...] = ()
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
-        return loss * float("nan") if self.model.training and self.state.global_step in self.bad_steps else loss
-
-
-def spoiled(folder: Path, bad_steps: tuple[int, ...], **changes: Any) -> Spoiled:
-    trainer = make_trainer(folder, **{**EXACT, **changes})
-    trainer.__class__ = Spoiled
-    trainer.bad_steps = bad_steps  # type: ignore[attr-defined]
-    return trainer  # type: ignore[return-value]
-
-
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
-    trainer = spoiled(tmp_path, (0, 1, 4))
-    start = weights(trainer)
-    seen: list[dict[str, torch.Tensor]] = []
-    step = trainer.create_optimizer().step
-
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        seen.append(weights(trainer))
-        return result
-
-    trainer.optimizer.step = watch
-    trainer.train()
-    assert_equal(seen[1], start)
-    assert any(not torch.equal(seen[2][n], start[n]) for n in start)
-    assert_equal(seen[4], seen[3])
-    assert int(trainer.skipped) == 3
-    assert all(torch.isfinite(w).all() for w in weights(trainer).values())
-    records = read_metrics(tmp_path / "runs" / "tiny-debug" / "metrics.jsonl")
-    assert records[-2]["skipped_steps"] == 3
-    assert all(r["loss"] == r["loss"] for r in records if "loss" in r), "a skipped step does not spoil the mean"
-
-
-class BadGradient(CoconutTrainer):
-    """The loss is fine, but in two steps a gradient of the first of two batches is infinite."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.state.global_step in (1, 3) and not self.accelerator.sync_gradients:
-            next(self.model.parameters()).grad[0] = float("inf")
-        return loss
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path, max_grad_norm: float) -> None:
-    halves = {"batch_size_training": 8, "gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm}
-    trainer = make_trainer(tmp_path, **{**EXACT, **halves})
-    trainer.__class__ = BadGradient
-    trainer.train()
-    assert int(trainer.skipped) == 2
-    assert all(torch.isfinite(w).all() for w in weights(trainer).values())
-
-
-def test_too_many_in_a_row_end_the_run_with_the_batch_saved(tmp_path: Path) -> None:
-    trainer = spoiled(tmp_path, (0, 2, 3, 4), max_nonfinite=3)
-    with pytest.raises(NonFiniteError, match="not finite in 3 steps in a row, up to step 5; the last batch is in"):
-        trainer.train()
-    assert trainer.report.bar is None, "the error stands on a line of its own"
-    batch = json.loads((tmp_path / "runs" / "tiny-debug" / "nonfinite-step-5.json").read_text())
-    assert len(batch) == 16 and batch[0].keys() == {"problem", "epoch", "stage", "input_ids", "labels"}
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from coconut_fast.files import naming, write_atomically
+from coconut_fast.files import naming, write_atomically, write_json
 from coconut_fast.model.coconut import CoconutOutput
+
+if TYPE_CHECKING:
+    from coconut_fast.train.trainer import CoconutTrainer
 
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
@@ -58,6 +61,19 @@ def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
     own = torch.cat([p.thoughts_after for p in passes]) >= 0  # not those added by train/buckets.py
     norms = torch.linalg.vector_norm(torch.cat(fed).detach().float(), dim=-1)
     return norms.where(own, 0.0).sum() / own.sum()
+
+
+def non_finite_message(trainer: CoconutTrainer) -> str:
+    """What to say where too many steps in a row were not finite; writes the last one's rows to a file."""
+    own = f"-process-{trainer.args.process_index}" if trainer.args.world_size > 1 else ""  # each has its own rows
+    step = trainer.state.global_step + 1
+    file = Path(trainer.args.output_dir) / f"nonfinite-step-{step}{own}.json"
+    names = ("problem", "epoch", "stage", "input_ids", "labels")
+    write_json(file, [dict(zip(names, (*key, ids, labels), strict=True)) for key, ids, labels in trainer.step_rows])
+    return (
+        f"loss or gradient was not finite in {int(trainer.streak)} steps in a row, up to step {step}; the last batch "
+        f"is in {file}"
+    )
 
 
 class Report(TrainerCallback):

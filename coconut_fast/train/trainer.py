@@ -15,6 +15,7 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -31,7 +32,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from coconut_fast import ops
-from coconut_fast.files import write_json
 from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.feedback import FEEDBACKS
@@ -44,7 +44,7 @@ from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.prefetch import Prefetcher
 from coconut_fast.train.problems import DataSet
-from coconut_fast.train.reports import Report, thought_norm
+from coconut_fast.train.reports import Report, non_finite_message, thought_norm
 from coconut_fast.train.rows import Collate, StageRows, end_with_parent
 from coconut_fast.train.state import RunState, check_same_run, run_fingerprint
 from coconut_fast.train.validation import validate
@@ -98,9 +98,8 @@ class CoconutTrainer(Trainer):
             callbacks=[StageCallback(self), self.report, *callbacks],
         )
         self.model_accepts_loss_kwargs = True  # ask for num_items_in_batch
-        self.callback_handler.callbacks = [
-            c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"
-        ]
+        kept = [c for c in self.callback_handler.callbacks if type(c).__name__ != "PrinterCallback"]
+        self.callback_handler.callbacks = kept
         self.sampler = EpochBatches(
             len(self.rows),
             batch_size=settings.batch_size_training,
@@ -123,7 +122,13 @@ class CoconutTrainer(Trainer):
         self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in total
         self.skipped = torch.zeros((), device=self.args.device)
         self.thought_norm: torch.Tensor | None = None
-        self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
+        self.step_loss = torch.zeros((), device=self.args.device)  # of the step in progress
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Begins the interval of the next log."""
+        now = {"since": time.perf_counter(), "step": self.state.global_step, "skipped": int(self.skipped)}
+        self.counted: dict[str, Any] = {"rows": 0, "tokens": 0, **now}
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -214,7 +219,9 @@ class CoconutTrainer(Trainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.loss_is_finite = self.loss_is_finite & torch.isfinite(loss)
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)  # a skipped step must not spoil the mean
+        loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        self.step_loss = self.step_loss + loss
+        return loss
 
     def _forward_backward(
         self, batch: RaggedBatch, num_items: torch.Tensor
@@ -242,21 +249,13 @@ class CoconutTrainer(Trainer):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.streak = (self.streak + 1) * bad
         self.skipped = self.skipped + bad
+        self._tr_loss -= bad * self.step_loss  # the logged mean is over the other steps
+        self.step_loss = torch.zeros_like(self.step_loss)
         if self.accelerator.scaler is None:  # with a scaler (fp16), the scaler skips
             getattr(self.optimizer, "optimizer", self.optimizer).found_inf = bad
         looks = self.args.device.type == "cpu" or self._logs_now()  # comparing syncs: on a GPU only when logging
         if looks and self.streak >= self.settings.max_nonfinite:
-            raise NonFiniteError(self._non_finite_message())
-
-    def _non_finite_message(self) -> str:
-        own = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""  # each has its own rows
-        file = Path(self.args.output_dir) / f"nonfinite-step-{self.state.global_step + 1}{own}.json"
-        names = ("problem", "epoch", "stage", "input_ids", "labels")
-        write_json(file, [dict(zip(names, (*key, ids, labels), strict=True)) for key, ids, labels in self.step_rows])
-        return (
-            f"loss or gradient was not finite in {int(self.streak)} steps in a row, up to step "
-            f"{self.state.global_step + 1}; the last batch is in {file}"
-        )
+            raise NonFiniteError(non_finite_message(self))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with weight decay on all parameters, as in the official code; fused, which also lets it skip a step."""
@@ -284,14 +283,17 @@ class CoconutTrainer(Trainer):
             seconds = time.perf_counter() - self.counted["since"]
             logs["tokens_per_second"] = self.counted["tokens"] / seconds
             logs["samples_per_second"] = self.counted["rows"] / seconds
-            self.counted = {"rows": 0, "tokens": 0, "since": time.perf_counter()}
+            steps, skipped = self.state.global_step - self.counted["step"], int(self.skipped)
+            kept = steps - (skipped - self.counted["skipped"])
+            logs["loss"] *= steps / kept if kept else math.nan
+            self.count_anew()
             if self.thought_norm is not None:
                 logs["thought_norm"] = self.thought_norm.item()
                 self.thought_norm = None
             on_gpu = self.args.device.type == "cuda"
             used = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
             logs["memory_gib"] = used / 2**30
-            if skipped := int(self.skipped):
+            if skipped:
                 logs["skipped_steps"] = skipped
         super().log(logs, start_time)
 
@@ -300,10 +302,7 @@ class CoconutTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluates the model as it is and logs the figures; training rates exclude the time this takes.
-
-        eval_dataset: a DataSet (default: the validation problems, the only ones that affect the run).
-        """
+        """Evaluates the model as it is on a DataSet (None: for validation); training rates exclude its time."""
         start = time.perf_counter()
         problems = self.validation if eval_dataset is None else eval_dataset
         figures = validate(self, problems)
@@ -328,7 +327,6 @@ class CoconutTrainer(Trainer):
             self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
-        self.counted["since"] = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint=resume and str(resume), **kwargs)
         finally:
