@@ -20,17 +20,12 @@ from coconut_fast import load
 from coconut_fast.cli import main
 from coconut_fast.commands.common import find_model
 from coconut_fast.commands.generate import _Lines, read_prompts_file
-from coconut_fast.data.curriculum import CurriculumConfig, num_slots
-from coconut_fast.data.examples import TokenizedExample, read_examples
-from coconut_fast.data.graphs import ANSWER, ROOT, TOKENS
+from coconut_fast.data.examples import read_examples
 from coconut_fast.evaluate import recipe
-from coconut_fast.evaluate.accuracy import trained_curriculum
 from coconut_fast.infer import engine
-from coconut_fast.infer.prompts import read_prompts
 from coconut_fast.model.loading import REFERENCE_PREFIX
 from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
-from coconut_fast.train.callbacks import record_curriculum
 from tests.runs import tiny
 
 
@@ -156,23 +151,6 @@ def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "icot.txt").write_text("How many?||<<1+1=2>> #### 2\n")
     call(capsys, "convert", "icot", tmp_path / "icot.txt", tmp_path / "icot.json")
     assert read_examples(tmp_path / "icot.json")[0].answer == "2"
-
-
-def test_a_converted_model_is_asked_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = build(tiny(tmp_path, tokenizer="symbols"), [])
-    trained = CurriculumConfig(c_thought=2, pad_latent_to_max=False, target="random_frontier", markers=False)
-    record_curriculum(model, trained, stage=7)
-    model.save_pretrained(tmp_path / "run")
-    call(capsys, "convert", "model", tmp_path / "run", tmp_path / "three", "--num-thoughts", "3")
-    [prompt] = read_prompts(load(tmp_path / "three"), "4 10 | 10 7 [Q] 7 3 [R] 4", None, 1)
-    assert prompt.ids[-6:] == (ROOT, 4, *[TOKENS.thought] * 3, ANSWER)
-    config, stage = trained_curriculum(load(tmp_path / "three"))
-    assert (config.target, stage) == ("random_frontier", 4)
-    assert num_slots(TokenizedExample([], [[]], []), stage, config) == 3, "however short its chain"
-    record_curriculum(model, CurriculumConfig("cot"), stage=0)
-    model.save_pretrained(tmp_path / "cot")
-    error = fails(capsys, 2, "convert", "model", tmp_path / "cot", tmp_path / "x", "--num-thoughts", "3")
-    assert "--num-thoughts: found 3, expected none: method 'cot' has no thoughts" in error
 
 
 def test_only_eval(

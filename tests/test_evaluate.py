@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coconut_fast.data.curriculum import CurriculumConfig, question_row, row_rng, training_row
-from coconut_fast.data.examples import Example, tokenize_examples
-from coconut_fast.data.graphs import graph_of, layered_trees, symbolic_examples, symbolic_record
+from coconut_fast.cli import main
+from coconut_fast.data.curriculum import CurriculumConfig, num_slots, question_row, row_rng, training_row
+from coconut_fast.data.examples import Example, TokenizedExample, tokenize_examples
+from coconut_fast.data.graphs import ANSWER, ROOT, TOKENS, graph_of, layered_trees, symbolic_examples, symbolic_record
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.evaluate import accuracy
 from coconut_fast.evaluate.accuracy import evaluate, trained_curriculum
@@ -288,3 +289,23 @@ def test_the_number_of_pauses_is_not_taken_from_resume(tmp_path: Path) -> None:
         evaluate_recipe(tiny(tmp_path, **bare))
     for change in ({"max_latent_stage": 1}, {"resume": 2}):
         assert evaluate_recipe(tiny(tmp_path, **{**bare, **change})).mean_thoughts == 0
+
+
+def test_a_converted_model_is_asked_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def convert(source: str, target: str) -> int:
+        return main(["convert", "model", str(tmp_path / source), str(tmp_path / target), "--num-thoughts", "3"])
+
+    model = build(tiny(tmp_path, tokenizer="symbols"), [])
+    trained = CurriculumConfig(c_thought=2, pad_latent_to_max=False, target="random_frontier", markers=False)
+    record_curriculum(model, trained, stage=7)
+    model.save_pretrained(tmp_path / "run")
+    assert convert("run", "three") == 0
+    [prompt] = read_prompts(load(tmp_path / "three"), "4 10 | 10 7 [Q] 7 3 [R] 4", None, 1)
+    assert prompt.ids[-6:] == (ROOT, 4, *[TOKENS.thought] * 3, ANSWER)
+    config, stage = trained_curriculum(load(tmp_path / "three"))
+    assert (config.target, stage) == ("random_frontier", 4)
+    assert num_slots(TokenizedExample([], [[]], []), stage, config) == 3, "however short its chain"
+    record_curriculum(model, CurriculumConfig("cot"), stage=0)
+    model.save_pretrained(tmp_path / "cot")
+    assert convert("cot", "x") == 2
+    assert "--num-thoughts: found 3, expected none: method 'cot' has no thoughts" in capsys.readouterr().err

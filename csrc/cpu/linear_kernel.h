@@ -177,11 +177,12 @@ static void row_group(const Unit& u, int row, int group) {
   const size_t before = size_t(u.segment) * kSegment / P::kStep * P::kInputBytes;
   const char* x = u.input->data + row * u.input->stride + before;
   const char* fetch = fetch_of(u, group);
+  const size_t share = size_t(u.steps / u.groups) * 64;  // of it that a block fetches
   for (int j = 0; j < u.linear->wide; j += NB) {
     if constexpr (MR > 2) u.kv->advance();
     tile<P, MR, NB, kToL1>(u.weights + j * 64, w_step, u.steps, *u.input, x, row, u.segment, u.segment == 0,
                            u.scales ? u.scales + j * 16 : nullptr, u.out + row * u.out_stride + j * 16, u.out_stride,
-                           fetch + size_t(u.steps / u.groups) * j * 64, u.groups, *u.prefetch, *u.kv);
+                           fetch + share * j, u.groups, *u.prefetch, *u.kv);
   }
 }
 
