@@ -49,6 +49,20 @@ def test_onednn_sees_no_gaps_and_no_needless_copy(layout: str, monkeypatch) -> N
     assert (seen[0].data_ptr() == b.data_ptr()) == (layout != "g")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_types_the_cpu_lacks_are_widened(dtype: torch.dtype, monkeypatch) -> None:
+    seen, linear = [], matmul._linear
+    monkeypatch.setattr(matmul, "_linear", lambda a, w, *rest: seen.append((a.dtype, w.dtype)) or linear(a, w, *rest))
+    monkeypatch.setattr(matmul, "WIDENED", {dtype})
+    a, b, bias, start = (torch.randn(s, dtype=dtype) for s in ((4, 60), (60, 8), (8,), (4, 8)))
+    exact, into = a.double() @ b.double(), start.clone()
+    product, added = ops.call("matmul", a, b, bias, backend="onednn"), torch.addmm(start, a, b)
+    assert_as_good_as_torch(product, torch.addmm(bias, a, b), exact + bias.double(), what="product")
+    assert ops.call("matmul", a, b, into=into, backend="onednn") is into
+    assert_as_good_as_torch(into, added, exact + start.double(), what="added")
+    assert product.dtype == dtype and seen == [(torch.float32, torch.float32)] * 2
+
+
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"matmul: expected \(M, K\) and \(K, N\), found \(2, 3\) and \(2, 3\)"):
         ops.call("matmul", torch.zeros(2, 3), torch.zeros(2, 3), backend="onednn")

@@ -161,10 +161,10 @@ struct Unit {
   KVPrefetch* kv;
 };
 
-// Where a group starts prefetching: each group takes its part of the next unit, and each of its tiles a part of that, in
-// the order of memory: lines in steps of a chunk came at half the rate (Zen 3). With two groups the unit is read twice,
-// and where it and the next one do not fit in L1 together, prefetching runs three quarters of a unit ahead (4 to 7% of
-// a bf16 pass of 8 rows).
+// Where a group starts prefetching: each group takes its part of the next unit, and each of its tiles a part of that,
+// in the order of memory (lines in steps of a chunk came at half the rate on Zen 3). With two groups the unit is read
+// twice, and where it and the next one do not fit in L1 together, prefetching runs three quarters of a unit ahead (4 to
+// 7% of a bf16 pass of 8 rows).
 static INLINE const char* fetch_of(const Unit& u, int group) {
   const size_t w_step = u.linear->bytes_per_step();
   if (u.groups != 2 || u.steps * w_step <= (16 << 10)) return u.fetch + size_t(u.steps / u.groups) * group * w_step;
