@@ -17,13 +17,7 @@ from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import chains, tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Stop(TrainerCallback):

@@ -13,13 +13,7 @@ from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
 from tests.test_trainer import EXACT, assert_equal, make_trainer, weights
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Spoiled(CoconutTrainer):

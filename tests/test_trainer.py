@@ -27,13 +27,7 @@ from coconut_fast.train.state import RunState
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import MODEL, NO_DROPOUT, chains, tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_trainer(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> CoconutTrainer:
