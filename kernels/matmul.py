@@ -4,7 +4,7 @@ PyTorch hands fp32 products to MKL, which takes its AVX2 path on AMD processors.
 rows through GPT-2's matrices on two cores: 200 GFLOP/s with MKL and 340 to 450 with oneDNN's AVX-512 kernels on Zen 5,
 190 to 206 and 204 to 220 on Zen 4. Other CPUs take oneDNN too; MKL may be as fast or faster on Intel's. PyTorch hands
 bf16 and fp16 products to oneDNN itself where it has kernels for them; elsewhere (no AVX-512) PyTorch's loops run at
-0.2 to 8 GFLOP/s, and ours widens both operands to fp32. fp64 products have no alternative. Bound by the rate of
+0.3 to 16 GFLOP/s, and ours widens both operands to fp32. fp64 products have no alternative. Bound by the rate of
 multiply-adds; for a few rows by reading b once.
 """
 
