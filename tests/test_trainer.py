@@ -13,11 +13,12 @@ from transformers import TrainingArguments
 
 from coconut_fast import generate, load
 from coconut_fast.commands.common import find_model
-from coconut_fast.data.curriculum import METHODS
+from coconut_fast.data.curriculum import METHODS, CurriculumConfig
 from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
 from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
+from coconut_fast.train.callbacks import record_curriculum
 from coconut_fast.train.checkpoints import CheckpointError
 from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
@@ -286,6 +287,27 @@ def test_rows_are_short_enough_whatever_they_draw(
     assert all(len(rows[0, 0, stage][1]) <= 64 for stage in range(4)), "in epoch 0 every row draws a stage that fits"
     with pytest.raises(ValueError, match=rf"train_path: problem 1 has \d+ tokens at stage {stage}, expected at most"):
         rows.check(range(4), 64)
+
+
+def test_special_tokens_that_are_new_to_a_model_start_from_a_known_one(tmp_path: Path) -> None:
+    """In a CoT run they are never right: their rows moved away from where the official code has them start."""
+    write_examples(tmp_path / "marked.json", [Example("go<<from ada", ["ada to bo"], "bo")] * 16)
+    changes = {"train_path": str(tmp_path / "marked.json"), "val_path": None, "num_epochs": 1}
+    folder = run(tiny(tmp_path, **changes, method="cot"))
+    names = ["<|start-latent|>", "<|end-latent|>", "<|latent|>", "<<"]
+
+    def rows(before: str, now: str) -> torch.Tensor:
+        model = load(folder)
+        record_curriculum(model, CurriculumConfig(before), 0)
+        model.save_pretrained(folder)
+        model = build(tiny(tmp_path, **changes, method=now, load_model_path=str(folder), tokenizer=None), [])
+        return model.hf.get_output_embeddings().weight.detach()[model.tokenizer.convert_tokens_to_ids(names)]
+
+    kept = rows("cot", "cot")
+    assert not torch.isclose(kept[:3], kept[3]).any()
+    assert torch.equal(rows("cot", "coconut"), kept[[3, 3, 3, 3]])
+    assert torch.equal(rows("pause_as_thought", "coconut"), kept[[0, 1, 3, 3]]), "the markers were trained"
+    assert torch.equal(rows("coconut", "pause"), kept)
 
 
 def test_refuses_before_it_starts(tmp_path: Path) -> None:

@@ -134,15 +134,19 @@ def add_latent_tokens(
     ids = tokenizer.convert_tokens_to_ids([START_LATENT, LATENT, END_LATENT])
     if not trained:
         named = zip((START_LATENT, LATENT, END_LATENT), ids, strict=True)
-        like, new = vocabulary.get("<<", rows), [i for name, i in named if name not in vocabulary or i >= rows]
-        with torch.no_grad():
-            tables = {id(m.weight): m.weight for m in (hf.get_input_embeddings(), hf.get_output_embeddings())}
-            for weight in tables.values():
-                mean_D = weight[: min(len(vocabulary), rows)].mean(0)
-                weight[rows:] = mean_D  # other tokens may be new to the model as well
-                weight[new] = weight[like].clone() if like < rows else mean_D
+        new = [i for name, i in named if name not in vocabulary or i >= rows]
+        known = slice(min(len(vocabulary), rows))
+        start_rows(hf, range(rows, hf.get_input_embeddings().weight.shape[0]), None, known)  # new to the model as well
+        start_rows(hf, new, like if (like := vocabulary.get("<<", rows)) < rows else None, known)
     start, thought, end = ids
     return LatentTokens(start=start, thought=thought, end=end, eos=tokenizer.eos_token_id)
+
+
+def start_rows(hf: PreTrainedModel, ids: Iterable[int], like: int | None, known: slice | torch.Tensor) -> None:
+    """The embeddings of tokens `ids`, also in the head, start as that of `like`; None: as the mean of `known` ones."""
+    with torch.no_grad():
+        for weight in (hf.get_input_embeddings().weight, hf.get_output_embeddings().weight):  # tied: the same again
+            weight[[*ids]] = weight[known].mean(0) if like is None else weight[like].clone()
 
 
 def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:

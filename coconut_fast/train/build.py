@@ -17,7 +17,7 @@ from coconut_fast.data.graphs import EOS, VOCABULARY
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.model.checks import check_ragged, check_vocabulary
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.loading import add_latent_tokens, load, reason_of
+from coconut_fast.model.loading import add_latent_tokens, load, reason_of, start_rows
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 
@@ -49,6 +49,8 @@ def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
         _check_symbols(model)
         names = ("frontier", "relabel", "separators")
         model.settings.symbols = {name: getattr(settings, name) for name in names}
+    if not settings.only_eval:
+        _start_unused(model, settings.method)
     if METHODS[settings.method].slot == "pause" and model.tokens.pause is None:
         _add_pause(model)
     check_vocabulary(model)
@@ -91,6 +93,23 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=feedback)
     check_ragged(model.eval(), "model")
     return model
+
+
+def _start_unused(model: Coconut, method: str) -> None:
+    """Special tokens that are new to a trained model start from `<<`, as the official code adds them after its CoT run.
+
+    Here a CoT run's model has them too, and each step pushed them away as wrong answers, by AdamW's full step.
+    """
+    saved, tokens = model.settings, model.tokens
+    if saved.curriculum is None or METHODS[method].slot is None:
+        return
+    marks = [] if saved.markers else [tokens.start, tokens.end]
+    thought = [] if METHODS[saved.method].slot == "thought" else [tokens.thought]
+    new = [token for token in (*marks, *thought) if token is not None]
+    vocabulary = {} if model.tokenizer is None else model.tokenizer.get_vocab()
+    known = torch.ones(model.hf.get_input_embeddings().weight.shape[0], dtype=torch.bool)
+    known[new] = False
+    start_rows(model.hf, new, vocabulary.get("<<"), known)
 
 
 def make_tokenizer(name: str | None, examples: Sequence[Example]) -> Any:
