@@ -25,6 +25,7 @@ from coconut_fast.inspect.report import draw_learning_curves, draw_thoughts
 from coconut_fast.inspect.tree import SearchTree
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
+from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.recipe import parse_overrides, read_recipe
 from coconut_fast.train.reports import METRICS, read_metrics
 from coconut_fast.train.run import run as train
@@ -33,7 +34,8 @@ PROBLEMS = {"train": 16000, "valid": 200, "test": 1000}
 GRAPHS = {"depth": 3, "width": 2, "extra_edges": 0}
 # Name in the table -> changes to the recipe. Coconut comes first, and the others train for as many steps as it did.
 # They have only one stage, so their learning rate decays over the whole run.
-ONE_STAGE = ["advance_at=null", "lr_schedule=cosine", "final_epochs=null"]
+ONE_STAGE = ["lr_schedule=cosine", "final_epochs=null"]
+OF_STAGES = ["uniform_prob=0", "replay_prob=0", "advance_at=null"]  # what a run with one stage has not, whoever asks
 RUNS = {
     "Coconut": ["method=coconut", "name=coconut"],
     "CoT": ["method=cot", "name=cot", *ONE_STAGE],
@@ -49,6 +51,11 @@ def find_recipe() -> Path:
         if (folder / "demo.yaml").is_file():
             return folder / "demo.yaml"
     raise FileNotFoundError(f"recipes/demo.yaml: neither in {here} nor beside it; install the package again")
+
+
+def settings_of(changes: Sequence[str], overrides: Sequence[str] = ()) -> CoconutArguments:
+    """The settings of a run with these changes, which overrides may change again."""
+    return read_recipe(find_recipe(), [*changes, *overrides, *(OF_STAGES if "method=coconut" not in changes else ())])
 
 
 def make_graphs(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, Path]:
@@ -72,7 +79,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
                 f"override: found {key}, expected another setting: the demo names its runs, --out its folder"
             )
     for changes in RUNS.values():
-        read_recipe(find_recipe(), [f"seed={seed}", *changes, *overrides])  # wrong settings are refused before any work
+        settings_of(changes, [f"seed={seed}", *overrides])  # wrong settings are refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"
     if before.is_file() and (other := json.loads(before.read_text("utf-8"))["seed"]) != seed:
         raise ValueError(f"--out: {folder} holds a demo of seed {other}, expected seed {seed} or another folder")
@@ -83,7 +90,7 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
     length: list[str] = []
     for number, (name, changes) in enumerate(RUNS.items(), 2):
         print(f"{number}. {name}: from scratch")
-        run = train(read_recipe(find_recipe(), [*shared, *changes, *overrides, *length]))
+        run = train(settings_of(changes, [*shared, *overrides, *length]))
         models[name] = load(run)
         length = length or [f"num_epochs={finished_epochs(run)}"]
 

@@ -222,6 +222,31 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("method", "override", "because"),
+    [
+        ("cot", "uniform_prob=0.3", "cot has one stage"),
+        ("no_curriculum", "replay_prob=0.1", "no_curriculum has one stage"),
+        ("pause", "advance_at=[0.9]", "pause has one stage"),
+        ("no_thoughts", "tokens_per_stage=2", "only icot removes single tokens"),
+        ("pause_as_thought", "detach_after=0", "pause_as_thought has no thoughts"),
+        ("no_cot", "parallel_rounds=1", "no_cot has no thoughts"),
+        ("pause_as_thought_multipass", "feedback=rescale", "pause_as_thought_multipass feeds back no hidden states"),
+        ("coconut tokenizer=words", "separators=false", "graphs are written as the recipe says with tokenizer: "),
+        ("coconut tokenizer=symbols", "frontier=all", "only target: random_frontier asks for one"),
+        ("coconut", "num_thoughts=3", "it is for only_eval; in training the stage says how many"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(official: Path, method: str, override: str, because: str):
+    name, (method, *others) = override.partition("=")[0], method.split()
+    with pytest.raises(ValueError, match=rf"^{name}: found .*, which would change nothing: {because}"):
+        read_recipe(official, [f"method={method}", *others, override])
+    graphs = ["tokenizer=symbols", "target=random_frontier"]
+    needs = {"tokens_per_stage": ["method=icot"], "separators": graphs, "frontier": graphs}
+    needs["num_thoughts"] = ["only_eval=true"]
+    read_recipe(official, [*needs.get(name, []), override])
+
+
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: found 'cuda', but torch sees no GPU here"):
         CoconutArguments(device="cuda")

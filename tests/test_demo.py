@@ -12,7 +12,6 @@ from coconut_fast import demo
 from coconut_fast.cli import main
 from coconut_fast.data.examples import read_examples
 from coconut_fast.model.loading import load
-from coconut_fast.train.recipe import read_recipe
 
 FEW_STEPS = ["epoch_size=32", "batch_size_training=16", "first_stage_epochs=1", "epochs_per_stage=1", "num_epochs=5"]
 
@@ -58,10 +57,11 @@ def test_splits_share_no_problem(tmp_path: Path):
 
 
 def test_baselines_differ_in_the_method_alone():
-    settings = [read_recipe(demo.find_recipe(), changes).to_dict() for changes in demo.RUNS.values()]
+    settings = [demo.settings_of(changes, ["uniform_prob=0.1"]).to_dict() for changes in demo.RUNS.values()]
     for other in settings[1:]:
         changed = {k for k in other if other[k] != settings[0][k]}
-        assert changed == {"name", "method", "lr_schedule", "final_epochs", "advance_at"}
+        stages = {"lr_schedule", "final_epochs", "advance_at", "replay_prob", "uniform_prob"}
+        assert changed == {"name", "method", *stages}
 
 
 @pytest.mark.slow

@@ -254,8 +254,8 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_labelled_tokens(tmp_path: Pa
 
 def test_a_recipe_is_evaluated_as_its_model_is_elsewhere(tmp_path: Path) -> None:
     folder = run(tiny(tmp_path, pad_latent_to_max=False))
-    held_out, known = chains(8, seed=1), {"model": str(folder), "tokenizer": None}
-    for changes in ({}, {"num_thoughts": 1}, {"method": "cot", "parallel_rounds": 1}):
+    held_out, known = chains(8, seed=1), {"model": str(folder), "tokenizer": None, "only_eval": True}
+    for changes in ({}, {"num_thoughts": 1}, {"method": "cot"}):
         found = evaluate_recipe(tiny(tmp_path, **known, **changes))
         count = changes.get("num_thoughts")
         assert found.predictions == evaluate(load(folder), held_out, num_thoughts=count, max_new_tokens=8).predictions
@@ -265,7 +265,7 @@ def test_a_recipe_is_evaluated_as_its_model_is_elsewhere(tmp_path: Path) -> None
     assert evaluate_recipe(tiny(tmp_path, model=str(tmp_path / "number"), tokenizer=None)).mean_thoughts == 3
     for method in ("cot", "pause"):
         with pytest.raises(ValueError, match=f"num_thoughts: found 3, expected none: method '{method}' has no"):
-            evaluate_recipe(tiny(tmp_path, method=method, num_thoughts=3))
+            evaluate_recipe(tiny(tmp_path, only_eval=True, method=method, num_thoughts=3))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)])
@@ -279,7 +279,7 @@ def test_a_recipe_is_evaluated_in_its_precision_and_rounds(
         seen.append((model.settings.parallel_rounds, torch.get_autocast_dtype("cpu") if active else None, model.dtype))
 
     monkeypatch.setattr(accuracy, "generate_and_score", score)
-    evaluate_recipe(tiny(tmp_path, parallel_rounds=2, precision=precision, num_thoughts=2))
+    evaluate_recipe(tiny(tmp_path, only_eval=True, parallel_rounds=2, precision=precision, num_thoughts=2))
     assert seen == [(2, dtype, torch.float32)]
 
 
