@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,8 +65,9 @@ def test_the_logged_loss_is_of_the_steps_that_were_not_skipped(tmp_path: Path) -
         trainer = make_trainer(tmp_path, **{**EXACT, **halves, "logging_steps": 1 if kind is CoconutTrainer else 3})
         trainer.__class__ = kind
         trainer.bad_steps = (1,)  # type: ignore[attr-defined]
-        trainer.train()
+        mean = trainer.train().training_loss
         losses[kind] = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+        assert mean == trainer.state.log_history[-1]["train_loss"] == pytest.approx(np.mean(losses[kind]), rel=1e-5)
     first, _, last = losses[CoconutTrainer]
     assert losses[Spoiled] == losses[BadGradient] == pytest.approx([(first + last) / 2], rel=1e-5)
 

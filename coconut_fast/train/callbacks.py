@@ -31,6 +31,7 @@ class StageCallback(TrainerCallback):
         trainer.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
         trainer.step_loss = torch.zeros((), device=args.device)
         trainer.count_anew()
+        trainer.began = trainer.counted
         if trainer.schedule.next_stage(trainer.run_state.history) is None:
             raise ValueError(
                 f"num_epochs: the run in {args.output_dir} has finished its {len(trainer.run_state.history)} epochs; "

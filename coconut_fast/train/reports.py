@@ -63,6 +63,13 @@ def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
     return norms.where(own, 0.0).sum() / own.sum()
 
 
+def without_skipped(trainer: CoconutTrainer, since: dict[str, Any]) -> float:
+    """The factor that makes a mean over all steps since then, in which skipped ones are 0, one over the others."""
+    steps = trainer.state.global_step - since["step"]
+    kept = steps - (int(trainer.skipped) - since["skipped"])
+    return steps / kept if kept else math.nan
+
+
 def non_finite_message(trainer: CoconutTrainer) -> str:
     """What to say where too many steps in a row were not finite; writes the last one's rows to a file."""
     own = f"-process-{trainer.args.process_index}" if trainer.args.world_size > 1 else ""  # each has its own rows

@@ -15,7 +15,6 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -44,7 +43,7 @@ from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.prefetch import Prefetcher
 from coconut_fast.train.problems import DataSet
-from coconut_fast.train.reports import Report, non_finite_message, thought_norm
+from coconut_fast.train.reports import Report, non_finite_message, thought_norm, without_skipped
 from coconut_fast.train.rows import Collate, StageRows, end_with_parent
 from coconut_fast.train.state import RunState, check_same_run, run_fingerprint
 from coconut_fast.train.validation import validate
@@ -124,6 +123,7 @@ class CoconutTrainer(Trainer):
         self.thought_norm: torch.Tensor | None = None
         self.step_loss = torch.zeros((), device=self.args.device)  # of the step in progress
         self.count_anew()
+        self.began = self.counted  # when training began
 
     def count_anew(self) -> None:
         """Begins the interval of the next log."""
@@ -283,9 +283,7 @@ class CoconutTrainer(Trainer):
             seconds = time.perf_counter() - self.counted["since"]
             logs["tokens_per_second"] = self.counted["tokens"] / seconds
             logs["samples_per_second"] = self.counted["rows"] / seconds
-            steps, skipped = self.state.global_step - self.counted["step"], int(self.skipped)
-            kept = steps - (skipped - self.counted["skipped"])
-            logs["loss"] *= steps / kept if kept else math.nan
+            logs["loss"] *= without_skipped(self, self.counted)
             self.count_anew()
             if self.thought_norm is not None:
                 logs["thought_norm"] = self.thought_norm.item()
@@ -293,8 +291,10 @@ class CoconutTrainer(Trainer):
             on_gpu = self.args.device.type == "cuda"
             used = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
             logs["memory_gib"] = used / 2**30
-            if skipped:
-                logs["skipped_steps"] = skipped
+            if self.counted["skipped"]:
+                logs["skipped_steps"] = self.counted["skipped"]
+        if "train_loss" in logs:
+            logs["train_loss"] *= without_skipped(self, self.began)
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -328,7 +328,8 @@ class CoconutTrainer(Trainer):
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
         try:
-            return super().train(resume_from_checkpoint=resume and str(resume), **kwargs)
+            output = super().train(resume_from_checkpoint=resume and str(resume), **kwargs)
+            return output._replace(training_loss=output.metrics["train_loss"])
         finally:
             self.report.close()  # so that an error starts on a new line
             if self.args.device.type == "cpu":
