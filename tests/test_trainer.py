@@ -290,6 +290,15 @@ def test_rows_are_short_enough_whatever_they_draw(
         rows.check(range(4), 64)
 
 
+def test_a_resumed_run_reads_its_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"val_path": None, "epoch_size": 16}
+    run(tiny(tmp_path, **changes, num_epochs=1))
+    read: list[str] = []
+    monkeypatch.setattr(checkpoints, "read_model", lambda folder, *_: read.append(folder.name) or load(folder))
+    run(tiny(tmp_path, **changes, num_epochs=2))
+    assert read == ["checkpoint-1", "checkpoint-2"], "the second one for the run's directory"
+
+
 def test_special_tokens_that_are_new_to_a_model_start_from_a_known_one(tmp_path: Path) -> None:
     """In a CoT run they are never right: their rows moved away from where the official code has them start."""
     write_examples(tmp_path / "marked.json", [Example("go<<from ada", ["ada to bo"], "bo")] * 16)

@@ -17,6 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.serialization import get_crc32_options
 from transformers import TrainerState
@@ -141,6 +143,12 @@ def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{ADDED_WEIGHTS}")
         return load(folder, feedback=feedback)
+
+
+def read_weights(folder: Path, feedback: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights, with those of modules added in training."""
+    added = folder / ADDED_WEIGHTS
+    return read_model(folder, feedback).state_dict() | (load_file(added) if added.is_file() else {})
 
 
 def complete(run: Path) -> list[Path]:

@@ -78,6 +78,8 @@ def _train(
         )
     if last:
         check_same_run(manifest["run"], run_fingerprint(trainer), last)
+        if trainer_class is CoconutTrainer:  # another may have changed the model
+            trainer.model_from = last
     if main:
         write_json(folder / "run.json", {**settings.to_dict(), "removal_smoothing": str(settings.removal_smoothing)})
         print(summary(trainer, last), file=sys.stderr)

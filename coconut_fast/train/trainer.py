@@ -25,7 +25,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -124,6 +123,7 @@ class CoconutTrainer(Trainer):
         self.step_loss = torch.zeros((), device=self.args.device)  # of the step in progress
         self.count_anew()
         self.began = self.counted  # when training began
+        self.model_from: Path | None = None  # the checkpoint that `model` is as it was, where that is known
 
     def count_anew(self) -> None:
         """Begins the interval of the next log."""
@@ -389,11 +389,10 @@ class CoconutTrainer(Trainer):
             write(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        ours = self.accelerator.unwrap_model(self.model)
-        own = None
+        folder, ours, own = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model), None
+        if folder == self.model_from and not (folder / ADDED_WEIGHTS).is_file():
+            return
         if type(ours.feedback) not in FEEDBACKS.values():  # a user's module, which cannot be built from its name
             with sharding.gathered(ours):
                 own = copy.deepcopy(ours.feedback)
-        state = checkpoints.read_model(Path(resume_from_checkpoint), own).state_dict()
-        added = Path(resume_from_checkpoint) / ADDED_WEIGHTS
-        sharding.load_whole(ours, state | (load_file(added) if added.is_file() else {}))
+        sharding.load_whole(ours, checkpoints.read_weights(folder, own))
