@@ -218,6 +218,11 @@ def test_answers_with_marks_inside(model, monkeypatch, text: str, answer: str, r
 def test_methods_without_thoughts_are_given_none(model: Coconut) -> None:
     with pytest.raises(ValueError, match="num_thoughts: found 3, expected none: method 'cot' has no thoughts"):
         evaluate(model, chains(2), method="cot", num_thoughts=3)
+    with pytest.raises(ValueError, match="method: found 'pause', but the checkpoint does not say how many pause"):
+        evaluate(model, chains(2), method="pause")
+    record_curriculum(model, CurriculumConfig("cot"), stage=0)
+    with pytest.raises(ValueError, match="num_thoughts: the checkpoint does not say how many thoughts"):
+        evaluate(model, chains(2), method="coconut")
 
 
 @pytest.mark.parametrize("method", ["coconut", "pause", "pause_as_thought", "cot", "icot"])

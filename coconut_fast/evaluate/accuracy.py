@@ -59,7 +59,13 @@ def trained_curriculum(
         return saved_curriculum(saved.curriculum), saved.stage
     if METHODS[asked].slot is None:
         return CurriculumConfig(method=asked), 0
-    count = num_thoughts if num_thoughts is not None else saved.num_thoughts
+    trained = saved.num_thoughts if METHODS[saved.method].slot == "thought" else None
+    count = num_thoughts if num_thoughts is not None else trained
+    if count is None and METHODS[asked].slot == "pause":
+        raise ValueError(
+            f"method: found {asked!r}, but the checkpoint does not say how many pause tokens it was trained with; "
+            "expected a method without them"
+        )
     if count is None:
         raise ValueError(
             f"num_thoughts: the checkpoint does not say how many thoughts it was trained with (method {asked!r}); "
