@@ -221,7 +221,6 @@ def test_overrides_that_make_no_sense_are_refused(tmp_path: Path, override: str,
         read_recipe(file, override.split())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("method", "override", "because"),
     [
@@ -247,6 +246,7 @@ def test_settings_that_would_change_nothing_are_refused(official: Path, method: 
     read_recipe(official, [*needs.get(name, []), override])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="device: found 'cuda', but torch sees no GPU here"):
         CoconutArguments(device="cuda")
