@@ -21,8 +21,7 @@ def report(device: str | None = None) -> str:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device: found {device!r}, expected cpu, cuda, cuda:1, ...") from error
-    absent = chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
-    where = f"{chosen} (not here: what would be chosen)" if absent else str(chosen)
+    where = f"{chosen} (not here: what would be chosen)" if _is_absent(chosen) else str(chosen)
     sections = {
         "versions": list(_versions()),
         "machine": list(_machine()),
@@ -31,6 +30,10 @@ def report(device: str | None = None) -> str:
         f"ops on {where}": list(_ops(chosen)),
     }
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def _is_absent(device: torch.device) -> bool:
+    return device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
 
 
 def _versions() -> Iterator[str]:
@@ -121,7 +124,7 @@ def _persistent(device: torch.device) -> str:
         return f"off: the C++ module is built without CUDA: {built['cuda_reason']}"
     if device.type != "cuda":
         return f"off: it runs on cuda, not on {device.type}"
-    on, why = persistent.enabled(torch.cuda.get_device_name(device) if torch.cuda.is_available() else "")
+    on, why = persistent.enabled("" if _is_absent(device) else torch.cuda.get_device_name(device))
     return f"{'on' if on else 'off'}: {why}"
 
 

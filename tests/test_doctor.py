@@ -45,6 +45,16 @@ def test_doctor_asks_no_gpu_for_a_cpus_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor._persistent(torch.device("cpu")) == "off: it runs on cuda, not on cpu"
 
 
+def test_doctor_asks_for_no_name_of_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has another one."""
+    monkeypatch.setattr(ops, "extension", lambda: SimpleNamespace(build_info=lambda: {"cuda": True}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {torch.device("cuda", 0): "NVIDIA H200"}.__getitem__)
+    for index in (0, 1):
+        assert doctor._persistent(torch.device("cuda", index)).startswith("off: no committed measurement")
+
+
 def test_a_backend_by_name_is_taken_or_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
