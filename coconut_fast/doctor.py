@@ -92,10 +92,13 @@ def _runners(device: torch.device) -> Iterator[str]:
     from coconut_fast.model.plan import FAMILIES
 
     if device.type == "cuda":
-        backend, why = ops.choose("skinny_linear", device)
-        fused = "fused kernels, five launches a layer" if backend == "triton" else f"Hugging Face's body: {why}"
-        yield _line(", ".join(FAMILIES), f"graph: thoughts and tokens replay as CUDA graphs of {fused}")
-        yield _line("any other model", "graph: the same, of Hugging Face's body over our attention")
+        backend, why = ops.choose("ragged_attention", device)
+        if backend == "triton":
+            kernels = "fused kernels, five launches a layer"
+            yield _line(", ".join(FAMILIES), f"graph: thoughts and tokens replay as CUDA graphs of {kernels}")
+            yield _line("any other model", "graph: the same, of Hugging Face's body over our attention")
+        else:
+            yield _line("any model", f"eager: plain PyTorch over the ragged attention: {why}")
         yield _line("persistent kernel", _persistent(device))
         return
 

@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from coconut_fast import Coconut, GenerateOutput, LatentTokens, generate, load, ops
+from coconut_fast import Coconut, GenerateOutput, LatentTokens, doctor, generate, load, ops
 from coconut_fast.data.curriculum import CurriculumConfig
 from coconut_fast.data.prosqa import generate_prosqa
+from coconut_fast.infer import engine, runner_cache
+from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.think import think
 from coconut_fast.model.batch import collate
@@ -97,6 +99,17 @@ def test_a_backend_that_generation_cannot_have_is_an_error(model: Coconut, backe
         load(tmp_path)
     with ops.use(backend), pytest.raises(ValueError, match=f"backend {backend!r} was asked for, but"):
         generate(model, [PROMPT], max_new_tokens=2)
+
+
+def test_on_a_gpu_plain_pytorch_is_not_captured(model: Coconut, monkeypatch) -> None:
+    """It takes no padding tokens, to which prompts are padded for a graph, and reads lengths on the host."""
+    monkeypatch.setattr(Coconut, "device", torch.device("cuda"))
+    assert engine.choose_runner(model)[0] is runner_cache.acquire
+    with ops.use("torch"):
+        runner, reason = engine.choose_runner(model)
+        (line, _) = doctor._runners(model.device)
+    assert runner is EagerRunner and reason == "no CUDA graphs, since attention runs on torch: asked for"
+    assert line.endswith("eager: plain PyTorch over the ragged attention: asked for")
 
 
 def test_plain_pytorch_is_what_generation_runs_where_it_is_asked_for(model: Coconut) -> None:

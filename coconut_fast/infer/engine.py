@@ -132,6 +132,9 @@ def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRun
     if rounds is not None:
         return ParallelRunner, f"all thoughts are refined together in {rounds} rounds, as in training"
     if model.device.type == "cuda":
+        backend, why = ops.choose("ragged_attention", model.device)
+        if backend != "triton":  # plain PyTorch knows no padding tokens and reads lengths on the host
+            return EagerRunner, f"no CUDA graphs, since attention runs on {backend}: {why}"
         hook = runner_cache.hooked(model)
         if hook is None:
             # a GraphRunner (infer/cuda_graphs.py): the one left by the model's last call where it still fits

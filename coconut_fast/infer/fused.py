@@ -60,9 +60,6 @@ def reason_not(model: Coconut) -> str | None:
         return f"the model is {model.dtype}, the kernels take float32, bfloat16 and float16"
     if (plan.activation, plan.gated) not in ACTIVATIONS:
         return f"activation {plan.activation!r} {'with' if plan.gated else 'without'} a gate has no fused kernel"
-    backend, why = ops.choose("skinny_linear", model.device)
-    if model.device.type == "cuda" and backend != "triton":
-        return f"the kernels run on {backend}: {why}"
     return None
 
 
