@@ -48,18 +48,12 @@ NORM_ROWS = 8  # rows up to which a norm is allowed: every program norms all row
 
 @triton.jit
 def _pair(parts, N: tl.constexpr):
-    """(K, N) from N vectors (K,), N a power of two up to 8: joins registers, moves no data."""
+    """(K, N) from N vectors (K,), N 2 or 4: joins registers, moves no data."""
     K: tl.constexpr = parts[0].shape[0]
-    if N == 1:
-        return parts[0][:, None]
-    elif N == 2:
+    if N == 2:
         return tl.join(parts[0], parts[1])
-    elif N == 4:
-        return tl.reshape(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])), [K, 4])
     else:
-        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
-        return tl.reshape(tl.join(even, odd), [K, 8])
+        return tl.reshape(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])), [K, 4])
 
 
 @triton.jit
