@@ -199,6 +199,17 @@ def _new_head(model) -> None:
     model.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.hf.lm_head.weight))
 
 
+def _new_matrices_until_one_is_where_an_earlier_one_was(model) -> None:
+    layer = model.hf.transformer.h[0].mlp.c_fc
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+    _answers(model)
+    address = layer.weight.data_ptr()
+    for _ in range(100):
+        layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+        if layer.weight.data_ptr() == address:
+            return
+
+
 def _another_model(model) -> None:
     model.hf = make_pair("gpt2", seed=7)[0].hf
 
@@ -229,7 +240,16 @@ def _other_activation(model) -> None:
         block.mlp.act = torch.nn.ReLU()
 
 
-CHANGES = [_new_head, _another_model, _fewer_layers, _final_bias, _flat_norms, _sharp_attention, _other_activation]
+CHANGES = [
+    _new_head,
+    _new_matrices_until_one_is_where_an_earlier_one_was,
+    _another_model,
+    _fewer_layers,
+    _final_bias,
+    _flat_norms,
+    _sharp_attention,
+    _other_activation,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

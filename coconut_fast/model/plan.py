@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
@@ -117,16 +118,20 @@ class ModelPlan:
         return numbers, versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
 
 
-def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Address and version of each tensor.
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...]:
+    """Storage, address and version of each tensor.
 
-    For CPU tensors that count no versions (made in inference mode), or that another process may write (shared memory),
-    a sum of their bits takes the version's place: 3 ms for 100 MB.
+    A weak reference to the storage, whose address another one may get once it is freed. For CPU tensors that count no
+    versions (made in inference mode), or that another process may write (shared memory), a sum of their bits takes the
+    version's place: 3 ms for 100 MB.
     """
-    return tuple(
-        (t.data_ptr(), _bits(t) if t.is_cpu and (t.is_inference() or t.untyped_storage().is_shared()) else t._version)
-        for t in tensors
-    )
+    return tuple(map(_state_of, tensors))
+
+
+def _state_of(tensor: Tensor) -> tuple[object, ...]:
+    storage = tensor.untyped_storage()
+    uncounted = tensor.is_cpu and (tensor.is_inference() or storage.is_shared())
+    return StorageWeakRef(storage), tensor.data_ptr(), _bits(tensor) if uncounted else tensor._version
 
 
 def _bits(tensor: Tensor) -> int:
