@@ -177,6 +177,24 @@ def test_a_forked_process_generates() -> None:
     assert generate(model, PROMPTS, max_new_tokens=4).token_ids == expected
 
 
+def test_a_forked_process_with_threads_of_its_own_packs_changed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads take the places in memory of its parent's, and so may have the same handles."""
+    monkeypatch.setattr(native.machine, "cpus", lambda: 4)
+    model = make_pair("gpt2")[0]
+    generate(model, PROMPTS, max_new_tokens=4)
+
+    def change_and_generate() -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                model.hf.transformer.ln_f.bias.add_(1)
+            generate(model, PROMPTS, max_new_tokens=4)
+
+    child = multiprocessing.get_context("fork").Process(target=change_and_generate, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
 def test_formats_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(ValueError, match="weights: expected fp32, bf16, int8 or None, found 'int4'"):
         generate(make_pair("llama")[0], PROMPTS, weights="int4")

@@ -42,8 +42,10 @@ Team::Team(int threads) : size_(threads), process_(getpid()) {
 }
 
 Team::~Team() {
-  if (getpid() != process_) {  // a forked child has no threads to join
-    for (auto& thread : threads_) thread.detach();
+  if (getpid() != process_) {
+    // A forked child has no threads to join or detach, and by now their handles may be those of threads of its own.
+    // Destroying them would end the process.
+    new std::vector<std::thread>(std::move(threads_));
     return;
   }
   stop();
