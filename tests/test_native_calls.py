@@ -195,6 +195,14 @@ def test_a_forked_process_with_threads_of_its_own_packs_changed_weights(monkeypa
     assert child.exitcode == 0
 
 
+def test_the_instruction_set_is_that_of_the_time_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of the chain do not read the environment: a bad value, or a write meanwhile, would end the process."""
+    model = make_pair("gpt2")[0]
+    expected = generate(model, PROMPTS, max_new_tokens=4).token_ids
+    monkeypatch.setenv("COCONUT_FAST_ISA", "avx3")
+    assert generate(model, PROMPTS, max_new_tokens=4).token_ids == expected
+
+
 def test_formats_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(ValueError, match="weights: expected fp32, bf16, int8 or None, found 'int4'"):
         generate(make_pair("llama")[0], PROMPTS, weights="int4")

@@ -35,8 +35,7 @@ struct Kernels {
    isa::tiles_backward<isa::Fp32Products>}
 
 // Tiles use bf16 arithmetic where query and cache are bf16 and the CPU has it; few queries are memory-bound without it.
-Kernels kernels(Dtype query, Dtype cache) {
-  const Isa isa = best_isa();
+Kernels kernels(Isa isa, Dtype query, Dtype cache) {
   const bool f64 = query == Dtype::f64;
 #if COCONUT_FAST_X86
   if (isa >= Isa::avx512_bf16 && query == Dtype::bf16 && cache == Dtype::bf16)
@@ -88,20 +87,20 @@ void run_all(const std::vector<Task>& tasks, const Parallel& parallel, const Run
 }  // namespace
 
 void attention_forward(const Attention& a, void* out, void* lse, const Parallel& parallel) {
-  const Kernels k = kernels(a.query_dtype, a.cache_dtype);
+  const Kernels k = kernels(best_isa(), a.query_dtype, a.cache_dtype);
   run_all(cut(a, parallel.threads, false), parallel,
           [&](const Task& task) { (task.tiles ? k.tiles_forward : k.rows_forward)(a, task, out, lse); });
 }
 
-void attend_prompt(const Attention& a, int64_t b, int64_t kv_head, void* out, void* lse) {
-  const Kernels k = kernels(a.cache_dtype, a.cache_dtype);
+void attend_prompt(const Attention& a, Isa isa, int64_t b, int64_t kv_head, void* out, void* lse) {
+  const Kernels k = kernels(isa, a.cache_dtype, a.cache_dtype);
   const int64_t lanes = Row(a, b).lanes();
   for (int64_t lane = 0; lane < lanes; lane += kChunkLanes)
     k.tiles_forward(a, {b, kv_head, kv_head + 1, lane, std::min(lane + kChunkLanes, lanes), true}, out, lse);
 }
 
 void attention_backward(const Attention& a, const AttentionGrads& grads, const Parallel& parallel) {
-  const Kernels k = kernels(a.query_dtype, a.cache_dtype);
+  const Kernels k = kernels(best_isa(), a.query_dtype, a.cache_dtype);
   run_all(cut(a, parallel.threads, true), parallel,
           [&](const Task& task) { (task.tiles ? k.tiles_backward : k.rows_backward)(a, task, grads); });
 }

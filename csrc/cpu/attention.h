@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "cpu/dtype.h"
+#include "cpu/isa.h"
 
 namespace coconut_fast {
 
@@ -34,7 +35,7 @@ void attention_forward(const Attention& attention, void* out, void* lse, const P
 // Attention of one kv head of row b of the call (f32 query), by tiles of queries and keys, for a caller that has its
 // own threads. `out` may be `query`. A query's result does not depend, to the bit, on the row's other queries in the
 // call. Where the cache is bf16 and the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
-void attend_prompt(const Attention& attention, int64_t b, int64_t kv_head, void* out, void* lse);
+void attend_prompt(const Attention& attention, Isa isa, int64_t b, int64_t kv_head, void* out, void* lse);
 
 struct AttentionGrads {
   const void *grad_out, *out;    // (T, heads, value_dim) of query_dtype

@@ -151,7 +151,7 @@ void Chain::attend_runs(int t, const DecodeAttention& a) {
                             a.pages_per_row, a.page_size, a.window, a.scaling, 0, 0, 0};
   for (int i = t; i < runs_.count * a.kv_heads; i += size) {
     const int run = i / a.kv_heads, head = i % a.kv_heads;
-    attend_prompt(attention, run, head, queries_.get(), lse_.get());
+    attend_prompt(attention, kernels_.isa, run, head, queries_.get(), lse_.get());
     for (int m = runs_.offsets[run]; m < runs_.offsets[run + 1]; ++m) {
       std::copy_n(query_of(m, head * shared), shared * n, a.out + m * a.out_stride + size_t(head) * shared * n);
       finish_attended(m, head * shared * n, shared * n);
