@@ -374,9 +374,10 @@ def test_modules_keep_their_mode() -> None:
     assert [m.training for m in model.modules()] == before
 
 
-def test_the_least_temperature_is_greedy(model) -> None:
+def test_the_least_and_the_greatest_temperature(model) -> None:
     greedy = generate(model, PROMPTS, max_new_tokens=4).token_ids
-    assert generate(model, PROMPTS, max_new_tokens=4, temperature=1e-40, seed=1).token_ids == greedy
+    for options in ({"temperature": 1e-40}, {"temperature": 1e300, "top_k": 1}):
+        assert generate(model, PROMPTS, max_new_tokens=4, seed=1, **options).token_ids == greedy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -110,8 +110,10 @@ def generate(
     read = read_prompts(model, prompts, num_thoughts, max_new_tokens)
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu")) if temperature else 0
-    # Below 1e-30 only the likeliest token can be drawn, and 1 / temperature may overflow fp32.
-    sampling = Sampling(temperature if temperature > 1e-30 else 0.0, min(top_k, 2**31 - 1), top_p)
+    # Below 1e-30 only the likeliest token can be drawn, and 1 / temperature may overflow fp32; above 1e30 all tokens
+    # are equally likely, and logits / temperature, whose order top_k needs, may all be 0.
+    temperature = min(temperature, 1e30) if temperature > 1e-30 else 0.0
+    sampling = Sampling(temperature, min(top_k, 2**31 - 1), top_p)
     engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts, on_answer)
     in_training = [module for module in modules_of(model) if module.training]
     for module in in_training:
