@@ -132,6 +132,11 @@ def choose(op: str, device: torch.device, backend: str | None = None) -> tuple[s
     raise ValueError(f"ops.{op}: no backend runs on {device.type}: {'; '.join(passed_over)}")
 
 
+def is_widened(dtype: torch.dtype) -> bool:
+    """Whether `matmul` computes products of this type in fp32, as this CPU has no instructions for it."""
+    return dtype in importlib.import_module("coconut_fast.kernels.matmul").WIDENED
+
+
 @functools.cache
 def _implementation(op: str, backend: str) -> Callable[..., Any]:
     if backend == "torch":

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coconut_fast import Coconut, generate, ops
 from coconut_fast.infer import linears
 from coconut_fast.infer.linears import fast_linears, plain_linears
+from coconut_fast.kernels import matmul
 from tests.compare import assert_as_good_as_torch
 from tests.families import TOKENS, make_hf
 
@@ -108,6 +109,23 @@ def test_passes_of_one_token_a_row_run_on_it_and_no_others(model: Coconut, monke
     assert output.stats.backend == "eager"
     # The prompts have 4 and 2 tokens before their thoughts. The last thoughts run with the token after them.
     assert rows == {"ours": {1, 2}, "PyTorch's": {6, 3}}
+    assert replaced(model) == []
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_prompts_run_in_fp32_where_the_cpu_has_no_bf16(widened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, exact = (Coconut(make_hf("gemma2", torch.bfloat16), TOKENS) for _ in range(2))
+    monkeypatch.setattr(matmul, "WIDENED", {torch.bfloat16} if widened else set())
+    monkeypatch.setattr(ops.extension(), "has_tiles", lambda: False)
+    options = {"max_new_tokens": 2, "return_thoughts": True}
+    with ops.use("torch"):
+        theirs, truth = (generate(m, PROMPTS, **options).thoughts for m in (model, exact.double()))
+    rows: set[int] = set()
+    product = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: rows.add(x.shape[-2]) or product(x, *rest))
+    ours = generate(model, PROMPTS, **options).thoughts
+    assert rows == (set() if widened else {6, 3})
+    assert_as_good_as_torch(torch.cat(ours), torch.cat(theirs), torch.cat(truth), what="thoughts")
     assert replaced(model) == []
 
 

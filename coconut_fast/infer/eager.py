@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from coconut_fast import ops
 from coconut_fast.infer.decode import ActiveAnswer, choose, decode, token_passes
 from coconut_fast.infer.linears import fast_linears, plain_linears
 from coconut_fast.infer.prefill import PREFILL_TOKENS, prefill
@@ -34,6 +35,7 @@ class EagerRunner:
         self.sampling = sampling
         self.clock = Clock(model.device)
         self.linears = plain_linears(model)
+        self.widened = self.linears if ops.is_widened(model.dtype) else []  # of these, those that prefill replaces
         self.cache = KVCache(
             model.num_layers, num_slots=num_slots, max_rows=max_rows, max_length=max_length, device=model.device
         )
@@ -56,7 +58,7 @@ class EagerRunner:
             if fed_BD is not None and kept is not None:
                 for sink, thought_D in zip(kept, fed_BD, strict=True):
                     sink.append(thought_D)
-            with self.clock("prefill" if fed_BD is None else "think"):
+            with self.clock("prefill" if fed_BD is None else "think"), fast_linears(self.widened, "prompts"):
                 hidden_BD = prefill(self.model, self.cache, member_rows, [p.tokens for p in pieces], fed_BD)
             more = [max(p.thoughts - 1, 0) for p in pieces]
             with self.clock("think", passes=max(more)), fast_linears(self.linears):
@@ -93,7 +95,8 @@ class ParallelRunner(EagerRunner):
         """As EagerRunner.prefill_and_think; a thought is the state at the position before it after the last round."""
         thought = self.model.tokens.thought
         batch = collate([p.ids for p in prompts], thought).to(self.model.device)
-        with self.clock("think", passes=self.model.settings.parallel_rounds or 0):
+        rounds = self.model.settings.parallel_rounds or 0
+        with self.clock("think", passes=rounds), fast_linears(self.widened, "prompts"):
             hidden, _ = refine(self.model, batch, self.cache, rows)
         padded_BWD = batch.padded(torch.cat(hidden))
         if thoughts is not None:

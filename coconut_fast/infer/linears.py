@@ -1,7 +1,8 @@
-"""Linear layers of the models that have no native chain, in passes of one token a row on a CPU.
+"""Linear layers of the models that have no native chain, on a CPU.
 
-Reading the weights is most of such a pass. PyTorch's products read them at a fifth to a half of memory's speed,
-`ops.few_rows_linear` (csrc/cpu/few_rows_linear.h) at almost all of it.
+Reading the weights is most of a pass of one token a row. PyTorch's products read them at a fifth to a half of memory's
+speed, `ops.few_rows_linear` (csrc/cpu/few_rows_linear.h) at almost all of it. In prefill PyTorch's are as fast, except
+for bf16 where the CPU has no instructions for it: `ops.matmul` then computes in fp32, widening a weight at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _users: Counter[nn.Linear] = Counter()  # blocks of `fast_linears` that a layer 
 
 
 class _Thread(threading.local):
-    inside = False  # whether this thread is in a block of `fast_linears`
+    inside = ""  # which block of `fast_linears` this thread is in: of "tokens" or "prompts"
 
 
 _thread = _Thread()
@@ -46,15 +47,15 @@ def plain_linears(model: Coconut) -> list[nn.Linear]:
 
 
 @contextmanager
-def fast_linears(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Within the block, in inference mode, these layers run on our kernel.
+def fast_linears(layers: Sequence[nn.Linear], passes: str = "tokens") -> Iterator[None]:
+    """Within the block, in inference mode, these layers run on our kernel, or in prefill in fp32 (see above).
 
-    For passes with one token a row: in prefill PyTorch's bf16 products are as fast, and the length of a prompt must not
-    decide which kernel its rows run on. `forward` is replaced meanwhile, so hooks are called as always. Threads may
-    share a model: those outside the block run as before, and the last one to leave restores it.
+    passes: "tokens", one a row, or "prompts", whose length must not decide which kernel its rows run on. `forward` is
+    replaced meanwhile, so hooks are called as always. Threads may share a model: those outside the block run as before,
+    and the last one to leave restores it.
     """
     used: list[nn.Linear] = []
-    before, _thread.inside = _thread.inside, True
+    before, _thread.inside = _thread.inside, passes
     try:
         with _lock:
             for layer in layers:
@@ -83,7 +84,10 @@ class _Forward:
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
         if not torch.compiler.is_compiling() and _thread.inside and _reads(x) and x.dtype == weight.dtype:
-            return self.product(x, weight, bias)
+            if _thread.inside == "tokens":
+                return self.product(x, weight, bias)
+            if x.dim() > 1 and ops.is_widened(x.dtype):
+                return ops.matmul(x.flatten(0, -2), weight.T, bias, backend="onednn").unflatten(0, x.shape[:-1])
         return functional.linear(x, weight, bias)
 
 
