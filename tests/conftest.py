@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,31 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which importing torch does not do
 if not os.access(Path.home(), os.W_OK):  # triton compiles nothing where it cannot make ~/.triton
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
+
+
+def _patch_the_language_once_per_launch() -> None:
+    """The interpreter replaces the functions of triton.language for every call of a device function, which takes more
+    than half of a kernel's time, although they stay replaced until the launch ends."""
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()  # the modules whose functions this launch has called
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_the_language_once_per_launch()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("COCONUT_FAST_TEST_DATA", ROOT.parent / "shared"))

@@ -8,7 +8,7 @@ import torch
 from coconut_fast import ops
 from tests.gpu_cases import CASES, assert_compiles
 
-# the last case of each op, which has the most options or rows
+# the last case of each op, of those with the most options the smallest
 NAMES = {name.split(",")[0]: name for name in CASES}
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
