@@ -77,8 +77,10 @@ class NativeModel:
         self.weights = weights or FORMATS[model.dtype]
         shape = {name: getattr(plan, name) for name in (*_SHAPE, *_KIND)}
         self.chain = ops.extension().NativeChain(shape, self.weights, threads or machine.cpus(), MAX_ROWS)
+        layer = None
         for index in range(plan.layers):
-            tensors = {name: _for_chain(t) for name, t in plan.layer(index).named().items()}
+            layer = plan.layer(index, into=layer)  # merged matrices in the memory of the layer before
+            tensors = {name: _for_chain(t) for name, t in layer.named().items()}
             self.chain.set_layer(index, tensors, plan.scaling[index], plan.window[index])
         ends = {"embed": plan.embed, "head": plan.head, "final_norm": plan.final_norm}
         optional = ("positions", "inv_freq", "final_norm_bias", "head_bias")

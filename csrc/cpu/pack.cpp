@@ -1,6 +1,7 @@
 #include "cpu/pack.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -25,56 +26,89 @@ int choose_wide(int blocks, int threads, int least, int widest) {
   return least;
 }
 
+constexpr int kColumns = 64;           // of a block, which stays in L1 from reading to writing
+using Block = float[kColumns][4 * 16];  // [column][output of the chunk]; zero where the matrix has none
+
+float to_float(float x) { return x; }
+float to_float(uint16_t x) { return bf16_to_f32(x); }
+
 class Packer {
  public:
   Packer(const Matrix& w, int n, int k, bool paired, const Linear& to, char* weights, float* scales)
-      : w_(w), n_(n), k_(k), paired_(paired), to_(to), weights_(weights), scales_(scales) {}
+      : w_(w), k_(k), parts_(paired ? 2 : 1), rows_(n / parts_), to_(to), weights_(weights), scales_(scales) {}
 
   // Row of the source matrix for output i of a chunk, or -1 for padding.
   int source(int chunk, int i) const {
-    const int width = to_.width(), rows = paired_ ? n_ / 2 : n_, half = paired_ ? width / 2 : width;
-    const int row = chunk * half + i % half;
-    if (row >= rows) return -1;
-    return i < half ? row : rows + row;
+    const int own = to_.width() / parts_, row = chunk * own + i % own;
+    return row < rows_ ? i / own * rows_ + row : -1;
   }
 
-  void chunk(int c) {
-    for (int i = 0; i < to_.width(); ++i) {
-      const int row = source(c, i);
-      if (row < 0) continue;
-      if (to_.format == Format::int8) quantise(c, i, row);
-      else copy(c, i, row);
+  void chunk(int c) const {
+    const int width = to_.width();
+    alignas(64) Block block;
+    float largest[64] = {}, inverse[64];
+    if (to_.format == Format::int8) {
+      for (int column = 0; column < k_; column += kColumns) {
+        read(c, column, block);
+        for (const auto& values : block)
+          for (int i = 0; i < width; ++i) largest[i] = std::max(largest[i], std::fabs(values[i]));
+      }
+      for (int i = 0; i < width; ++i) {
+        inverse[i] = largest[i] > 0 ? 127.0f / largest[i] : 0.0f;
+        scales_[size_t(c) * width + i] = largest[i] / 127.0f;
+      }
+    }
+    char* out = weights_ + c * to_.bytes_per_chunk();
+    for (int column = 0; column < k_; column += kColumns) {
+      read(c, column, block);
+      for (int j = 0; j < kColumns; j += step_of(to_.format), out += to_.bytes_per_step()) {
+        if (to_.format == Format::fp32) std::memcpy(out, block[j], to_.bytes_per_step());
+        if (to_.format == Format::bf16) write_bf16(block + j, width, out);
+        if (to_.format == Format::int8) write_int8(block + j, width, inverse, out);
+      }
     }
   }
 
  private:
-  char* place(int c, int i, int column) const {
-    const int step = step_of(to_.format);
-    return weights_ + c * to_.bytes_per_chunk() + size_t(column / step) * to_.bytes_per_step() + i * 4 +
-           column % step * (4 / step);
+  void read(int c, int column, Block& block) const {
+    if (w_.dtype == Dtype::f32) read(static_cast<const float*>(w_.data), c, column, block);
+    else read(static_cast<const uint16_t*>(w_.data), c, column, block);
   }
 
-  void copy(int c, int i, int row) {
-    for (int column = 0; column < k_; ++column) {
-      const float value = w_.at(row, column);
-      if (to_.format == Format::fp32) std::memcpy(place(c, i, column), &value, 4);
-      const uint16_t half = f32_to_bf16(value);
-      if (to_.format == Format::bf16) std::memcpy(place(c, i, column), &half, 2);
+  template <class T>
+  void read(const T* data, int c, int column, Block& block) const {
+    const int own = to_.width() / parts_, columns = std::min(kColumns, k_ - column);
+    const int outputs = std::clamp(rows_ - c * own, 0, own);
+    if (outputs < own || columns < kColumns) std::memset(&block, 0, sizeof(Block));
+    for (int part = 0; part < parts_; ++part) {
+      const T* first = data + (int64_t(part) * rows_ + c * own) * w_.row_stride + column * w_.column_stride;
+      const int at = part * own;
+      if (w_.row_stride == 1)
+        for (int j = 0; j < columns; ++j)
+          for (int i = 0; i < outputs; ++i) block[j][at + i] = to_float(first[j * w_.column_stride + i]);
+      else
+        for (int i = 0; i < outputs; ++i)
+          for (int j = 0; j < columns; ++j)
+            block[j][at + i] = to_float(first[i * w_.row_stride + j * w_.column_stride]);
     }
   }
 
-  void quantise(int c, int i, int row) {
-    float largest = 0;
-    for (int column = 0; column < k_; ++column) largest = std::max(largest, std::fabs(w_.at(row, column)));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    scales_[size_t(c) * to_.width() + i] = largest / 127.0f;
-    for (int column = 0; column < k_; ++column)
-      *place(c, i, column) = static_cast<char>(std::lrint(w_.at(row, column) * inverse) + 128);
+  static void write_bf16(const float (*values)[64], int width, char* out) {
+    uint32_t pairs[64];
+    for (int i = 0; i < width; ++i) pairs[i] = f32_to_bf16(values[0][i]) | uint32_t(f32_to_bf16(values[1][i])) << 16;
+    std::memcpy(out, pairs, 4 * width);
+  }
+
+  static void write_int8(const float (*values)[64], int width, const float* inverse, char* out) {
+    uint32_t bytes[64] = {};
+    for (int q = 0; q < 4; ++q)
+      for (int i = 0; i < width; ++i)  // 3 * 2^22 has the units of x in its lowest bits, rounded to nearest even
+        bytes[i] |= (std::bit_cast<uint32_t>(values[q][i] * inverse[i] + 0x3p22f) + 128) % 256 << 8 * q;
+    std::memcpy(out, bytes, 4 * width);
   }
 
   const Matrix& w_;
-  const int n_, k_;
-  const bool paired_;
+  const int k_, parts_, rows_;
   const Linear& to_;
   char* weights_;
   float* scales_;
@@ -108,11 +142,9 @@ Linear pack(const Matrix& w, const float* bias, int n, int k, Format format, boo
   char* weights = arena.take(bytes);
   float* scales = nullptr;
   if (format == Format::int8) scales = reinterpret_cast<float*>(arena.take(sizeof(float) * to.n_padded()));
-  Packer packer(w, n, k, paired, to, weights, scales);
+  const Packer packer(w, n, k, paired, to, weights, scales);
   team.run([&](int t) {
     const auto [first, last] = share(to.chunks, t, team.size());
-    if (format == Format::int8)  // a zero weight is stored as 128
-      std::memset(weights + first * to.bytes_per_chunk(), 128, (last - first) * to.bytes_per_chunk());
     for (int c = first; c < last; ++c) packer.chunk(c);
   });
   if (bias) {
