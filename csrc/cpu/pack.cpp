@@ -26,8 +26,9 @@ int choose_wide(int blocks, int threads, int least, int widest) {
   return least;
 }
 
-constexpr int kColumns = 64;           // of a block, which stays in L1 from reading to writing
-using Block = float[kColumns][4 * 16];  // [column][output of the chunk]; zero where the matrix has none
+// A block is [column][output of the chunk], without gaps: 64 columns of a chunk of up to 64 outputs, zero where the
+// matrix has none. It stays in L1 from reading to writing.
+constexpr int kColumns = 64, kWidest = 64;
 
 float to_float(float x) { return x; }
 float to_float(uint16_t x) { return bf16_to_f32(x); }
@@ -45,13 +46,13 @@ class Packer {
 
   void chunk(int c) const {
     const int width = to_.width();
-    alignas(64) Block block;
-    float largest[64] = {}, inverse[64];
+    alignas(64) float block[kColumns * kWidest];
+    float largest[kWidest] = {}, inverse[kWidest];
     if (to_.format == Format::int8) {
       for (int column = 0; column < k_; column += kColumns) {
         read(c, column, block);
-        for (const auto& values : block)
-          for (int i = 0; i < width; ++i) largest[i] = std::max(largest[i], std::fabs(values[i]));
+        for (int j = 0; j < kColumns; ++j)
+          for (int i = 0; i < width; ++i) largest[i] = std::max(largest[i], std::fabs(block[j * width + i]));
       }
       for (int i = 0; i < width; ++i) {
         inverse[i] = largest[i] > 0 ? 127.0f / largest[i] : 0.0f;
@@ -62,48 +63,65 @@ class Packer {
     for (int column = 0; column < k_; column += kColumns) {
       read(c, column, block);
       for (int j = 0; j < kColumns; j += step_of(to_.format), out += to_.bytes_per_step()) {
-        if (to_.format == Format::fp32) std::memcpy(out, block[j], to_.bytes_per_step());
-        if (to_.format == Format::bf16) write_bf16(block + j, width, out);
-        if (to_.format == Format::int8) write_int8(block + j, width, inverse, out);
+        const float* values = block + j * width;
+        if (to_.format == Format::fp32) std::memcpy(out, values, to_.bytes_per_step());
+        if (to_.format == Format::bf16) write_bf16(values, width, out);
+        if (to_.format == Format::int8) write_int8(values, width, inverse, out);
       }
     }
   }
 
  private:
-  void read(int c, int column, Block& block) const {
+  void read(int c, int column, float* block) const {
     if (w_.dtype == Dtype::f32) read(static_cast<const float*>(w_.data), c, column, block);
     else read(static_cast<const uint16_t*>(w_.data), c, column, block);
   }
 
   template <class T>
-  void read(const T* data, int c, int column, Block& block) const {
-    const int own = to_.width() / parts_, columns = std::min(kColumns, k_ - column);
+  void read(const T* data, int c, int column, float* block) const {
+    const int width = to_.width(), own = width / parts_, columns = std::min(kColumns, k_ - column);
     const int outputs = std::clamp(rows_ - c * own, 0, own);
-    if (outputs < own || columns < kColumns) std::memset(&block, 0, sizeof(Block));
+    if (outputs < own || columns < kColumns) std::fill_n(block, kColumns * width, 0.0f);
     for (int part = 0; part < parts_; ++part) {
       const T* first = data + (int64_t(part) * rows_ + c * own) * w_.row_stride + column * w_.column_stride;
-      const int at = part * own;
+      float* to = block + part * own;
       if (w_.row_stride == 1)
         for (int j = 0; j < columns; ++j)
-          for (int i = 0; i < outputs; ++i) block[j][at + i] = to_float(first[j * w_.column_stride + i]);
+          for (int i = 0; i < outputs; ++i) to[j * width + i] = to_float(first[j * w_.column_stride + i]);
       else
-        for (int i = 0; i < outputs; ++i)
-          for (int j = 0; j < columns; ++j)
-            block[j][at + i] = to_float(first[i * w_.row_stride + j * w_.column_stride]);
+        for (int i = 0; i < outputs; i += 4)
+          for (int j = 0; j < columns; j += 4)
+            transpose(first + i * w_.row_stride + j * w_.column_stride, std::min(4, outputs - i),
+                      std::min(4, columns - j), to + j * width + i, width);
     }
   }
 
-  static void write_bf16(const float (*values)[64], int width, char* out) {
-    uint32_t pairs[64];
-    for (int i = 0; i < width; ++i) pairs[i] = f32_to_bf16(values[0][i]) | uint32_t(f32_to_bf16(values[1][i])) << 16;
+  // Up to four rows by four columns of the matrix.
+  template <class T>
+  void transpose(const T* from, int rows, int columns, float* to, int width) const {
+    if (rows == 4 && columns == 4 && w_.column_stride == 1) {
+      T tile[4][4];
+      for (int i = 0; i < 4; ++i) std::memcpy(tile[i], from + i * w_.row_stride, sizeof tile[i]);
+      for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < 4; ++i) to[j * width + i] = to_float(tile[i][j]);
+    } else {
+      for (int j = 0; j < columns; ++j)
+        for (int i = 0; i < rows; ++i) to[j * width + i] = to_float(from[i * w_.row_stride + j * w_.column_stride]);
+    }
+  }
+
+  static void write_bf16(const float* values, int width, char* out) {
+    uint32_t pairs[kWidest];
+    for (int i = 0; i < width; ++i)
+      pairs[i] = f32_to_bf16(values[i]) | uint32_t(f32_to_bf16(values[width + i])) << 16;
     std::memcpy(out, pairs, 4 * width);
   }
 
-  static void write_int8(const float (*values)[64], int width, const float* inverse, char* out) {
-    uint32_t bytes[64] = {};
+  static void write_int8(const float* values, int width, const float* inverse, char* out) {
+    uint32_t bytes[kWidest] = {};
     for (int q = 0; q < 4; ++q)
       for (int i = 0; i < width; ++i)  // 3 * 2^22 has the units of x in its lowest bits, rounded to nearest even
-        bytes[i] |= (std::bit_cast<uint32_t>(values[q][i] * inverse[i] + 0x3p22f) + 128) % 256 << 8 * q;
+        bytes[i] |= (std::bit_cast<uint32_t>(values[q * width + i] * inverse[i] + 0x3p22f) + 128) % 256 << 8 * q;
     std::memcpy(out, bytes, 4 * width);
   }
 
