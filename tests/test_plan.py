@@ -106,6 +106,17 @@ def test_declines_with_a_reason() -> None:
     assert "not transformers' GPT2LMHeadModel" in describe(Mine(gpt2().config))
 
 
+@pytest.mark.parametrize(("make", "width"), [(gpt2, "n_inner"), (partial(llama_like, "Llama"), "intermediate_size")])
+def test_pruned_mlps(make, width: str) -> None:
+    """Their widths are those of the weights, whatever the configuration says."""
+    model = make()
+    blocks, narrow = plan_of(model).blocks, plan_of(make(**{width: 40})).blocks
+    blocks[1].mlp = narrow[1].mlp
+    assert describe(model) == "its MLPs have different widths"
+    blocks[0].mlp = narrow[0].mlp
+    assert plan_of(model).inner == 40
+
+
 @pytest.mark.parametrize("make", [gpt2, partial(llama_like, "Qwen3")])
 def test_activation_and_eps_are_those_of_the_modules(make) -> None:
     """Code may change them after the model was made from its configuration."""

@@ -169,7 +169,7 @@ def _describe_gpt2(model: nn.Module) -> ModelPlan | str:
         heads=config.num_attention_heads,
         kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
-        inner=body.h[0].mlp.c_fc.nf,
+        inner=body.h[0].mlp.c_fc.weight.shape[1],
         norm="layer",
         eps=float(body.ln_f.eps),
         activation=_formula(body.h[0].mlp.act),
@@ -209,7 +209,7 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        inner=config.intermediate_size,
+        inner=body.layers[0].mlp.up_proj.weight.shape[0],
         norm="rms",
         eps=float(body.norm.variance_epsilon),
         activation=_formula(body.layers[0].mlp.act_fn),
@@ -248,7 +248,8 @@ def _unusual_module(model: nn.Module, plain: set[str], act: str, eps: str) -> st
     act: the name of an MLP's activation, eps: that of a norm's epsilon. A plan has one of each for all layers.
     """
     modules = modules_of(model)
-    activations = {m._modules.get(act): m for m in modules if type(m).__name__.endswith("MLP")}
+    mlps = [module for module in modules if type(module).__name__.endswith("MLP")]
+    activations = {mlp._modules.get(act): mlp for mlp in mlps}
     for module in modules:
         kind = type(module)
         ours = kind.__module__.startswith(("torch.nn.modules.", "transformers."))
@@ -263,6 +264,8 @@ def _unusual_module(model: nn.Module, plain: set[str], act: str, eps: str) -> st
         return f"the activation of module {_name(model, mlp)} is a {type(found).__name__}, not one of {known}"
     if len(formulas) > 1:
         return f"its layers have different activations: {', '.join(sorted(formulas))}"
+    if len({tuple(m.weight.shape for m in mlp._modules.values() if m._parameters) for mlp in mlps}) > 1:
+        return "its MLPs have different widths"
     epsilons = {getattr(m, eps, None) for m in modules if type(m).__name__.endswith("Norm")}
     if len(epsilons) > 1:
         return f"its norms have different eps: {', '.join(sorted(map(str, epsilons)))}"
