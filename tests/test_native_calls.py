@@ -234,6 +234,7 @@ def _new_matrices_until_one_is_where_an_earlier_one_was(model) -> None:
         layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
         if layer.weight.data_ptr() == address:
             return
+    pytest.skip("no matrix came where an earlier one had been")
 
 
 def _another_model(model) -> None:

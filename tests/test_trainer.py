@@ -299,6 +299,17 @@ def test_a_resumed_run_reads_its_model_once(tmp_path: Path, monkeypatch: pytest.
     assert read == ["checkpoint-1", "checkpoint-2"], "the second one for the run's directory"
 
 
+def test_a_setting_without_effect_may_differ_in_the_run_that_is_resumed(tmp_path: Path) -> None:
+    """Earlier versions accepted any value of it."""
+    changes = {"method": "cot", "val_path": None, "epoch_size": 16}
+    manifest = run(tiny(tmp_path, **changes, num_epochs=1)) / "checkpoint-1" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    assert "replay_prob" not in content["run"]
+    content["run"] |= {"replay_prob": 0.4}
+    manifest.write_text(json.dumps(content))
+    run(tiny(tmp_path, **changes, num_epochs=2))
+
+
 def test_special_tokens_that_are_new_to_a_model_start_from_a_known_one(tmp_path: Path) -> None:
     """In a CoT run they are never right: their rows moved away from where the official code has them start."""
     write_examples(tmp_path / "marked.json", [Example("go<<from ada", ["ada to bo"], "bo")] * 16)

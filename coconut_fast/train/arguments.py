@@ -174,7 +174,9 @@ class CoconutArguments:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 0 and less than 1")
         self.curriculum()  # refuses settings that make no sense, as does the schedule
         self.schedule()
-        self._check_effect()
+        for name, why in self.without_effect().items():
+            if (found := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: found {found!r}, which would change nothing: {why}")
         self._check_device()
         self._check_training_arguments()
         self._check_trackers()
@@ -200,13 +202,13 @@ class CoconutArguments:
             if used and self.val_path is None:
                 raise ValueError(f"val_path: found none, expected a file, because {name} looks at validation accuracy")
 
-    def _check_effect(self) -> None:
-        """Refuses what would change nothing, but not the curriculum's shape: the official files have all of its keys,
-        and a recipe's baselines differ in the method alone."""
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing here, with the reason; not the curriculum's shape, of which the official files
+        have all keys: a recipe's baselines differ in the method alone."""
         method = METHODS[self.method]
         symbols, thinks = self.tokenizer == "symbols", method.slot == "thought"
         feeds_back = thinks and self.method != "pause_as_thought_multipass"
-        for names, followed, why in (
+        rules = (
             (("uniform_prob", "replay_prob", "advance_at"), method.stages == "all", f"{self.method} has one stage"),
             (("tokens_per_stage", "removal_smoothing"), self.method == "icot", "only icot removes single tokens"),
             (("detach_after", "parallel_rounds"), thinks, f"{self.method} has no thoughts"),
@@ -214,11 +216,8 @@ class CoconutArguments:
             (("relabel", "separators"), symbols, "graphs are written as the recipe says with tokenizer: symbols alone"),
             (("frontier",), symbols and self.target == "random_frontier", "only target: random_frontier asks for one"),
             (("num_thoughts",), self.only_eval, "it is for only_eval; in training the stage says how many"),
-        ):
-            for name in names:
-                found = getattr(self, name)
-                if not followed and found != self.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name}: found {found!r}, which would change nothing: {why}")
+        )
+        return {name: why for names, followed, why in rules if not followed for name in names}
 
     def _check_device(self) -> None:
         if self.device not in (None, "cpu", "cuda"):

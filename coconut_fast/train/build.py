@@ -96,9 +96,10 @@ def _from_config(settings: CoconutArguments, examples: Sequence[Example], dtype:
 
 
 def _start_unused(model: Coconut, method: str) -> None:
-    """Special tokens that are new to a trained model start from `<<`, as the official code adds them after its CoT run.
+    """Special tokens that the model's last run did not use start from `<<`, as the official code adds them after CoT.
 
-    Here a CoT run's model has them too, and each step pushed them away as wrong answers, by AdamW's full step.
+    Here a CoT run's model has them too, and each step pushed them away as wrong answers, by AdamW's full step: also
+    those that an earlier run had trained.
     """
     saved, tokens = model.settings, model.tokens
     if saved.curriculum is None or METHODS[method].slot is None:

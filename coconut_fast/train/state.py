@@ -46,8 +46,10 @@ class RunState:
 
 def run_fingerprint(trainer: CoconutTrainer) -> dict[str, Any]:
     """What makes a run the same run: every setting that its steps depend on, and its data."""
-    settings = {k: v for k, v in trainer.settings.to_dict().items() if k not in MAY_CHANGE}
-    settings["removal_smoothing"] = str(settings["removal_smoothing"])  # JSON has no infinity
+    free = {*MAY_CHANGE, *trainer.settings.without_effect()}
+    settings = {k: v for k, v in trainer.settings.to_dict().items() if k not in free}
+    if "removal_smoothing" in settings:
+        settings["removal_smoothing"] = str(settings["removal_smoothing"])  # JSON has no infinity
     problems = trainer.rows.problems
     data = {"problems": len(problems), "train_path_digest": problems.digest}  # wherever the file is now
     return {**settings, "rows_per_update": trainer.sampler.rows_per_update, **data}
@@ -56,10 +58,12 @@ def run_fingerprint(trainer: CoconutTrainer) -> dict[str, Any]:
 def check_same_run(saved: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """CheckpointError, naming the first setting that differs, for a checkpoint of another run.
 
-    A setting that is newer than the checkpoint counts as its default there.
+    A setting that is newer than the checkpoint counts as its default there; one without effect may have any value.
     """
     defaults = {setting.name: setting.default for setting in fields(CoconutArguments)}
     for name in sorted({*saved, *present}):
+        if name in defaults and name not in present:
+            continue
         was, now = saved.get(name, defaults.get(name)), present.get(name)
         if was != now:
             raise CheckpointError(

@@ -390,7 +390,8 @@ class CoconutTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder, ours, own = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model), None
-        if folder == self.model_from and not (folder / ADDED_WEIGHTS).is_file():
+        known, self.model_from = self.model_from, None  # training changes the model
+        if folder == known and not (folder / ADDED_WEIGHTS).is_file():
             return
         if type(ours.feedback) not in FEEDBACKS.values():  # a user's module, which cannot be built from its name
             with sharding.gathered(ours):

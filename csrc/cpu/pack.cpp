@@ -1,7 +1,6 @@
 #include "cpu/pack.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -120,8 +119,8 @@ class Packer {
   static void write_int8(const float* values, int width, const float* inverse, char* out) {
     uint32_t bytes[kWidest] = {};
     for (int q = 0; q < 4; ++q)
-      for (int i = 0; i < width; ++i)  // 3 * 2^22 has the units of x in its lowest bits, rounded to nearest even
-        bytes[i] |= (std::bit_cast<uint32_t>(values[q * width + i] * inverse[i] + 0x3p22f) + 128) % 256 << 8 * q;
+      for (int i = 0; i < width; ++i)
+        bytes[i] |= static_cast<uint32_t>(std::lrint(values[q * width + i] * inverse[i]) + 128) << 8 * q;
     std::memcpy(out, bytes, 4 * width);
   }
 
