@@ -174,6 +174,8 @@ def test_what_training_asks_for_of_a_graph_is_right(
         monkeypatch.setattr(scoring, "generate", lambda *_, output=output, **keywords: output)
         result = generate_and_score(model, make_problems(model, examples, tokenized, stage, config))
         assert result.accuracy == 1, (stage, result.predictions)
+        for ids, prediction in zip(tokenized, result.predictions, strict=True):
+            assert model.tokenizer.encode(prediction.question) == ids.question_ids
 
 
 def test_tables_and_files(tmp_path: Path) -> None:

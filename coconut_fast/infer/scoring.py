@@ -25,7 +25,7 @@ class Problem:
     """What is asked: a prompt as the model sees it, and the answers that count as right."""
 
     idx: int
-    question: str
+    question: str  # as asked: of a graph in symbols, with the numbers that the model gets
     prompt: list[int]
     accepted: tuple[str, ...]
     length: int | None = None  # tokens of the answer that count; None: up to end-of-text
@@ -115,8 +115,10 @@ def make_problems(
     problems = []
     for example, ids in zip(examples, tokenized, strict=True):
         prompt = question_row(ids, stage, config, model.tokens)
+        question = example.question
         accepted: tuple[str, ...] = (clean(example.answer),)
-        if model.settings.symbols is not None:  # a record's answer may be a sentence, or an old number of the node
+        if model.settings.symbols is not None:  # the record may be in words, or have other numbers for the nodes
+            question = model.tokenizer.decode(ids.question_ids)
             accepted = (extract_answer(model.tokenizer.decode(ids.answer_ids[:-1]), "[A]"),)
         length = None
         if config.target != "chain" and stage <= config.max_latent_stage and stage < len(ids.steps_ids):
@@ -126,7 +128,7 @@ def make_problems(
                 asked = [[node] for node in ids.frontiers[stage]]
             accepted = tuple(clean(model.tokenizer.decode(nodes)) for nodes in asked)
             length = len(asked[0])
-        problems.append(Problem(ids.idx, example.question, prompt, accepted, length))
+        problems.append(Problem(ids.idx, question, prompt, accepted, length))
     return problems
 
 
