@@ -16,6 +16,7 @@ from coconut_fast.commands.common import find_model
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig
 from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
+from coconut_fast.model.feedback import name_of
 from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from coconut_fast.train.callbacks import record_curriculum
@@ -329,6 +330,14 @@ def test_special_tokens_that_are_new_to_a_model_start_from_a_known_one(tmp_path:
     assert torch.equal(rows("cot", "coconut"), kept[[3, 3, 3, 3]])
     assert torch.equal(rows("pause_as_thought", "coconut"), kept[[0, 1, 3, 3]]), "the markers were trained"
     assert torch.equal(rows("coconut", "pause"), kept)
+
+
+def test_a_saved_feedback_is_kept_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tiny(tmp_path, feedback="projection"), chains(8)).save_pretrained(tmp_path / "saved")
+    changes = {"load_model_path": str(tmp_path / "saved"), "tokenizer": None, "val_path": None, "epoch_size": 8}
+    folder = run(tiny(tmp_path, **changes, num_epochs=1))
+    assert name_of(load(folder).feedback) == "projection"
+    assert "coconut, 1 thought per step, fed back by projection\n" in capsys.readouterr().err
 
 
 def test_refuses_before_it_starts(tmp_path: Path) -> None:

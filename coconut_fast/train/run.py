@@ -14,7 +14,7 @@ from coconut_fast.data.curriculum import METHODS
 from coconut_fast.data.examples import Example
 from coconut_fast.files import check_folder, remove_unfinished, reserve, write_json
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.model.feedback import FEEDBACKS
+from coconut_fast.model.feedback import FEEDBACKS, name_of
 from coconut_fast.model.saving import COCONUT_JSON
 from coconut_fast.train import checkpoints
 from coconut_fast.train.arguments import CoconutArguments
@@ -119,13 +119,14 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
     slot = METHODS[settings.method].slot
     slots = f", {settings.c_thought} {slot}{'s' if settings.c_thought != 1 else ''} per step" if slot else ""
+    feedback = f", fed back by {name_of(model.feedback)}" if slot == "thought" else ""
     held_out = f", {len(trainer.validation)} for validation" if trainer.validation else ""
     return "\n".join(
         [
             f"run         {settings.output_dir}" + (f", from {last.name}" if last else ""),
             f"model       {type(model.hf).__name__}, {size} parameters, {settings.precision}",
             f"problems    {len(trainer.rows)}{held_out}",
-            f"method      {settings.method}{slots}",
+            f"method      {settings.method}{slots}{feedback}",
             f"stages      {schedule.in_words()}",
             f"batch       {trainer.sampler.rows_per_update} = {settings.batch_size_training} per process x "
             f"{settings.gradient_accumulation_steps} accumulated x {trainer.args.world_size} processes",
