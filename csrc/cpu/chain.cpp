@@ -35,14 +35,20 @@ Chain::Chain(const ChainShape& shape, Format format, int threads, int max_tokens
 
 void Chain::set_threads(int threads) {
   const std::lock_guard<std::mutex> lock(turn_);
-  auto team = std::make_unique<Team>(threads);  // first: where it throws, nothing has changed
-  spare_.data = make_memory<float>(spare_.stride * threads);
-  sums_ = make_memory<float>(sums_stride_ * threads);
-  scratch_ = make_memory<float>(scratch_stride_ * threads);
-  spans_.resize(size_t(threads) * kSpans), kv_prefetches_.resize(threads), weight_prefetches_.resize(threads);
-  picked_.resize(size_t(max_tokens_) * threads);
-  candidates_ = make_memory<Candidates>(size_t(max_tokens_) * threads);
+  // All that may throw comes first: where it does, nothing has changed.
+  auto team = std::make_unique<Team>(threads);
+  auto spare = make_memory<float>(spare_.stride * threads);
+  auto sums = make_memory<float>(sums_stride_ * threads);
+  auto scratch = make_memory<float>(scratch_stride_ * threads);
+  auto candidates = make_memory<Candidates>(size_t(max_tokens_) * threads);
+  std::vector<Span> spans(size_t(threads) * kSpans);
+  std::vector<KVPrefetch> kv_prefetches(threads);
+  std::vector<WeightPrefetch> weight_prefetches(threads);
+  std::vector<Picked> picked(size_t(max_tokens_) * threads);
   team_ = std::move(team);
+  spare_.data = std::move(spare), sums_ = std::move(sums), scratch_ = std::move(scratch);
+  candidates_ = std::move(candidates), spans_ = std::move(spans), picked_ = std::move(picked);
+  kv_prefetches_ = std::move(kv_prefetches), weight_prefetches_ = std::move(weight_prefetches);
   threads_ = threads;
 }
 
