@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def load(
     saved = _read_coconut_json(home)
     tokenizer = _read_tokenizer(home)
     if tokens is None and saved is not None:
-        tokens = LatentTokens(**saved["tokens"])
+        tokens = saved["tokens"]
         check_same_tokens(tokens, tokenizer, str(home))
     if tokens is None:
         if tokenizer is None:
@@ -83,11 +83,10 @@ def load(
         if trained_tokens and len(tokenizer) > rows:
             raise ValueError(f"{path} has {rows} embeddings, expected one for each of the {len(tokenizer)} tokens")
 
-    settings = SavedSettings(**saved["settings"]) if saved else None
     module = _read_feedback(feedback, saved, home, hf)
     if saved and _find(home, ADDED_WEIGHTS):
         warnings.warn(f"{path_or_id}: {ADDED_WEIGHTS} is left out, modules that its training added", stacklevel=2)
-    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
+    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=saved["settings"] if saved else None)
     model = model.to(device).eval()
     check_finite(model, str(path_or_id))
     check_ragged(model, str(path_or_id))
@@ -319,14 +318,15 @@ def _find(home: Path | str, name: str) -> Path | None:
 
 
 def _read_coconut_json(home: Path | str) -> dict[str, Any] | None:
+    """tokens (LatentTokens), settings (SavedSettings) and the feedback's name; None without the file."""
     file = _find(home, COCONUT_JSON)
     if file is None:
         return None
     try:
         saved = json.loads(file.read_text("utf-8"))
         known = {f.name for f in fields(SavedSettings)}
-        saved["settings"] = asdict(SavedSettings(**{k: v for k, v in saved["settings"].items() if k in known}))
-        LatentTokens(**saved["tokens"])
+        saved["settings"] = SavedSettings(**{k: v for k, v in saved["settings"].items() if k in known})
+        saved["tokens"] = LatentTokens(**saved["tokens"])
         if not isinstance(saved["feedback"], str):
             raise TypeError(f"feedback: found {saved['feedback']!r}, expected its name")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
