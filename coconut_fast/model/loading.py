@@ -65,7 +65,7 @@ def load(
         hf, trained_tokens = _read_reference(path, home, dtype)
     else:
         hf = _read_hugging_face(path_or_id, dtype)
-        home = path if os.path.isdir(path) else str(path_or_id)
+        home = path if os.path.isdir(path) else path_or_id
 
     saved = _read_coconut_json(home)
     tokenizer = _read_tokenizer(home)
@@ -88,8 +88,8 @@ def load(
         warnings.warn(f"{path_or_id}: {ADDED_WEIGHTS} is left out, modules that its training added", stacklevel=2)
     model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=saved["settings"] if saved else None)
     model = model.to(device).eval()
-    check_finite(model, str(path_or_id))
-    check_ragged(model, str(path_or_id))
+    check_finite(model, path_or_id)
+    check_ragged(model, path_or_id)
     check_feedback(model)
     return model
 
@@ -105,7 +105,7 @@ def check_path(path_or_id: str | os.PathLike[str]) -> str:
     # tests, as pathlib's raise for a name that is too long, such as a prompt in a model's place, and for a folder
     # without access.)
     here = path.parent != Path(".") and os.path.isdir(path.parent)
-    if not os.path.exists(path) and (here or not HUB_ID.fullmatch(str(path_or_id))):
+    if not os.path.exists(path) and (here or not HUB_ID.fullmatch(path_or_id)):
         raise ValueError(f"no such file or directory: {path_or_id}")
     if os.path.isdir(path):
         if not os.access(path, os.R_OK | os.X_OK):
@@ -148,7 +148,7 @@ def start_rows(hf: PreTrainedModel, ids: Iterable[int], like: int | None, known:
             weight[[*ids]] = weight[known].mean(0) if like is None else weight[like].clone()
 
 
-def _read_hugging_face(path_or_id: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _read_hugging_face(path_or_id: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """Raises if weights are missing or do not fit; transformers would draw them at random, with a warning at most.
 
     The dtype is passed to transformers: `Module.to` would round buffers as well, such as rotary frequencies.
@@ -210,7 +210,7 @@ def reason_of(error: Exception) -> str:
     return kind + " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
 
-def _torn(directory: str | Path) -> str:
+def _torn(directory: str) -> str:
     """The first weight file that does not open (broken download), as a prefix for the reason; else empty."""
     for file in sorted(Path(directory).glob("*.safetensors")):
         try:
