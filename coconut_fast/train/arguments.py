@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coconut_fast.data.curriculum import METHODS, CurriculumConfig
 from coconut_fast.data.graphs import FRONTIERS
-from coconut_fast.train.schedule import RESETS, StageSchedule
+from coconut_fast.train.schedule import StageSchedule
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -137,10 +137,8 @@ class CoconutArguments:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", METHODS),
             ("precision", PRECISIONS),
             ("lr_schedule", LR_SCHEDULES),
-            ("reset_optimizer", RESETS),
             ("frontier", FRONTIERS),
         ):
             if getattr(self, name) not in allowed:
