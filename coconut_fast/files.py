@@ -162,13 +162,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, on file systems that allow it."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
