@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from coconut_fast.files import REPLACING, UNFINISHED, check_folder, not_written, reserve, sync_folder
+from coconut_fast.files import REPLACING, UNFINISHED, check_folder, not_written, reserve, sync, sync_folder
 from coconut_fast.model.feedback import name_of
 from coconut_fast.tokens import check_same_tokens
 
@@ -56,10 +56,7 @@ def save(model: Coconut, directory: str | Path) -> None:
     names: list[str] = []
     try:
         write(model, temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync(temporary)
         os.chmod(temporary, 0o755)
         names = [file.name for file in temporary.iterdir()]
         if not _renamed(temporary, target):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.serialization import get_crc32_options
 from transformers import TrainerState
 
-from coconut_fast.files import UNFINISHED, not_written, sync_folder, write_json
+from coconut_fast.files import UNFINISHED, not_written, sync, sync_folder, write_json
 from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
 from coconut_fast.model.saving import ADDED_WEIGHTS
@@ -195,12 +195,3 @@ def remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
         os.rename(folder, away)
         shutil.rmtree(away, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    """Everything below `folder` is on the disk when this returns."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
