@@ -45,12 +45,10 @@ def choose(model: Coconut, hidden_BD: torch.Tensor, answers: Sequence[ActiveAnsw
         answer.tokens.append(token)
 
 
-def decode(
-    model: Coconut, cache: KVCache, answers: Sequence[ActiveAnswer], steps: int, sampling: Sampling, eos_id: int | None
-) -> None:
+def decode(model: Coconut, cache: KVCache, answers: Sequence[ActiveAnswer], steps: int, sampling: Sampling) -> None:
     """Up to `steps` more tokens for every answer; one that is done drops out of the batch at once."""
     for _ in range(steps):
-        writing = [a for a in answers if not a.done(eos_id)]
+        writing = [a for a in answers if not a.done(model.tokens.eos)]
         if not writing:
             return
         last = [[a.tokens[-1]] for a in writing]  # a prefill of one token a row

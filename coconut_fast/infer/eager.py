@@ -76,7 +76,7 @@ class EagerRunner:
         """Decodes up to `steps` more tokens of each answer."""
         before = [len(a.tokens) for a in answers]
         with self.clock("decode", passes=0), fast_linears(self.linears):
-            decode(self.model, self.cache, answers, steps, self.sampling, self.model.tokens.eos)
+            decode(self.model, self.cache, answers, steps, self.sampling)
         self.clock.passes["decode"] += token_passes(answers, before)
 
     def release(self) -> None:
