@@ -53,7 +53,7 @@ def find_recipe() -> Path:
     raise FileNotFoundError(f"recipes/demo.yaml: neither in {here} nor beside it; install the package again")
 
 
-def settings_of(changes: Sequence[str], overrides: Sequence[str] = ()) -> CoconutArguments:
+def settings_of(changes: Sequence[str], overrides: Sequence[str]) -> CoconutArguments:
     """The settings of a run with these changes, which overrides may change again."""
     return read_recipe(find_recipe(), [*changes, *overrides, *(OF_STAGES if "method=coconut" not in changes else ())])
 

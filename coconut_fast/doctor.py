@@ -15,7 +15,7 @@ from coconut_fast import ops
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
-def report(device: str | None = None) -> str:
+def report(device: str | None) -> str:
     """A few lines for people (and for bug reports). ValueError for an invalid device."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -41,9 +41,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(columns), line(["-" * w for w in widths]), *map(line, rows)])
 
 
-def write_results(
-    folder: str | Path, results: Mapping[str, Evaluation], facts: Mapping[str, Any] | None = None
-) -> None:
+def write_results(folder: str | Path, results: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
     """`results.json` (facts and one summary per name) and `NAME.jsonl` (one line per problem), each atomically."""
     folder = Path(folder)
     summaries = {name: result.summary() for name, result in results.items()}
@@ -51,4 +49,4 @@ def write_results(
         with write_atomically(folder / f"{name}.jsonl") as file:
             for record in result.records():
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    write_json(folder / RESULTS, {**(facts or {}), "results": summaries})
+    write_json(folder / RESULTS, {**facts, "results": summaries})

@@ -163,7 +163,7 @@ class Engine:
         batch_size: int | None,
         weights: str | None,
         keep_thoughts: bool,
-        on_answer: OnAnswer | None = None,
+        on_answer: OnAnswer | None,
     ) -> None:
         self.model = model
         self.prompts = prompts

@@ -191,8 +191,8 @@ def split_into_passes(
     ids_T: np.ndarray,
     thought_id: int,
     *,
-    labels_T: np.ndarray | None = None,
-    positions_T: np.ndarray | None = None,
+    labels_T: np.ndarray | None,
+    positions_T: np.ndarray | None,
     columns_T: np.ndarray | None = None,
     width: int | None = None,
 ) -> RaggedBatch:

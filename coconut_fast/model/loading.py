@@ -119,9 +119,7 @@ def check_path(path_or_id: str | os.PathLike[str]) -> str:
     return path_or_id
 
 
-def add_latent_tokens(
-    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool = False
-) -> LatentTokens:
+def add_latent_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool) -> LatentTokens:
     """Adds those of the three special tokens that are missing, and initialises their rows as the paper's code does.
 
     trained: the model has rows for them already, and only the tokenizer lacks them (official checkpoints).

@@ -355,7 +355,7 @@ def _gpt2_layer(block: nn.Module) -> LayerPlan:
     )
 
 
-def _llama_layer(layer: nn.Module, into: LayerPlan | None = None) -> LayerPlan:
+def _llama_layer(layer: nn.Module, into: LayerPlan | None) -> LayerPlan:
     attention, mlp = layer.self_attn, layer.mlp
     qkv_into, up_into = (None, None) if into is None else ((into.qkv, into.qkv_bias), (into.up, into.up_bias))
     qkv, qkv_bias = _merged(attention.q_proj, attention.k_proj, attention.v_proj, into=qkv_into)
@@ -379,7 +379,7 @@ def _llama_layer(layer: nn.Module, into: LayerPlan | None = None) -> LayerPlan:
     )
 
 
-def _merged(*linears: nn.Linear, into: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+def _merged(*linears: nn.Linear, into: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
     """Their weights and biases, concatenated, in new tensors or in those of `into`."""
     weight_into, bias_into = into or (None, None)
     weight = torch.cat([linear.weight.detach() for linear in linears], out=weight_into)

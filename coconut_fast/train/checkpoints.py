@@ -145,7 +145,7 @@ def read_model(folder: Path, feedback: nn.Module | None = None) -> Coconut:
         return load(folder, feedback=feedback)
 
 
-def read_weights(folder: Path, feedback: nn.Module | None = None) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path, feedback: nn.Module | None) -> dict[str, torch.Tensor]:
     """A checkpoint's weights, with those of modules added in training."""
     added = folder / ADDED_WEIGHTS
     return read_model(folder, feedback).state_dict() | (load_file(added) if added.is_file() else {})

@@ -54,7 +54,7 @@ class DataSet:
         return found.hexdigest()
 
 
-def graphs_of(examples: Sequence[Example], where: str = "the data") -> list[Graph]:
+def graphs_of(examples: Sequence[Example], where: str) -> list[Graph]:
     """The graphs of problems; ValueError, naming `where` and the record, for none, or one too large for the symbols."""
     graphs = [graph_of(example, f"{where}: record {number}") for number, example in enumerate(examples, 1)]
     for number, graph in enumerate(graphs, 1):
