@@ -27,7 +27,7 @@ from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
 from coconut_fast.train.build import build
 from coconut_fast.train.callbacks import record_curriculum
-from coconut_fast.train.problems import DataSet, tokenize
+from coconut_fast.train.problems import DataSet
 from coconut_fast.train.reports import read_metrics
 from coconut_fast.train.rows import StageRows
 from coconut_fast.train.run import run
@@ -160,7 +160,7 @@ def test_what_training_asks_for_of_a_graph_is_right(
     model = build(settings, []).eval()
     model.settings.symbols = {"relabel": relabel}
     examples = generate_prosqa(6, hops=(3, 4))
-    tokenized = tokenize(examples, model.tokenizer, model.settings.symbols)
+    tokenized = DataSet(examples, model.tokenizer, model.settings.symbols).fixed
     config = CurriculumConfig(method, target=target, max_latent_stage=4, pad_latent_to_max=False)
     for stage in range(6):
         rows = [training_row(ids, stage, config, model.tokens, row_rng(0, 0, ids.idx)) for ids in tokenized]

@@ -8,7 +8,7 @@ from coconut_fast.data.curriculum import METHODS, CurriculumConfig, saved_curric
 from coconut_fast.data.examples import Example
 from coconut_fast.infer.scoring import Evaluation, generate_and_score, make_problems
 from coconut_fast.model.coconut import Coconut
-from coconut_fast.train.problems import tokenize
+from coconut_fast.train.problems import DataSet
 
 
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     generated text -> the answer, in place of the official rule; like the expected answer, it is compared without commas
     and surrounding whitespace. where: the file the problems are from, for errors.
     """
-    tokenized = tokenize(examples, model.tokenizer, model.settings.symbols, where=where)
+    tokenized = DataSet(examples, model.tokenizer, model.settings.symbols, where=where).fixed
     config, stage = trained_curriculum(model, method, num_thoughts)
     return generate_and_score(
         model,

@@ -18,6 +18,7 @@ class DataSet:
 
     symbols: None for text; for graph problems, how they are written (keywords of data.graphs.symbolic_examples).
     where: the file the problems are from, for errors.
+    ValueError where there is no tokenizer for text, or no graph for symbols.
     """
 
     def __init__(
@@ -32,8 +33,14 @@ class DataSet:
         self.symbols = symbols
         self.seed = seed
         self.where = where
-        self.graphs = graphs_of(examples, where) if symbols is not None else []
-        self.fixed = tokenize(examples, tokenizer, symbols, seed, where)
+        self.graphs: list[Graph] = []
+        if symbols is not None:
+            self.graphs = graphs_of(examples, where)
+            self.fixed = symbolic_examples(self.graphs, seed=seed, **symbols)
+        elif tokenizer is None:
+            raise ValueError("tokenizer: the model has none, expected one to read questions with")
+        else:
+            self.fixed = tokenize_examples(examples, tokenizer, where)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -64,21 +71,6 @@ def graphs_of(examples: Sequence[Example], where: str) -> list[Graph]:
                 "a symbol"
             )
     return graphs
-
-
-def tokenize(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    symbols: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    where: str = "the data",
-) -> list[TokenizedExample]:
-    """Token ids of problems; see DataSet. ValueError where there is no tokenizer for text, or no graph for symbols."""
-    if symbols is not None:
-        return symbolic_examples(graphs_of(examples, where), seed=seed, **symbols)
-    if tokenizer is None:
-        raise ValueError("tokenizer: the model has none, expected one to read questions with")
-    return tokenize_examples(examples, tokenizer, where)
 
 
 def read_file(path: str | os.PathLike[str] | None, name: str, limit: int | None = None) -> list[Example]:
