@@ -50,3 +50,8 @@ def capture_graph(launches: Callable[[], None], stream: torch.cuda.Stream, pool:
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         launches()
     return graph.replay
+
+
+def first_line(error: Exception) -> str:
+    """Why something was not captured, for a sentence that says so."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

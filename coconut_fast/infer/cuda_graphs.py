@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from coconut_fast.infer import fused, persistent
-from coconut_fast.infer.capture import capture_graph, capture_stream
+from coconut_fast.infer.capture import capture_graph, capture_stream, first_line
 from coconut_fast.infer.decode import DECODE_STEPS, ActiveAnswer
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.passes import BUCKETS, HuggingFacePasses, Passes, StaticBatch, StaticPrompts
@@ -42,7 +42,7 @@ def choose_passes(model: Coconut, cache: KVCache, sampling: Sampling) -> Passes:
                 return persistent.PersistentChain(model, cache, sampling)
         return fused.FusedPasses(model, cache, sampling)
     except torch.OutOfMemoryError as error:
-        reason = f"no memory to pack the weights: {_first_line(error)}"
+        reason = f"no memory to pack the weights: {first_line(error)}"
     return HuggingFacePasses(model, cache, sampling, reason)
 
 
@@ -289,7 +289,7 @@ class GraphRunner(EagerRunner):
         except Exception as error:
             if isinstance(self.passes, HuggingFacePasses):
                 raise
-            why = f"fused kernels failed: {_first_line(error)}"
+            why = f"fused kernels failed: {first_line(error)}"
         self.passes = HuggingFacePasses(self.model, self.cache, self.sampling, why)
         self.fallback_reason = self.passes.reason
         self.graphs.clear()
@@ -303,9 +303,5 @@ class GraphRunner(EagerRunner):
         try:
             return capture_graph(passes, stream, self.pool)
         except RuntimeError as error:
-            self.fallback_reason = f"capture failed, passes run launch by launch: {_first_line(error)}"
+            self.fallback_reason = f"capture failed, passes run launch by launch: {first_line(error)}"
             return passes
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coconut_fast.infer.capture import capture_graph, capture_stream
+from coconut_fast.infer.capture import capture_graph, capture_stream, first_line
 from coconut_fast.model.batch import RaggedBatch, from_buffer, to_buffer
 from coconut_fast.train.buckets import signature
 
@@ -126,7 +126,7 @@ class GraphedStep:
             torch._foreach_zero_(fresh)
 
     def _give_up(self, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = first_line(error)
         self.fallback_reason = f"training steps are not captured as graphs, but run launch by launch: {reason}"
         warnings.warn(self.fallback_reason, stacklevel=4)
         for shape in self.shapes.values():
