@@ -83,6 +83,8 @@ class GraphRunner(EagerRunner):
         if isinstance(self.passes, fused.FusedPasses):
             self.bytes_per_pass = self.passes.bytes_per_pass
             self.measure_bandwidth = partial(copy_bandwidth, model.device)
+        self.dim = model.hf.get_input_embeddings().weight.shape[1]
+        self.dtype = torch.promote_types(model.dtype, torch.float32)  # of hidden states
         self.batches: dict[int, StaticBatch] = {}
         self.prompts: dict[tuple[int, int, int], StaticPrompts] = {}
         self.graphs: dict[tuple[object, str, tuple[int, ...]], Callable[[], None]] = {}
@@ -214,9 +216,7 @@ class GraphRunner(EagerRunner):
         """The static batch of the smallest bucket that holds this many rows."""
         size = next(b for b in BUCKETS if b >= rows)
         if size not in self.batches:
-            dim = self.model.hf.get_input_embeddings().weight.shape[1]
-            dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self.batches[size] = StaticBatch(size, dim, DECODE_STEPS + 1, dtype, self.cache.device)
+            self.batches[size] = StaticBatch(size, self.dim, DECODE_STEPS + 1, self.dtype, self.cache.device)
         return self.batches[size]
 
     def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
@@ -227,9 +227,7 @@ class GraphRunner(EagerRunner):
         return self.prompts[size]
 
     def _static_prompts(self, size: tuple[int, int, int]) -> StaticPrompts:
-        dim = self.model.hf.get_input_embeddings().weight.shape[1]
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
-        return StaticPrompts(size, dim, dtype, self.cache.device)
+        return StaticPrompts(size, self.dim, self.dtype, self.cache.device)
 
     def replay(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
         """Runs `count` passes of a kind by replaying their graph, which is captured on first use."""
