@@ -185,7 +185,7 @@ class NativeModel:
                     sampling.temperature,
                     sampling.top_k,
                     sampling.top_p,
-                    torch.tensor([_signed(s) for s in seeds[part]], dtype=torch.int64, device="cpu"),
+                    torch.tensor(seeds[part], dtype=torch.uint64, device="cpu").view(torch.int64),
                     _int32(first_steps[part]),
                     hidden_BD[part],
                 )
@@ -370,12 +370,6 @@ def _int32(values: Sequence[int]) -> torch.Tensor:
 def _states(rows: int, dim: int) -> torch.Tensor:
     """Zeros, (rows, D), as the chain needs them, whatever the caller's default dtype and device."""
     return torch.zeros(rows, dim, dtype=torch.float32, device="cpu")
-
-
-def _signed(seed: int) -> int:
-    """The 64 bits of a seed as a signed int64."""
-    seed &= (1 << 64) - 1
-    return seed - (1 << 64) if seed >> 63 else seed
 
 
 def _parts(count: int) -> list[slice]:
