@@ -94,7 +94,10 @@ class FusedPasses:
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters."""
+        """Picks up weights written in place since the last call; addresses do not change.
+
+        Copies always: a write through `.data` (weights averaged or swapped) leaves no trace in version counters.
+        """
         transposed: dict[torch.Size, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for index, packed in enumerate(self.layers):
             for name, tensor in self.plan.layer(index, into=packed).named().items():

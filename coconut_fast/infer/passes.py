@@ -197,9 +197,6 @@ class Passes(Protocol):
     reason: str  # how they are implemented, and why
     graphed_tokens: int  # the most prompt tokens worth a graph; more are prefilled without one
 
-    def refresh(self) -> None:
-        """Picks up weights written in place since the last call; addresses do not change."""
-
     def prefill(self, prompts: StaticPrompts) -> None:
         """One pass over given tokens, up to the hidden state of each row's last token."""
 
@@ -233,9 +230,6 @@ class HuggingFacePasses:
         model = self._model()
         assert model is not None, "the model is gone, and its passes run"
         return model
-
-    def refresh(self) -> None:
-        """Nothing: a pass reads the model's own weights."""
 
     def prefill(self, prompts: StaticPrompts) -> None:
         prompts.positions.add_(1)
