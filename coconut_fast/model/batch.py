@@ -88,7 +88,7 @@ class RaggedBatch:
         return padded.index_copy(0, self.padded_at, flat_TX).view(len(self.lengths), self.width, -1)
 
     def pin_memory(self) -> RaggedBatch:
-        """The same batch in page-locked memory, for the data loader."""
+        """The same batch in page-locked memory, which `to` can copy to a GPU without waiting."""
         return from_buffer(to_buffer(self).pin_memory(), self)
 
 
