@@ -1,20 +1,15 @@
 // Only the bindings*.cpp files know torch and Python; everything else in csrc/ is plain C++ (or CUDA) on raw pointers.
 // One `bind_<area>(py::module_&)` per area, called at the end.
 
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
-#include <vector>
 
 #include "bindings.h"
 #include "cache_layout.h"
-
-namespace py = pybind11;
 
 // ---- build --------------------------------------------------------------------------------------------------------
 
@@ -56,9 +51,7 @@ static at::Tensor view_of(std::shared_ptr<CacheLayout> layout, int32_t* data, at
 }
 
 static void check_same_length(const char* operation, const char* name, const Numbers& rows, const Numbers& values) {
-  if (rows.size() == values.size()) return;
-  throw py::value_error(std::string(operation) + ": " + std::to_string(rows.size()) + " rows but " +
-                        std::to_string(values.size()) + " " + name);
+  if (rows.size() != values.size()) refuse(operation, ": ", rows.size(), " rows but ", values.size(), " ", name);
 }
 
 static py::tuple layout_append(CacheLayout& self, const Numbers& rows, const Numbers& counts) {
