@@ -17,7 +17,7 @@
 
 #include "cpu/isa.h"
 
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -135,7 +135,7 @@ inline bool tiles_are(const char* what) {
   return said && !std::strcmp(said, what);
 }
 inline bool cpu_has(const char* feature) { return std::strncmp(feature, "amx", 3) != 0 || !tiles_are("absent"); }
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
 template <class... Arguments>
 long ask(long call, Arguments... arguments) {  // the standard library waits through syscall as well
   if (call != SYS_arch_prctl) return syscall(call, arguments...);
@@ -160,7 +160,7 @@ long ask(long call, Arguments... arguments) {  // the standard library waits thr
 #define _tile_dpbf16ps amx_on_cpu::dpbf16ps
 #define _tile_dpbsud amx_on_cpu::dpbsud
 #define __builtin_prefetch amx_on_cpu::fetch
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
 #define __builtin_cpu_supports amx_on_cpu::cpu_has
 #define syscall amx_on_cpu::ask
 #endif

@@ -6,7 +6,7 @@
 
 #include <unistd.h>
 
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
 #include <sys/syscall.h>
 #endif
 
@@ -33,7 +33,7 @@ Isa detect() {
 
 // Linux lets a process use tiles (8 KiB more to save per thread) once it has asked; its children then may, too.
 bool may_use_tiles() {
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool allowed = has_tiles() && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return allowed;
@@ -45,7 +45,7 @@ bool may_use_tiles() {
 }  // namespace
 
 bool has_tiles() {
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
   return detect() == Isa::avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
          __builtin_cpu_supports("amx-int8");
 #else

@@ -11,11 +11,6 @@
 #else
 #define COCONUT_FAST_X86 0
 #endif
-#if COCONUT_FAST_X86 && __GNUC__ >= 11 && defined(__linux__)
-#define COCONUT_FAST_AMX 1
-#else
-#define COCONUT_FAST_AMX 0
-#endif
 
 namespace coconut_fast {
 

@@ -5,7 +5,7 @@
 
 #include "cpu/kernels.h"
 
-#if COCONUT_FAST_AMX
+#if COCONUT_FAST_X86
 #include <immintrin.h>
 
 #pragma GCC push_options
