@@ -18,7 +18,6 @@ Chain::Chain(const ChainShape& shape, Format format, int threads, int max_tokens
     : shape_(shape), format_(format), max_tokens_(max_tokens), kernels_(kernels_for(isa)),
       layers_(shape.layers), tokens_(max_tokens), active_(max_tokens), states_(max_tokens), draws_(max_tokens),
       chosen_(max_tokens) {
-  x_ = make_rows(shape.dim);
   spare_.stride = odd_lines(shape.dim * sizeof(float)) / sizeof(float);
   attended_ = make_rows(shape.heads * shape.head_dim);
   sums_stride_ = size_t(max_tokens) * 64 + 16;
