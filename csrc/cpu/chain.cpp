@@ -1,7 +1,6 @@
 #include "cpu/chain.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 

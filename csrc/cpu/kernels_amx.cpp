@@ -1,6 +1,5 @@
 // The chain's kernels for Isa::amx: those of Isa::avx512_bf16, except that products of batches run on tiles.
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "cpu/kernels.h"

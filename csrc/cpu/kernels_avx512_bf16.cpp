@@ -1,6 +1,5 @@
 // The chain's kernels for Isa::avx512_bf16.
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "cpu/kernels.h"

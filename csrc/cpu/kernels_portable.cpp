@@ -1,6 +1,5 @@
 // The chain's kernels for Isa::portable.
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "cpu/kernels.h"
