@@ -249,6 +249,8 @@ def streams(monkeypatch) -> SimpleNamespace:
     """Stand-ins for what warm-ups and captures use of a GPU; `capture` may be replaced."""
     device = torch.device("cuda", 1)
     state = SimpleNamespace(device=device, now=Stream(device), made=[], capture=lambda graph, pool, stream: None)
+    state.generator = SimpleNamespace(set_to=[], clone_state=lambda: "a state that no graph waits for")
+    state.generator.graphsafe_set_state = state.generator.set_to.append
 
     @contextmanager
     def use(stream: Stream):
@@ -274,6 +276,7 @@ def streams(monkeypatch) -> SimpleNamespace:
         return state.now
 
     stand_ins = {"Stream": make, "current_stream": current, "stream": use, "graph": graph}
+    stand_ins |= {"synchronize": lambda device: None, "default_generators": {device.index: state.generator}}
     for name, stand_in in (stand_ins | {"CUDAGraph": lambda: SimpleNamespace(replay="replay")}).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     capture._stream.cache_clear()
@@ -300,6 +303,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(streams) -> None:
     with pytest.raises(RuntimeError, match="previous error"), capture.capture_stream(streams.device) as stream:
         capture.capture_graph(lambda: None, stream, "the pool")
     assert streams.now is first and first.waited == [stream]
+    assert streams.generator.set_to == ["a state that no graph waits for"]
 
 
 def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, streams) -> None:

@@ -47,8 +47,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def capture_graph(launches: Callable[[], None], stream: torch.cuda.Stream, pool: object) -> Callable[[], None]:
     """Captures the launches -> a callable that replays them. RuntimeError where they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        launches()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            launches()
+    except BaseException:  # the device's generator may still be waiting for the failed capture to end
+        torch.cuda.synchronize(stream.device)
+        generator = torch.cuda.default_generators[stream.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 

@@ -131,10 +131,7 @@ class GraphedStep:
         warnings.warn(self.fallback_reason, stacklevel=4)
         for shape in self.shapes.values():
             shape.replay, shape.outputs = None, ()
-        if self.device.type == "cuda":  # its generator may still be waiting for the failed capture to end
-            torch.cuda.synchronize(self.device)
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
