@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coconut_fast import Coconut, LatentTokens, load
+from coconut_fast import Coconut, KVCache, LatentTokens, load
+from coconut_fast.model.attention import attend
 from coconut_fast.model.checks import check_ragged
 from tests.families import FAMILIES, TOKENS, make_hf
 
@@ -60,6 +61,14 @@ def test_a_model_that_cannot_run_ragged_is_refused(family: str, tmp_path):
     random_model(family, settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=word):
         load(tmp_path, tokens=LatentTokens(start=1, thought=2, end=3))
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "position_bias", "block_indices"])
+def test_attention_that_does_more_than_ours_is_refused(keyword: str):
+    """MiniMax-M3 hands on block_indices, and its short rows, which have too few blocks to select from, are right."""
+    cache, x = KVCache(1, num_slots=16, max_rows=1), torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="lacks"):
+        attend(torch.nn.Module(), x, x, x, None, ragged=cache.append(cache.alloc(1), [1]), **{keyword: x})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

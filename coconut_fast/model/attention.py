@@ -29,6 +29,14 @@ from coconut_fast.model.batch import RaggedBatch
 from coconut_fast.model.cache import Ragged, Storage
 
 NAME = "coconut_fast"
+# Keywords of other attention functions in transformers, which would change the result.
+MORE_THAN_SOFTMAX = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a bias by position",
+    "indices": "a selection of keys",
+    "block_indices": "a selection of keys",
+}
 VIEWED_QUERIES = 512  # queries up to which a strided view is kept: the keys and values it pins cost less than a copy
 # Fewest passes for which joining pays: on a CPU a joined call of up to 16 costs as much as 4 to 6 separate ones, on a
 # GPU, by its bytes, as much as 2.
@@ -50,8 +58,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query (1, H, T, K), key and value (1, Hkv, T, K) of a ragged batch -> output (1, T, H, K).
 
-    Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks, attention to
-    later positions).
+    Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks, a bias, a
+    selection of keys, attention to later positions).
     """
     if ragged is None:
         raise ValueError(
@@ -61,8 +69,9 @@ def attend(
         )
     if attention_mask is not None:
         raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which attn_implementation={NAME!r} lacks")
+    for name, meaning in MORE_THAN_SOFTMAX.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {meaning}, which attn_implementation={NAME!r} lacks")
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(
             f"{type(module).__name__} attends to later positions too (is_causal is False), "
