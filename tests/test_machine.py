@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from coconut_fast import generate
+from coconut_fast import Coconut, KVCache, generate
 from coconut_fast.infer import engine, machine, native
-from tests.families import make_pair
+from coconut_fast.infer.prefill import prefill
+from tests.families import FAMILIES, TOKENS, make_pair
 from tests.test_native import native_chains, random_model, wrap
 
 
@@ -43,6 +45,26 @@ def test_one_long_prompt_does_not_size_the_rows_of_short_ones(sampled: dict, mon
         monkeypatch.setattr(machine, "free_bytes", lambda device, free=free: free)
         with pytest.raises(ValueError, match=f"batch_size: a cache of {rows} rows needs"):
             generate(model, prompts, batch_size=batch_size, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {}),
+        ("qwen3", {}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16}),
+        ("deepseek_v3", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 12}),
+    ],
+)
+def test_a_cache_has_the_bytes_it_was_said_to_need(family: str, changes: dict) -> None:
+    """Gemma 4's layers have heads of different widths, and DeepSeek's keys are wider than its values."""
+    small = {"vocab_size": 96, **FAMILIES.get(family, FAMILIES["llama"]), **changes}
+    model = Coconut(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small)).eval(), TOKENS)
+    cache = KVCache(model.num_layers, num_slots=32, max_rows=1)
+    prefill(model, cache, cache.alloc(1), [[5, 6]])
+    held = sum(stored.numel() * stored.element_size() for stored in (*cache.keys, *cache.values))
+    assert machine.cache_bytes(model, 32) == held
+    assert generate(model, [[5, 6, 94]], max_new_tokens=1).num_thoughts == [1]
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

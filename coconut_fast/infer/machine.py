@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from coconut_fast.model.coconut import Coconut
 
@@ -31,9 +32,17 @@ def check(model: Coconut, num_slots: int, batch_size: int, free: int) -> None:
 def cache_bytes(model: Coconut, num_slots: int) -> int:
     """Bytes of the keys and values of all layers in `num_slots` slots."""
     config = model.hf.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    return num_slots * sum(map(_cached_values, layers)) * model.dtype.itemsize
+
+
+def _cached_values(config: PreTrainedConfig) -> int:
+    """Numbers that a layer keeps of a token, as keys and values."""
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * num_slots * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    if getattr(config, "kv_lora_rank", None):  # DeepSeek's attention, whose head_dim is that of the rotated part only
+        return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * kv_heads * head_dim
 
 
 def free_bytes(device: torch.device) -> int:
