@@ -38,6 +38,7 @@ REFUSED = {
     "qwen2_moe": ({**MOE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, "sliding window"),
     "stablelm": ({}, "does not hand keywords on"),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
+    "gemma4_text": ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}, "reverse the embedding"),
     "bert": ({"is_decoder": True}, "logits in a way that is not known"),
     "bert-generation": ({"is_decoder": False}, "attends to later positions"),
 }
@@ -45,7 +46,7 @@ REFUSED = {
 
 def random_model(family: str, settings: dict[str, Any]) -> Any:
     known = AutoConfig.for_model(family)
-    small = {name: value for name, value in SMALL.items() if hasattr(known, name)}
+    small = {name: value for name, value in SMALL.items() if name in {*known.to_dict(), *known.attribute_map}}
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, **settings)).eval()
     with torch.no_grad():

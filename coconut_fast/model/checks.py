@@ -92,9 +92,11 @@ def check_feedback(model: Coconut) -> None:
 
 
 def _inputs(model: Coconut) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (5, D) and positions (5,) of two rows, of three tokens and of two."""
+    """Embeddings (5, D) and positions (5,) of two rows, of three tokens and two; one is, like a thought, no token."""
     ids = torch.tensor([model.tokens.thought, 0, 1, 1, 0], device=model.device)
-    return model.embed(ids), torch.tensor([0, 1, 2, 0, 1], device=model.device)
+    x_TD = model.embed(ids)
+    x_TD[1] = (x_TD[0] + x_TD[2]) / 2
+    return x_TD, torch.tensor([0, 1, 2, 0, 1], device=model.device)
 
 
 def _run_together(model: Coconut, calls: list[tuple[int, int | None]]) -> tuple[torch.Tensor, torch.Tensor]:
