@@ -24,6 +24,7 @@ from coconut_fast.kernels import matmul
 from coconut_fast.model import batch as ragged_batch
 from coconut_fast.model import coconut, deferred, weight
 from coconut_fast.model.batch import RaggedBatch, collate
+from coconut_fast.train import buckets
 from coconut_fast.train.buckets import bucketed
 from coconut_fast.train.graphed import GraphedStep
 
@@ -43,7 +44,7 @@ def keep_everything(model: Coconut) -> None:
 
 
 def read_everything(model: Coconut) -> None:
-    ragged_batch.used_positions = lambda counts, unread: None
+    ragged_batch.used_positions = buckets.used_positions = lambda counts, unread: None
 
 
 def products_by_onednn(model: Coconut) -> None:

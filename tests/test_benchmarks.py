@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import bench_graph, bench_ops, bench_persistent, figures
+from benchmarks import bench_graph, bench_ops, bench_persistent, figures, train_step
 from benchmarks.figures import Figures
 from benchmarks.summary import summarize
 from coconut_fast import Coconut, ops
@@ -25,9 +25,12 @@ from coconut_fast.infer import cuda_graphs
 from coconut_fast.infer.cuda_graphs import GraphRunner
 from coconut_fast.infer.fused import FusedPasses
 from coconut_fast.infer.persistent import Launch, PersistentChain
+from coconut_fast.model import batch as ragged_batch
 from coconut_fast.model.plan import describe
+from coconut_fast.train import buckets
 from tests.families import FAMILIES, TOKENS, make_hf, make_pair
 from tests.persistent_setup import compile_kernel
+from tests.test_buckets import both
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -200,6 +203,15 @@ def test_what_a_batch_costs_is_a_row_of_its_own() -> None:
 def test_the_peers_static_cache(device) -> None:
     hf = make_hf("gpt2").to(device)
     assert bench_graph.static_seconds(hf, 2, rounds=1) > 0
+
+
+def test_a_step_that_reads_every_token_does_so_in_batches_for_graphs_too(monkeypatch) -> None:
+    for module in (ragged_batch, buckets):  # restored after the test
+        monkeypatch.setattr(module, "used_positions", module.used_positions)
+    shapes = [(20, 3, 4), (9, 3, 5)]
+    assert [made.passes[0].used is None for made in both(shapes)] == [False, False]
+    train_step.read_everything(make_pair("gpt2")[0])
+    assert [p.used for made in both(shapes) for p in made.passes] == [None] * 8
 
 
 def test_a_run_that_is_killed_keeps_what_it_has_measured(tmp_path: Path) -> None:
