@@ -43,6 +43,15 @@ def test_without_end_of_text_no_row_ends(backend, device) -> None:
     assert torch.equal(given["remaining"], before)
 
 
+@pytest.mark.parametrize("eos", [2, -1])
+def test_nothing_is_written_beyond_the_rows(eos: int, device) -> None:
+    given = arrange(device)
+    step = given.pop("step")
+    longer = {name: torch.cat([x, x.new_full((3, *x.shape[1:]), 6)]) for name, x in given.items()}
+    ops.accept_tokens(**{name: x[:5] for name, x in longer.items()}, step=step, eos=eos, backend="triton")
+    assert all((x[5:] == 6).all() for x in longer.values())
+
+
 def test_wrong_inputs_are_named(device) -> None:
     given = arrange(device)
     with pytest.raises(ValueError, match=r"attended has shape \(4,\), expected \(5,\)"):
