@@ -54,6 +54,9 @@ def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
         main(["eval", "m", "d", "--bogus"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.endswith("coconut-fast eval: error: unrecognized arguments: --bogus\n")
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("required: recipe\n"), "overrides may be left out"
 
 
 def test_spelled_out_choices_are_complete() -> None:

@@ -27,7 +27,10 @@ def add(commands: Any) -> None:
         "or the official code's args/*.yaml",
     )
     parser.add_argument(
-        "override", nargs="*", help="KEY=VALUE, instead of what the recipe says; model.n_layer=4 for a key of a mapping"
+        "override",
+        nargs="*",
+        default=[],  # else argparse calls it required, too
+        help="KEY=VALUE, instead of what the recipe says; model.n_layer=4 for a key of a mapping",
     )
     parser.set_defaults(run=_train)
 
