@@ -1,19 +1,21 @@
-"""What a user's callbacks may do to a run: stop it within an epoch, from where it resumes, and evaluate."""
+"""What a user's callbacks may do to a run: stop it within an epoch, from where it resumes, and evaluate; its bar."""
 
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerState
 
 from coconut_fast.train import checkpoints
 from coconut_fast.train.build import build
 from coconut_fast.train.problems import DataSet
-from coconut_fast.train.reports import read_metrics
+from coconut_fast.train.reports import DELAY, Report, read_metrics
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.runs import chains, tiny
 
@@ -99,3 +101,19 @@ def test_evaluations_of_other_problems_leave_the_run_alone(tmp_path: Path) -> No
     assert trainer.run_state == before
     with pytest.raises(ValueError, match="eval_dataset: found list, expected a DataSet"):
         trainer.evaluate([1])
+
+
+def test_every_line_of_the_progress_bar_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of a bar, too, that an evaluation finds with its delay over, but before its first sight."""
+    for seen in (False, True):
+        report = Report(tmp_path)
+        report.bar = tqdm(total=9, delay=DELAY)
+        report.bar.start_t = report.bar.last_print_t = time.time() - DELAY - 1
+        if seen:
+            report.bar.update()
+        state = TrainerState(is_world_process_zero=True)
+        report.on_evaluate(None, state, None, {"epoch": 1, "stage": 0, "eval_accuracy": 0.5})
+        report.close()
+        shown = capsys.readouterr().err
+        assert "epoch 1  stage 0" in shown and shown.endswith("\n")
+        assert ("/9 [" in shown) == seen

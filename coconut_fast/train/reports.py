@@ -144,8 +144,9 @@ class Report(TrainerCallback):
             line = f"epoch {metrics['epoch']:g}  stage {metrics['stage']}  step {state.global_step}"
             names = ("eval_loss", "eval_accuracy", "eval_mean_tokens")
             line += "".join(f"  {name[5:]} {figure(metrics[name])}" for name in names if name in metrics)
-            # tqdm.write would show a bar whose delay is not over, and not end its line.
-            shown = self.bar is not None and self.bar.format_dict["elapsed"] > DELAY
+            # tqdm.write would show a bar that has never shown itself, and close() not end its line.
+            bar = self.bar
+            shown = bar is not None and not bar.disable and bar.last_print_t >= bar.start_t + DELAY
             (tqdm.write if shown else print)(line, file=sys.stderr)
 
     def close(self) -> None:
