@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import io
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import yaml
 
 from coconut_fast import load
 from coconut_fast.cli import SIGPIPE, main
+from coconut_fast.commands.generate import _Lines
 from coconut_fast.data.examples import read_examples
 from tests.conftest import ROOT
 from tests.runs import tiny
@@ -108,3 +111,17 @@ def test_a_full_pipe_behind_stderr_ends_nothing(tmp_path: Path) -> None:
     assert subprocess.run(command, cwd=ROOT, stderr=writer).returncode == 0
     os.close(reader)
     os.close(writer)
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.json").write_text('[{"question": "go", "steps": [], "answer": "é"}]', encoding="utf-8")
+    shown = io.BytesIO()
+    stream = io.TextIOWrapper(shown, "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "__stdout__", stream)
+    assert main(["data", "check", str(tmp_path / "x.json")]) == 0
+    lines = _Lines(["é"], argparse.Namespace(json=True, num_samples=1))
+    lines.add(0, "é\U0001f600", [1], 2)
+    *_, answer, record = shown.getvalue().decode("ascii").splitlines()
+    assert answer.split() == ["first", "answer", r"\xe9"]
+    assert json.loads(record) == {"prompt": "é", "text": "é\U0001f600", "token_ids": [1], "num_thoughts": 2}

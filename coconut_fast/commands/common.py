@@ -124,7 +124,10 @@ class _Lossy(io.FileIO):
 
 
 def open_streams() -> None:
-    """Opens the standard streams that the caller closed (`2>&-`), as /dev/null; stderr never raises from here on."""
+    """Opens the standard streams that the caller closed (`2>&-`), as /dev/null; stderr never raises from here on.
+
+    Characters that the locale's encoding lacks are written as escapes: they must not cost the answers.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -132,6 +135,9 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of ours may get
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if descriptor else "r"))
+    out = sys.__stdout__
+    if sys.stdout is out and isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+        out.reconfigure(errors="backslashreplace")
     own = sys.__stderr__
     if own is not None and sys.stderr is own:
         raw = io.BufferedWriter(_Lossy(own.fileno(), "w", closefd=False))

@@ -109,7 +109,8 @@ class _Lines:
         if self.arguments.json:
             prompt = self.prompts[number // self.arguments.num_samples]
             record = {"prompt": prompt, "text": text, "token_ids": token_ids, "num_thoughts": num_thoughts}
-            self.waiting[number] = json.dumps(record, ensure_ascii=False)
+            readable = "utf" in (sys.stdout.encoding or "").lower()  # else JSON's escapes, not Python's
+            self.waiting[number] = json.dumps(record, ensure_ascii=not readable)
         else:
             self.waiting[number] = str(text)
         while self.next in self.waiting:
