@@ -21,9 +21,9 @@ class Paged:
     def layout(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.page_table, self.rows, self.lengths
 
-    def slots(self, b: int, first: int = 0) -> torch.Tensor:
-        """Slots of positions first .. length - 1 of row b."""
-        j = torch.arange(first, int(self.lengths[b]), device=self.rows.device)
+    def slots(self, b: int) -> torch.Tensor:
+        """Slots of the tokens of row b."""
+        j = torch.arange(int(self.lengths[b]), device=self.rows.device)
         pages = self.page_table[int(self.rows[b])].long()
         return pages[j // self.page_size] * self.page_size + j % self.page_size
 

@@ -11,10 +11,10 @@ from coconut_fast.infer.sampling import sample_at
 from tests.paged import spread
 
 
-def head(batch: int, dim: int, vocabulary: int, step: float = 0.25) -> tuple[torch.Tensor, torch.Tensor]:
+def head(batch: int, dim: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and weights on a coarse grid: every order of summation gives the same logits, with many ties."""
     hidden = torch.randint(-3, 4, (batch, dim)).float()
-    return hidden, torch.randint(-3, 4, (vocabulary, dim)).float() * step / dim**0.5
+    return hidden, torch.randint(-3, 4, (vocabulary, dim)).float() * 0.25 / dim**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
