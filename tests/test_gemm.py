@@ -6,12 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
 
 from coconut_fast import ops
 from coconut_fast.model.weight import UNPACKED_ROWS, Weight, has_own_products
 from tests.compare import assert_as_good_as_torch
 from tests.families import make_pair, make_row
+from tests.test_few_rows_linear import draw
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHAPES = [(0, 4, 3), (1, 2, 1), (7, 64, 33), (15, 96, 48), (70, 2050, 100), (300, 768, 96), (32, 8192, 48)]
@@ -21,10 +21,6 @@ own_products = pytest.mark.skipif(not ops.extension().gemm_runs(), reason="needs
 @pytest.fixture(params=[pytest.param("cpu", marks=own_products), "torch"])
 def backend(request) -> str:
     return request.param
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("asked", [None, "cpu", "torch", "triton"])

@@ -18,6 +18,7 @@ import torch
 from coconut_fast import doctor, ops
 from coconut_fast.infer import native
 from tests.compare import assert_as_good_as_torch
+from tests.test_few_rows_linear import draw
 from tests.test_native import chains, native_chains, quantised, random_model, wrap
 from tests.test_portable import BOUNDS, CHAINS, build, results
 
@@ -61,10 +62,6 @@ def multiply(library: Path, x: torch.Tensor, w: torch.Tensor, int8: bool = False
     call.restype = None
     call(int8, w.data_ptr(), n, k, x.data_ptr(), rows, out.data_ptr(), counts)
     return out, list(counts)
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def quantise(x: torch.Tensor, largest: float, size: int) -> tuple[torch.Tensor, torch.Tensor]:
