@@ -14,10 +14,10 @@ ROWS = [make_row(5, 4, 3, 1), make_row(17, 0, 3, 2), make_row(9, 2, 5, 3), [7, 9
 BATCH = collate(ROWS, TOKENS.thought, [[IGNORE] * (len(r) - 3) + r[-3:] for r in ROWS])
 
 
-def _run(model, rounds: int | None) -> tuple:
+def _run(model, rounds: int | None, loss_only: bool = False) -> tuple:
     model.zero_grad()
     model.settings.parallel_rounds = rounds
-    output = model(batch=BATCH)
+    output = model(batch=BATCH, loss_only=loss_only)
     output.loss.backward()
     return output, [p.grad.clone() for p in model.parameters()]
 
@@ -58,6 +58,20 @@ def test_fewer_rounds_follow_the_definition(rounds: int) -> None:
     torch.testing.assert_close(found.loss, loss, rtol=1e-12, atol=1e-12)
     for (name, p), g in zip(plain.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_training_step_computes_only_what_loss_and_thoughts_need(rounds: int) -> None:
+    model, _ = make_pair("gpt2", torch.float64)
+    expected, gradients = _run(model, rounds)
+    counts: list[int] = []
+    model.hf.transformer.h[-1].mlp.c_fc.register_forward_pre_hook(lambda _, given: counts.append(given[0].shape[1]))
+    found, found_gradients = _run(model, rounds, loss_only=True)
+    used = BATCH.passes[0].used
+    assert used is not None and counts[0] == used.at.numel()
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=1e-12)
+    for name, a, b in zip(dict(model.named_parameters()), found_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_a_second_backward_gives_the_same_gradients() -> None:
