@@ -70,6 +70,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The persistent kernel's source, compiled for the CPU."""
+    from tests.persistent_setup import compile_kernel
+
+    return compile_kernel(tmp_path_factory.mktemp("persistent"))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """PyTorch computes with one thread, so that two trainings can be equal bit for bit."""

@@ -29,7 +29,6 @@ from coconut_fast.model import batch as ragged_batch
 from coconut_fast.model.plan import describe
 from coconut_fast.train import buckets
 from tests.families import FAMILIES, TOKENS, make_hf, make_pair
-from tests.persistent_setup import compile_kernel
 from tests.test_buckets import both
 
 
@@ -121,12 +120,6 @@ def test_graph_benchmark_refuses_a_wrong_result(device, monkeypatch) -> None:
     monkeypatch.setattr(bench_graph.Timed, "pass_seconds", lambda *a: pytest.fail("a wrong result is timed"))
     with pytest.raises(AssertionError, match="nothing is timed"):
         bench_graph.measure(make_pair("gpt2")[0].to(device), 2, rounds=1)
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The persistent kernel's source, compiled for the CPU."""
-    return compile_kernel(tmp_path_factory.mktemp("persistent"))
 
 
 def pretend_persistent(launch: Launch, monkeypatch) -> None:

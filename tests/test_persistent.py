@@ -22,7 +22,6 @@ from tests.persistent_setup import (
     PROMPTS,
     ROOT,
     Start,
-    compile_kernel,
     last_states,
     machine,
     plan_of,
@@ -32,12 +31,6 @@ from tests.test_native import random_model, wrap
 from tests.test_plan import gpt2, llama_like
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """The kernel's source, compiled for the CPU."""
-    return compile_kernel(tmp_path_factory.mktemp("persistent"))
 
 
 def loud(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
