@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,12 @@ def test_final_epochs_end_a_run_by_count() -> None:
     assert play(schedule)[0] == schedule.stages_by_count() == [0, 1, 2, 2, 2]
     schedule = StageSchedule(last_stage=1, epochs_per_stage=3, num_epochs=99, final_epochs=1, advance_at=0.0)
     assert schedule.stages_by_count() == [0, 0, 0, 1], "what it lasts at the most"
+
+
+def test_a_plan_of_many_epochs_is_made_at_once() -> None:
+    start = time.perf_counter()
+    assert len(StageSchedule(last_stage=3, num_epochs=20_000).stages_by_count()) == 20_000
+    assert time.perf_counter() - start < 5, "some 0.1 s"
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,14 @@ class StageSchedule:
         if not history:
             return self.planned_stage(self.first_epoch)
         now = history[-1].stage
+        if now >= self.last_stage and self.final_epochs is None:
+            return now
+        if now < self.last_stage and self.advance_at is None:
+            return self.planned_stage(self.first_epoch + len(history))
+        # Only here, where it is bounded: in a long last stage, plans took time quadratic in num_epochs.
         spent = sum(1 for _ in takewhile(lambda record: record.stage == now, reversed(history)))
         if now >= self.last_stage:
             return None if self.final_epochs is not None and spent >= self.final_epochs else now
-        if self.advance_at is None:
-            return self.planned_stage(self.first_epoch + len(history))
         if spent == len(history):  # the run began within this stage
             spent += sum(self.planned_stage(epoch) == now for epoch in range(self.first_epoch))
         metric, asked = history[-1].metric, self.threshold(now)
