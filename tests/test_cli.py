@@ -194,6 +194,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     training = trained / "recipe.yaml"
     assert "invalid choice" in fails(capsys, 2, "learn")
     assert "unknown key 'epoch'" in fails(capsys, 2, "train", training, "epoch=3")
+    assert "seed: found 4294967296, expected less than" in fails(capsys, 2, "train", training, "seed=4294967296")
     assert "no such file or directory" in fails(capsys, 2, "eval", tmp_path / "absent", data)
     assert "config.json; expected" in fails(capsys, 2, "eval", run, tmp_path, tmp_path / "absent.json"), "before work"
     assert "absent.json: cannot be read" in fails(capsys, 2, "eval", run, tmp_path / "absent.json")

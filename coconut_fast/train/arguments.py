@@ -164,6 +164,8 @@ class CoconutArguments:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: found {value}, expected {low} or more")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: found {self.seed}, expected less than 2**32, NumPy's limit")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number of at least 0")
