@@ -84,6 +84,8 @@ def test_number_of_thoughts_is_said_or_remembered(model: Coconut) -> None:
     assert evaluate(model, examples, method="cot", max_new_tokens=2).mean_thoughts == 0
     with pytest.raises(ValueError, match="method: found 'magic'"):
         evaluate(model, examples, method="magic")
+    model.settings.num_thoughts = 3  # all that some checkpoints say
+    assert evaluate(model, examples, max_new_tokens=2).mean_thoughts == 3
     record_curriculum(model, CurriculumConfig(c_thought=2, max_latent_stage=3), stage=2)
     assert evaluate(model, examples, max_new_tokens=2).mean_thoughts == 4
     assert evaluate(model, examples, num_thoughts=1, max_new_tokens=2).mean_thoughts == 1
