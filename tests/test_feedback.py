@@ -41,6 +41,8 @@ def test_projection_is_linear_gelu_linear_norm() -> None:
     outer_BD = functional.linear(functional.gelu(inner_BD), second.weight, second.bias)
     expected = functional.layer_norm(outer_BD, (32,), norm.weight, norm.bias)
     torch.testing.assert_close(projection(hidden_BD), expected, rtol=1e-5, atol=1e-5)
+    narrow = make_feedback("projection", make_hf("gpt2", torch.bfloat16).get_input_embeddings())
+    assert narrow(hidden_BD.bfloat16()).dtype == torch.bfloat16, "of a bf16 model"
 
 
 def test_pause_is_one_embedding_that_begins_as_their_mean() -> None:
