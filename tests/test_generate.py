@@ -267,6 +267,8 @@ def test_words_that_become_the_unknown_token_are_told_of(tmp_path) -> None:
     with pytest.warns(UserWarning, match=message) as told:
         generate(model, ["go on from ada", "go zorp, blub", [7, 7], "zorp"], num_thoughts=0, max_new_tokens=1)
     assert len(told) == 1
+    with pytest.warns(UserWarning, match="does not know 1 of the words, first white space or the like in prompt 0"):
+        generate(model, "go on from ada ", num_thoughts=0, max_new_tokens=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # 2: the unknown token itself, given on purpose

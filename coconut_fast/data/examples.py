@@ -178,7 +178,8 @@ def warn_of_unknown(
     for number, (text, pieces) in enumerate(read, start):
         found = sum(ids.count(unknown) for ids in pieces)
         if found and not count:
-            first = f"{(unknown_word(tokenizer, text) or text)!r} in {each} {number}"
+            word = unknown_word(tokenizer, text)
+            first = f"{'white space or the like' if word is None else repr(word)} in {each} {number}"
         count += found
     if count:
         warnings.warn(
