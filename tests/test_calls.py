@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from coconut_fast import Coconut, GenerateOutput, LatentTokens, doctor, generate, load, ops
 from coconut_fast.data.curriculum import CurriculumConfig
 from coconut_fast.data.prosqa import generate_prosqa
-from coconut_fast.infer import engine, runner_cache
+from coconut_fast.infer import decode, eager, engine, runner_cache
 from coconut_fast.infer.eager import EagerRunner
 from coconut_fast.infer.prefill import prefill
 from coconut_fast.infer.think import think
@@ -135,6 +135,21 @@ def test_answers_are_told_of_when_they_are_complete(model: Coconut) -> None:
     output = generate(model, [PROMPT, [5, 6], [7]], **options, on_answer=lambda *answer: told.append(answer))
     assert [i for i, *_ in told] == [2, 3, 4, 5, 0, 1], "the long answers are complete last"
     assert sorted(told) == list(zip(range(6), output.texts, output.token_ids, output.num_thoughts, strict=True))
+
+
+def test_the_cache_has_room_for_an_answer_that_outlives_the_others_to_its_prompt(model: Coconut, monkeypatch) -> None:
+    """Three rows at a time, two to a prompt: the second answer to the first prompt, and both to the second."""
+
+    def choose(model: Coconut, hidden_BD: torch.Tensor, answers: list, sampling: object) -> None:
+        for answer in answers:
+            answer.tokens.append(TOKENS.eos if answer.seed == 0 else 5)
+
+    monkeypatch.setattr(engine, "choose_runner", lambda model: (EagerRunner, "asked for"))
+    monkeypatch.setattr(engine, "_seeds", lambda *_: range(4))
+    for module in (decode, eager):
+        monkeypatch.setattr(module, "choose", choose)
+    output = generate(model, [[5], [6]], num_samples=2, batch_size=3, temperature=1.0, max_new_tokens=60)
+    assert [len(ids) for ids in output.token_ids] == [0, 60, 60, 60]
 
 
 def test_states_that_are_not_finite_are_told_of_once() -> None:
