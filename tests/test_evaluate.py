@@ -17,7 +17,7 @@ from coconut_fast.data.graphs import ANSWER, ROOT, TOKENS, graph_of, layered_tre
 from coconut_fast.data.prosqa import generate_prosqa
 from coconut_fast.evaluate import accuracy
 from coconut_fast.evaluate.accuracy import evaluate, trained_curriculum
-from coconut_fast.evaluate.recipe import evaluate_recipe
+from coconut_fast.evaluate.recipe import evaluate_recipe, fill_settings
 from coconut_fast.evaluate.table import result_table, write_results
 from coconut_fast.infer import scoring
 from coconut_fast.infer.prompts import read_prompts
@@ -292,6 +292,12 @@ def test_a_recipe_is_evaluated_in_its_precision_and_rounds(
     monkeypatch.setattr(accuracy, "generate_and_score", score)
     evaluate_recipe(tiny(tmp_path, only_eval=True, parallel_rounds=2, precision=precision, num_thoughts=2))
     assert seen == [(2, dtype, torch.float32)]
+
+
+def test_a_checkpoint_keeps_the_rounds_it_was_trained_with(model: Coconut, tmp_path: Path) -> None:
+    model.settings.parallel_rounds = 3
+    fill_settings(model, tiny(tmp_path, only_eval=True, num_thoughts=2))
+    assert model.settings.parallel_rounds == 3
 
 
 def test_the_number_of_pauses_is_not_taken_from_resume(tmp_path: Path) -> None:
