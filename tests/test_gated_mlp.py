@@ -8,14 +8,14 @@ from torch import library
 
 from coconut_fast import ops
 from tests.compare import assert_as_good_as_torch
-from tests.paged import truth_of
+from tests.paged import truth_of, view
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "swiglu"])
 @pytest.mark.parametrize(("rows", "width", "biased"), [(1, 2, False), (3, 200, True), (2, 2500, False)])
 def test_against_the_reference(rows, width, biased, activation, dtype, device) -> None:
-    x = (torch.randn(rows, width) * 3).to(device, dtype)
+    x = view((torch.randn(rows, width) * 3).to(device, dtype))
     bias = torch.randn(width).to(device, dtype) if biased else None
     truth_x, truth_bias = x.cpu().double(), None if bias is None else bias.cpu().double()
     ours = ops.gated_mlp(x, activation=activation, bias=bias, backend="triton")
