@@ -200,6 +200,16 @@ def test_a_model_that_half_replaced_another_one_is_refused_until_it_is_saved_aga
     assert not list(tmp_path.glob(".*"))
 
 
+def test_all_files_of_a_saved_model_have_the_mode_of_new_files(tmp_path) -> None:
+    before = os.umask(0o027)
+    try:
+        Coconut(make_hf("gpt2"), TOKENS, feedback="projection").save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()}
+    assert {"model.safetensors", "feedback.safetensors"} <= modes.keys() and {*modes.values()} == {0o640}, modes
+
+
 def test_several_processes_may_save_into_one_directory(tmp_path) -> None:
     """As where every rank saves: none removes what another one is about to put in place."""
     model = Coconut(make_hf("gpt2"), TOKENS, feedback="projection")

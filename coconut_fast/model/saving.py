@@ -123,6 +123,8 @@ def write(model: Coconut, directory: Path, state: dict[str, torch.Tensor] | None
         "feedback": name_of(model.feedback),
     }
     (directory / COCONUT_JSON).write_text(json.dumps(saved, indent=2) + "\n", "utf-8")
+    for file in directory.glob("*.safetensors"):  # since 0.8 safetensors lets only their owner read them
+        shutil.copymode(directory / COCONUT_JSON, file)
 
 
 def check_merged(model: Coconut) -> None:
