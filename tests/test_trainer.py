@@ -18,7 +18,7 @@ from coconut_fast.data.examples import Example, write_examples
 from coconut_fast.model.batch import collate
 from coconut_fast.model.feedback import name_of
 from coconut_fast.train import checkpoints
-from coconut_fast.train.build import build
+from coconut_fast.train.build import MULTIPASS, build
 from coconut_fast.train.callbacks import record_curriculum
 from coconut_fast.train.checkpoints import CheckpointError
 from coconut_fast.train.problems import DataSet
@@ -338,6 +338,22 @@ def test_a_saved_feedback_is_kept_and_named(tmp_path: Path, capsys: pytest.Captu
     folder = run(tiny(tmp_path, **changes, num_epochs=1))
     assert name_of(load(folder).feedback) == "projection"
     assert "coconut, 1 thought per step, fed back by projection\n" in capsys.readouterr().err
+
+
+def test_the_feedback_of_a_method_ends_with_it(tmp_path: Path) -> None:
+    """Coconut from a model with pauses fed back the pause, and called it a thought."""
+    build(tiny(tmp_path, feedback="projection"), chains(8)).save_pretrained(tmp_path / "chosen")
+    model = build(tiny(tmp_path, method=MULTIPASS), chains(8))
+    record_curriculum(model, CurriculumConfig(MULTIPASS), 1)
+    model.save_pretrained(tmp_path / "paused")
+
+    def feedback(before: str, **changes: Any) -> str:
+        changes = {"tokenizer": None, "load_model_path": str(tmp_path / before), **changes}
+        return name_of(build(tiny(tmp_path, **changes), []).feedback)
+
+    assert feedback("paused") == feedback("paused", method="cot") == "identity"
+    assert feedback("paused", method=MULTIPASS) == feedback("paused", only_eval=True) == "pause"
+    assert feedback("chosen") == "projection"
 
 
 def test_refuses_before_it_starts(tmp_path: Path) -> None:

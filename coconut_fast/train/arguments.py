@@ -66,7 +66,8 @@ class CoconutArguments:
     # None: the model's, and its way of writing graphs; "words": word by word, made from train_path; "symbols": graphs,
     # one token per node; else a hub id or a directory. A model that is not from scratch may have none or "symbols".
     tokenizer: str | None = None
-    # How a hidden state becomes the next input (model/feedback.py). A model saved with another keeps it at "identity".
+    # How a hidden state becomes the next input (model/feedback.py). A model saved with another keeps it at "identity",
+    # except for that of pause_as_thought_multipass, where the method is no longer that.
     feedback: str = "identity"
     load_model_path: str | None = None  # weights to start from: a directory, or a torch file (official checkpoints)
     precision: str = "fp32"  # bf16, fp16: compute over fp32 weights; bf16_weights: all bf16, as in the official code

@@ -17,10 +17,12 @@ from coconut_fast.data.graphs import EOS, VOCABULARY
 from coconut_fast.data.tokenizer import symbolic_tokenizer, word_tokenizer
 from coconut_fast.model.checks import check_ragged, check_vocabulary
 from coconut_fast.model.coconut import Coconut
+from coconut_fast.model.feedback import Identity
 from coconut_fast.model.loading import add_latent_tokens, load, reason_of, start_rows
 from coconut_fast.tokens import PAUSE
 from coconut_fast.train.arguments import CoconutArguments
 
+MULTIPASS = "pause_as_thought_multipass"  # the method that feeds back a learned embedding
 # Sizes in a configuration that must not be 0, though transformers does build a model without layers.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
@@ -33,7 +35,7 @@ def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
     """
     torch.manual_seed(settings.seed)
     dtype = torch.bfloat16 if settings.precision == "bf16_weights" else torch.float32
-    feedback = "pause" if settings.method == "pause_as_thought_multipass" else settings.feedback
+    feedback = "pause" if settings.method == MULTIPASS else settings.feedback
     brings_own = settings.load_model_path is not None or isinstance(settings.model, str)
     if brings_own and settings.tokenizer not in (None, "symbols"):
         raise ValueError(
@@ -51,6 +53,8 @@ def build(settings: CoconutArguments, examples: Sequence[Example]) -> Coconut:
         model.settings.symbols = {name: getattr(settings, name) for name in names}
     if not settings.only_eval:
         _start_unused(model, settings.method)
+        if model.settings.method == MULTIPASS != settings.method and settings.feedback == "identity":
+            model.feedback = Identity()  # that of the model was its method's, nobody's choice
     if METHODS[settings.method].slot == "pause" and model.tokens.pause is None:
         _add_pause(model)
     check_vocabulary(model)
