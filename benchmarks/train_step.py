@@ -56,12 +56,13 @@ def products_by_mkl(model: Coconut) -> None:
     matmul._linear = None
 
 
+OWN, EITHER = "our own products, with oneDNN's", "either, with PyTorch's"
 # Each saving, and what switches it off. Without the deferring mode the four savings in it are gone: one product per
 # weight, products other than PyTorch's, token gradients joined with the head's, norms and GELU computed again.
 SAVINGS = {
     "the deferring mode": lambda model: setattr(model, "defer_weight_gradients", False),
-    "our own products, with oneDNN's": products_by_onednn,
-    "either, with PyTorch's": products_by_mkl,
+    OWN: products_by_onednn,
+    EITHER: products_by_mkl,
     "norms and GELU computed again": keep_everything,
     "last layer of read tokens only": read_everything,
     "fused head and loss": lambda model: only_torch("linear_cross_entropy"),
