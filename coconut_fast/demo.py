@@ -34,8 +34,9 @@ PROBLEMS = {"train": 16000, "valid": 200, "test": 1000}
 GRAPHS = {"depth": 3, "width": 2, "extra_edges": 0}
 # Name in the table -> changes to the recipe. Coconut comes first, and the others train for as many steps as it did.
 # They have only one stage, so their learning rate decays over the whole run.
-ONE_STAGE = ["lr_schedule=cosine", "final_epochs=null"]
-OF_STAGES = ["uniform_prob=0", "replay_prob=0", "advance_at=null"]  # what a run with one stage has not, whoever asks
+ONE_STAGE = ["lr_schedule=cosine"]
+# What a run with one stage has not, whoever asks.
+OF_STAGES = ["uniform_prob=0", "replay_prob=0", "advance_at=null", "final_epochs=null"]
 RUNS = {
     "Coconut": ["method=coconut", "name=coconut"],
     "CoT": ["method=cot", "name=cot", *ONE_STAGE],

@@ -57,7 +57,9 @@ def test_splits_share_no_problem(tmp_path: Path):
 
 
 def test_baselines_differ_in_the_method_alone():
-    settings = [demo.settings_of(changes, ["uniform_prob=0.1"]).to_dict() for changes in demo.RUNS.values()]
+    overrides = ["uniform_prob=0.1", "final_epochs=2"]  # two epochs of their one stage would end the others
+    settings = [demo.settings_of(changes, overrides).to_dict() for changes in demo.RUNS.values()]
+    assert [one["final_epochs"] for one in settings] == [2, None, None]
     for other in settings[1:]:
         changed = {k for k in other if other[k] != settings[0][k]}
         stages = {"lr_schedule", "final_epochs", "advance_at", "replay_prob", "uniform_prob"}
