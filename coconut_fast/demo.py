@@ -42,6 +42,15 @@ RUNS = {
     "CoT": ["method=cot", "name=cot", *ONE_STAGE],
     "No-CoT": ["method=no_cot", "name=no_cot", *ONE_STAGE],
 }
+# Settings that no override may change -> why.
+NOT_OVERRIDDEN = {
+    "name": "names its runs",
+    "save_path": "has --out for its folder",
+    "seed": "has --seed, for its graphs as well",
+    "debug": "needs the models of its runs",
+    "only_eval": "trains",
+    "resume": "trains all its models from scratch",
+}
 CURVES, THOUGHTS = "learning_curves.png", "thoughts.png"
 
 
@@ -75,10 +84,8 @@ def run_demo(folder: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> d
     overrides: settings of all runs, "key=value" each. Returns the results on fresh graphs by name.
     """
     for key in parse_overrides(overrides):
-        if key in ("name", "save_path"):
-            raise ValueError(
-                f"override: found {key}, expected another setting: the demo names its runs, --out its folder"
-            )
+        if key in NOT_OVERRIDDEN:
+            raise ValueError(f"override: found {key}, expected another setting: the demo {NOT_OVERRIDDEN[key]}")
     for changes in RUNS.values():
         settings_of(changes, [f"seed={seed}", *overrides])  # wrong settings are refused before any work
     before = folder / settings_name(RUNS["Coconut"]) / "run.json"
