@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,8 +75,8 @@ def ends(**changes: Tensor) -> dict[str, Tensor]:
     return {"embed": torch.ones(5, 8), "head": torch.ones(5, 8), "final_norm": torch.ones(8)} | changes
 
 
-def whole_chain() -> Any:
-    chain = make_chain()
+def whole_chain(threads: int = 1, max_tokens: int = 2) -> Any:
+    chain = make_chain(threads, max_tokens)
     chain.set_layer(0, layer(), 1.0, 0)
     chain.set_embeddings(ends())
     return chain
@@ -162,3 +163,36 @@ def test_more_threads_than_can_be_started_are_an_error() -> None:
     refused, works = done.stdout.splitlines()
     assert refused.startswith("256 threads cannot be started (") and "ask for fewer" in refused
     assert works == "True"
+
+
+def little_memory(bytes: int) -> None:
+    """From now on this process gets no more than so many bytes besides those it has."""
+    import resource
+
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + bytes, resource.RLIM_INFINITY))
+
+
+def refuse_threads() -> None:
+    """Fewer threads would start, but there is no memory for their buffers."""
+    chain, rows = whole_chain(8, 4096), torch.arange(64, dtype=torch.int32)
+    layout, storage = _C.CacheLayout(64, 16, 64), [torch.zeros(1024, 2, 4)]
+    layout.append(layout.alloc(64), [2] * 64)
+    before_BD = torch.randn(64, 8)
+    after_BD = before_BD.clone()
+    chain.think(layout, storage, storage, rows, 0 * rows, 0 * rows + 2, before_BD)
+    little_memory(30 << 20)
+    with pytest.raises(MemoryError):
+        chain.set_threads(2)
+    assert chain.threads == 8
+    chain.think(layout, storage, storage, rows, 0 * rows, 0 * rows + 2, after_BD)
+    assert torch.equal(before_BD, after_BD)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and a limit of address space")
+@pytest.mark.parametrize("case", [refuse_threads])
+def test_a_chain_that_got_no_memory_works_as_before(case: Callable[[], None]) -> None:
+    command = [sys.executable, "-c", f"from tests import test_bindings; test_bindings.{case.__name__}()"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -76,7 +76,8 @@ class Chain {
   // max_tokens: rows (or prompt tokens) of one pass.
   Chain(const ChainShape& shape, Format format, int threads, int max_tokens, Isa isa);
 
-  // With how many threads later calls run. std::runtime_error where the system does not start so many.
+  // With how many threads later calls run. std::runtime_error where the system does not start so many, std::bad_alloc
+  // where it lacks the memory; then nothing has changed.
   void set_threads(int threads);
   void set_layer(int layer, const LayerWeights& weights);
   void set_embeddings(const EmbeddingWeights& weights);
