@@ -190,8 +190,33 @@ def refuse_threads() -> None:
     assert torch.equal(before_BD, after_BD)
 
 
+def refuse_prompt() -> None:
+    """Attention to a prompt takes 60 MB a thread for such a head, which malloc maps: no hole in its heap has them."""
+    import resource
+
+    size = 16384
+    shapes = {"qkv": (3 * size, 8), "o": (8, size), "up": (8, 8), "down": (8, 8), "norm1": (8,), "norm2": (8,)}
+    weights, embeddings = {name: torch.randn(shape) for name, shape in shapes.items()}, ends(embed=torch.randn(5, 8))
+    chains = [make_chain(2, 7, heads=1, kv_heads=1, head_dim=size) for _ in range(2)]
+    for chain in chains:
+        chain.set_layer(0, weights, 0.01, 0)
+        chain.set_embeddings(embeddings)
+    layout, keys, values = _C.CacheLayout(2, 16, 2), torch.zeros(32, 1, size), torch.zeros(32, 1, size)
+    layout.append(layout.alloc(2), [4, 3])
+    lists = ([0, 1], [4, 3], [0, 1, 2, 3, 4, 0, 1])
+    rows, counts, ids = (torch.tensor(numbers, dtype=torch.int32) for numbers in lists)
+    states = [torch.zeros(2, 8) for _ in chains]
+    little_memory(1 << 20)
+    with pytest.raises(MemoryError):
+        chains[0].prefill(layout, [keys], [values], rows, 0 * rows, ids, counts, states[0])
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for chain, hidden_BD in zip(chains, states, strict=True):
+        chain.prefill(layout, [keys], [values], rows, 0 * rows, ids, counts, hidden_BD)
+    assert states[0].any() and torch.equal(*states)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc and a limit of address space")
-@pytest.mark.parametrize("case", [refuse_threads])
+@pytest.mark.parametrize("case", [refuse_threads, refuse_prompt])
 def test_a_chain_that_got_no_memory_works_as_before(case: Callable[[], None]) -> None:
     command = [sys.executable, "-c", f"from tests import test_bindings; test_bindings.{case.__name__}()"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)

@@ -99,6 +99,13 @@ void attend_prompt(const Attention& a, Isa isa, int64_t b, int64_t kv_head, void
     k.tiles_forward(a, {b, kv_head, kv_head + 1, lane, std::min(lane + kChunkLanes, lanes), true}, out, lse);
 }
 
+bool reserve_prompt(int64_t head_dim) noexcept try {
+  thread_scratch().reset(tiles_bytes(head_dim, head_dim, kChunkLanes));
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
 void attention_backward(const Attention& a, const AttentionGrads& grads, const Parallel& parallel) {
   const Kernels k = kernels(best_isa(), a.query_dtype, a.cache_dtype);
   run_all(cut(a, parallel.threads, true), parallel,

@@ -37,6 +37,9 @@ void attention_forward(const Attention& attention, void* out, void* lse, const P
 // call. Where the cache is bf16 and the CPU multiplies bf16 pairs, queries are rounded to bf16 too.
 void attend_prompt(const Attention& attention, Isa isa, int64_t b, int64_t kv_head, void* out, void* lse);
 
+// Allocates what attend_prompt() needs on this thread for heads of this size; false where there is not enough memory.
+bool reserve_prompt(int64_t head_dim) noexcept;
+
 struct AttentionGrads {
   const void *grad_out, *out;    // (T, heads, value_dim) of query_dtype
   const void* lse;               // (T, heads)

@@ -166,7 +166,7 @@ static INLINE F soften(const Attention& a, F* s, int64_t n, int64_t lo, int64_t 
 
 template <typename F>
 static void rows_forward(const Attention& a, const Task& t, void* out, void* lse) {
-  static thread_local Scratch scratch;
+  Scratch& scratch = thread_scratch();
   const Row row(a, t.b);
   const int64_t heads = t.last_head - t.first_head, lanes = t.last_lane - t.first_lane, pairs = heads * lanes;
   const int64_t from = row.first_seen(t.first_lane), to = row.position(t.last_lane - 1) + 1;
@@ -222,7 +222,7 @@ static INLINE void soften_backward(const Attention& a, F* w, F* dp, int64_t lo, 
 
 template <typename F>
 static void rows_backward(const Attention& a, const Task& t, const AttentionGrads& grads) {
-  static thread_local Scratch scratch;
+  Scratch& scratch = thread_scratch();
   const Row row(a, t.b);
   const int64_t heads = t.last_head - t.first_head, lanes = t.last_lane - t.first_lane, pairs = heads * lanes;
   const int64_t from = row.first_seen(t.first_lane), to = row.length, K = a.key_dim, Kv = a.value_dim;

@@ -80,6 +80,17 @@ class Scratch {
   int64_t capacity_ = 0, used_ = 0;
 };
 
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// What the forward of attention_tiles.h takes for `lanes` lanes, a multiple of kGroupLanes.
+inline int64_t tiles_bytes(int64_t key_dim, int64_t value_dim, int64_t lanes) {
+  const int64_t Kp = (key_dim + 15) / 16 * 16, Vp = (value_dim + 15) / 16 * 16;
+  return (kBlockKeys * (Kp + 2 * Vp + kGroupLanes) + lanes * (Kp + Vp + 2) + kGroupLanes * (Kp + 1)) * 4 + 10 * 64;
+}
+
 inline uint32_t mix(uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;

@@ -148,12 +148,11 @@ static void soften_block(const Softener& soft, float* scores, int64_t start, int
 
 template <class P>
 static void tiles_forward(const Attention& a, const Task& t, void* out, void* lse) {
-  static thread_local Scratch scratch;
+  Scratch& scratch = thread_scratch();
   const Row row(a, t.b);
   const int64_t K = a.key_dim, Kp = up(K, 16), Vp = up(a.value_dim, 16), kv_head = t.first_head;
   const int64_t groups = (t.last_lane - t.first_lane + kGroupLanes - 1) / kGroupLanes, lanes = groups * kGroupLanes;
-  scratch.reset((kBlockKeys * (Kp + 2 * Vp + kGroupLanes) + lanes * (Kp + Vp + 2) + kGroupLanes * (Kp + 1)) * 4 +
-                10 * 64);
+  scratch.reset(tiles_bytes(K, a.value_dim, lanes));
   float *keys = scratch.take<float>(kBlockKeys * Kp), *values = scratch.take<float>(kBlockKeys * Vp);
   float *stacked = scratch.take<float>(kBlockKeys * Vp), *scores = scratch.take<float>(kBlockKeys * kGroupLanes);
   float *query = scratch.take<float>(lanes * Kp), *sums = scratch.take<float>(lanes * Vp);

@@ -98,7 +98,7 @@ static INLINE void add_block(const Attention& a, const Row& row, int64_t kv_head
 
 template <class P>
 static void tiles_backward(const Attention& a, const Task& t, const AttentionGrads& grads) {
-  static thread_local Scratch scratch;
+  Scratch& scratch = thread_scratch();
   const Row row(a, t.b);
   const int64_t K = a.key_dim, Kp = up(K, 16), Kv = a.value_dim, Vp = up(Kv, 16), kv_head = t.first_head;
   const int64_t widest = std::max(Kp, Vp), kept_size = GroupGrads<P>::size(a);

@@ -1,8 +1,11 @@
 #include "cpu/chain.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "cpu/attention.h"
 
 namespace coconut_fast {
 
@@ -169,7 +172,12 @@ int Chain::gather(int t, const RowsView& rows, Position position) {
 void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts,
                     float* hidden) {
   const std::lock_guard<std::mutex> turn(turn_);
+  std::atomic<bool> short_of_memory{false};
   team_->run([&](int t) {
+    // An exception must not leave a thread of the team.
+    if (!reserve_prompt(shape_.head_dim)) short_of_memory = true;
+    team_->barrier();
+    if (short_of_memory) return;
     int row = 0, done = 0;  // the next token is number `done` of this row
     const int32_t* next = ids;
     while (true) {
@@ -205,6 +213,7 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
       finish_states(t, runs_.finished, hidden);
     }
   });
+  if (short_of_memory) throw std::bad_alloc();
 }
 
 void Chain::think(const CacheView& cache, const RowsView& rows, const int32_t* counts, float* hidden, float* thoughts) {

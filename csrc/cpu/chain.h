@@ -87,7 +87,8 @@ class Chain {
   bool ready() const;  // whether all layers and the embeddings are set, as the calls below require
 
   // Prefills each row's prompt tokens, concatenated in `ids`; hidden (rows, dim) receives the state after each row's
-  // last token. An id of -1 stands for a thought: the row's state in hidden is fed back there.
+  // last token. An id of -1 stands for a thought: the row's state in hidden is fed back there. std::bad_alloc where
+  // there is no memory for attention; then nothing has changed.
   void prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts, float* hidden);
 
   // Runs counts[i] latent passes for row i: hidden is fed back, and becomes the state after the last pass. `thoughts`,
