@@ -132,6 +132,7 @@ class GraphedStep:
         for shape in self.shapes.values():
             shape.replay, shape.outputs = None, ()
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a graph that is dropped may still be running
             torch.cuda.empty_cache()
 
 
