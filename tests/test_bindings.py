@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from coconut_fast import ops
 
 _C = ops.extension()
+ROOT = Path(__file__).parents[1]
 
 
 class Wrapper(Tensor):
@@ -140,6 +141,35 @@ def test_unfinished_chains_are_refused() -> None:
     think(chain)
 
 
+SET_WHILE_THINKING = """
+import threading
+import torch
+from tests import test_bindings as t
+
+weights, embeddings, chain = t.layer(), t.ends(), t.whole_chain(2, 64)
+layout, storage = t._C.CacheLayout(64, 16, 64), [torch.zeros(1024, 2, 4)]
+layout.append(layout.alloc(64), [16] * 64)
+rows, hidden_BD = torch.arange(64, dtype=torch.int32), torch.randn(64, 8)
+
+def think():
+    for _ in range(200):
+        chain.think(layout, storage, storage, rows, 0 * rows, 0 * rows + 16, hidden_BD)
+
+thread = threading.Thread(target=think)
+thread.start()
+while thread.is_alive():
+    chain.set_layer(0, weights, 1.0, 0)
+    chain.set_embeddings(embeddings)
+print("done")
+"""
+
+
+def test_weights_that_are_set_during_a_call_take_their_turn() -> None:
+    command = [sys.executable, "-c", SET_WHILE_THINKING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "done\n", done.stderr
+
+
 TOO_MANY_THREADS = """
 import resource
 from coconut_fast import ops
@@ -219,5 +249,5 @@ def refuse_prompt() -> None:
 @pytest.mark.parametrize("case", [refuse_threads, refuse_prompt])
 def test_a_chain_that_got_no_memory_works_as_before(case: Callable[[], None]) -> None:
     command = [sys.executable, "-c", f"from tests import test_bindings; test_bindings.{case.__name__}()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

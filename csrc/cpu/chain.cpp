@@ -86,6 +86,7 @@ Linear Chain::pack_matrix(const Matrix& w, const float* bias, int n, int k, bool
 }
 
 void Chain::set_layer(int index, const LayerWeights& w) {
+  const std::lock_guard<std::mutex> turn(turn_);
   const ChainShape& s = shape_;
   const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
   Layer& layer = layers_.at(index);
@@ -111,6 +112,7 @@ void Chain::set_layer(int index, const LayerWeights& w) {
 }
 
 void Chain::set_embeddings(const EmbeddingWeights& w) {
+  const std::lock_guard<std::mutex> turn(turn_);
   embed_ = w.embed;
   positions_ = w.positions;
   head_ = pack_matrix(w.head, w.head_bias, shape_.vocab, shape_.dim, false);
@@ -120,6 +122,7 @@ void Chain::set_embeddings(const EmbeddingWeights& w) {
 }
 
 void Chain::set_feedback(float norm, const float* constant) {
+  const std::lock_guard<std::mutex> turn(turn_);
   rescale_ = norm;
   constant_ = keep(constant, shape_.dim);
 }
