@@ -185,13 +185,14 @@ class Tiles(NamedTuple):
     ahead: int = 0
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int, parts: int, shared: int) -> Tiles:
-    """parts: weight rows per output, 2 for swiglu. shared: bytes of shared memory that a block may have."""
+def tiles(rows: int, outputs: int, inputs: int, row_size: int, itemsize: int, parts: int, shared: int) -> Tiles:
+    """row_size, itemsize: bytes of an element of the rows, of the weights. parts: weight rows per output, 2 for swiglu.
+    shared: bytes of shared memory that a block may have."""
     width, block_m = triton.next_power_of_2(inputs), triton.next_power_of_2(rows)
     if rows > NORM_ROWS:
-        return Tiles(
-            "wide", 64, 16 if outputs <= 2304 or itemsize == 4 else 32, max(16, min(width, 256 // itemsize)), 4, 4
-        )
+        block_n, block_k = 16 if outputs <= 2304 or itemsize == 4 else 32, max(16, min(width, 256 // itemsize))
+        stage = block_k * (64 * row_size + block_n * parts * itemsize)
+        return Tiles("wide", 64, block_n, block_k, 4, min(4, 1 + shared // stage))
     if rows <= 2 or (rows <= 4 and inputs * outputs * parts < 2**22):
         vector, block_n = 16 // itemsize, 2 if outputs <= 1024 or inputs > 4096 or parts == 2 else 4
         warps, room = 4 if inputs >= 2048 else 1, 200 if parts == 1 else 144
@@ -242,7 +243,8 @@ def _launch(
     out = torch.empty(rows, outputs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     if rows == 0:
         return out
-    cut = tiles(rows, outputs, inputs, weight.element_size(), 2 if gated else 1, shared_memory(x))
+    sizes = x.element_size(), weight.element_size()
+    cut = tiles(rows, outputs, inputs, *sizes, 2 if gated else 1, shared_memory(x))
     overlap = overlap and overlaps(x)
     arguments = {
         "x": x,

@@ -50,6 +50,17 @@ def test_against_the_reference(rows, inputs, outputs, keywords, extras, dtype, d
     assert_as_good_as_torch(ours.cpu(), plain.to(dtype), truth)
 
 
+@pytest.mark.parametrize("row_size", [2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("outputs", [768, 14336])
+def test_stages_fit_into_a_block_of_99_kb(outputs, parts, row_size) -> None:
+    """Triton has one stage less in shared memory than are in flight."""
+    from coconut_fast.kernels.skinny_linear import tiles
+
+    cut = tiles(64, outputs, 4096, row_size, 2, parts, 99 << 10)
+    assert (cut.ahead - 1) * cut.block_k * (cut.block_m * row_size + cut.block_n * parts * 2) <= 99 << 10
+
+
 def test_a_norm_of_rows_far_from_zero(device) -> None:
     given = arrange(2, 512, 8, {"norm": "layer"}, torch.float32, False)
     given["x"] = given["x"] + 300
