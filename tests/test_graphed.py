@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
 
 from coconut_fast import Coconut
 from coconut_fast.train import graphed
@@ -155,3 +156,19 @@ def test_a_loss_of_a_subclass_is_not_captured() -> None:
         trainer.args = SimpleNamespace(device=torch.device("cuda"), n_gpu=1, world_size=1, torch_empty_cache_steps=None)
         trainer.settings = SimpleNamespace(precision="bf16", parallel_rounds=None)
         assert trainer.fits_graphs() == fits
+
+
+def test_steps_of_a_model_with_hooks_run_eagerly(monkeypatch) -> None:
+    """A replay would call none of them."""
+    trainer = object.__new__(CoconutTrainer)
+    trainer.model = model_on("cpu")
+    trainer.graphed = lambda batch, num_items: (torch.tensor(1.0), None)
+    monkeypatch.setattr(Trainer, "training_step", lambda *arguments: torch.tensor(2.0))
+    trainer.loss_is_finite, trainer.step_loss = torch.tensor(True), torch.tensor(0.0)
+    inputs, block = {"batch": both(EQUAL)[1]}, trainer.model.hf.transformer.h[1]
+    assert trainer.training_step(trainer.model, inputs, 7) == 1
+    for register in (block.register_forward_hook, block.register_full_backward_pre_hook):
+        handle = register(lambda *arguments: None)
+        assert trainer.training_step(trainer.model, inputs, 7) == 2
+        handle.remove()
+    assert trainer.training_step(trainer.model, inputs, 7) == 1

@@ -20,11 +20,18 @@ from torch import Tensor, nn
 
 from coconut_fast.infer.capture import capture_graph, capture_stream, first_line
 from coconut_fast.model.batch import RaggedBatch, from_buffer, to_buffer
+from coconut_fast.model.plan import has_global_hooks, modules_of
 from coconut_fast.train.buckets import signature
 
 MAX_SHAPES = 128  # a stage of a curriculum has 20 to 60; all share one memory pool
 
 Step = Callable[[RaggedBatch, Tensor], tuple[Tensor | None, ...]]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether Python is to run when the modules do: a replay would not call it."""
+    return has_global_hooks() or any(vars(module)[kind] for module in modules_of(model) for kind in HOOKS)
 
 
 class GraphedStep:

@@ -37,7 +37,7 @@ from coconut_fast.model.saving import ADDED_WEIGHTS, check_merged, write
 from coconut_fast.train import checkpoints, sharding
 from coconut_fast.train.arguments import CoconutArguments
 from coconut_fast.train.callbacks import StageCallback
-from coconut_fast.train.graphed import GraphedStep
+from coconut_fast.train.graphed import GraphedStep, has_hooks
 from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.prefetch import Prefetcher
@@ -210,7 +210,7 @@ class CoconutTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        if self.graphed is not None and inputs["batch"].num_targets:
+        if self.graphed is not None and inputs["batch"].num_targets and not has_hooks(self.model):
             self.step_model = model
             assert num_items_in_batch is not None
             loss, norm = self.graphed(inputs["batch"], num_items_in_batch)
