@@ -306,6 +306,18 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(streams) -> None:
     assert streams.generator.set_to == ["a state that no graph waits for"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_numbers_can_be_drawn_after_a_capture_that_fails() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError), capture.capture_stream(device) as stream:
+        capture.capture_graph(lambda: torch.rand(3, device=device).tolist(), stream, torch.cuda.graph_pool_handle())
+    assert torch.equal(torch.rand(3, device=device), expected)
+
+
 def test_passes_that_cannot_be_captured_run_launch_by_launch(monkeypatch, streams) -> None:
     model, _ = make_pair("gpt2")
     expected = generate(model, PROMPTS, max_new_tokens=11).token_ids
