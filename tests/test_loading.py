@@ -291,7 +291,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, capsys) -> None:
         hf.save_pretrained(tmp_path / "torn")
     (tmp_path / "alone").mkdir()
     torch.save(state, tmp_path / "alone" / "checkpoint_1")
-    with pytest.raises(ValueError, match="config.json beside it"):
+    with pytest.raises(ValueError, match=r"config.json beside it, or base=... \(--base\), .*in .*alone"):
         load(tmp_path / "alone" / "checkpoint_1", tokens=TOKENS)
     with pytest.raises(ValueError, match="no config.json"):
         load(tmp_path / "alone")

@@ -226,7 +226,10 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
     more rows than in the configuration (the official code's runs without thoughts).
     """
     if isinstance(home, Path) and not (home / "config.json").is_file():
-        raise ValueError(f"{path} needs the model's config.json beside it; there is none in {home}")
+        raise ValueError(
+            f"{path} needs the model's config.json beside it, or base=... (--base), a directory or hub id that has it; "
+            f"there is none in {home}"
+        )
     state = {_unwrapped(k): v for k, v in _read_pickle(path).items()}
     is_coconut = any(k.startswith(REFERENCE_PREFIX) for k in state)
     if is_coconut:
