@@ -100,8 +100,9 @@ class Storage:
 class KVCache(Storage):
     """Rows that grow token by token, are forked, rolled back and freed.
 
-    num_slots: tokens it can hold (rounded up to whole pages); max_rows: rows at a time; max_length: tokens of the
-    longest row (default: `num_slots`). Raises ValueError, and changes nothing, when it is full or does not have a row.
+    num_slots: tokens it can hold; max_rows: rows at a time; max_length: tokens of the longest row (default:
+    `num_slots`). Slots and length are rounded up to whole pages. Raises ValueError, and changes nothing, when it is
+    full or does not have a row.
     """
 
     def __init__(
