@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -94,8 +95,9 @@ def test_closed_streams_are_dev_null(tmp_path: Path) -> None:
 def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
     tiny(tmp_path)
     command = [sys.executable, "-m", "coconut_fast", "data", "check", tmp_path / "train.json"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    for arguments in (command, [*command[:3], "--help"]):
+    commands = (command, [*command[:3], "--help"], [*command[:3], "train", "--help"])
+    for arguments, unbuffered in itertools.product(commands, ("", "1")):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
         with open("/dev/full", "w") as full:
             done = subprocess.run(arguments, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr) == (1, "coconut-fast: error: [Errno 28] No space left on device\n")

@@ -44,6 +44,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:  # argparse's own passes over a disk that is full
+            (file or sys.stderr).write(message)
+
 
 def add_command(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
     """A subcommand whose --help ends with an example."""
