@@ -133,6 +133,9 @@ def test_a_model_that_is_not_here_is_told_before_the_hub_is_asked(
     assert fails(capsys, 2, "generate", "some-body/model", "go").endswith("asked")
     hub = ("tokenizer=null", "model=some-body/model", "name=hub")
     assert fails(capsys, 2, "train", trained / "recipe.yaml", *hub).endswith("asked")
+    for name in ("train_path", "val_path"):
+        assert main(["train", str(trained / "recipe.yaml"), *hub, f"{name}=absent.json"]) == 2
+        assert capsys.readouterr().err.startswith("coconut-fast: error: absent.json: cannot be read")
 
 
 def test_convert(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from coconut_fast.train.run import leave_group, run
 
     begins = not checkpoints.complete(Path(settings.output_dir))
-    if first and begins and isinstance(settings.model, str) and settings.load_model_path is None:
+    readable = settings.train_path and all(map(os.path.exists, filter(None, (settings.train_path, settings.val_path))))
+    if first and begins and readable and isinstance(settings.model, str) and settings.load_model_path is None:
         tell_of_hub(settings.model)
     try:
         folder = run(settings)
