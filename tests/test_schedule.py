@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +52,8 @@ def test_advances_when_the_metric_passes_and_by_count_at_the_latest() -> None:
 def test_skipped_epochs_of_the_first_stage_count_with_and_without_a_metric() -> None:
     plan = {"last_stage": 6, "epochs_per_stage": 5, "num_epochs": 50}
     for skipped in (3, 5, 7):
-        by_count = StageSchedule(**plan, first_epoch=skipped).stages_by_count()
-        assert StageSchedule(**plan, first_epoch=skipped, advance_at=1.0).stages_by_count() == by_count
+        by_count, _ = play(StageSchedule(**plan, first_epoch=skipped))
+        assert play(StageSchedule(**plan, first_epoch=skipped, advance_at=1.0))[0] == by_count
     stages, _ = play(StageSchedule(1, epochs_per_stage=2, num_epochs=4, first_epoch=1, advance_at=1.0), [0.0] * 3)
     assert stages == [0, 1, 1]
 
@@ -68,14 +70,25 @@ def test_a_list_names_the_first_stages_alone() -> None:
 
 def test_final_epochs_end_a_run_by_count() -> None:
     schedule = StageSchedule(last_stage=2, epochs_per_stage=1, num_epochs=99, final_epochs=3)
-    assert play(schedule)[0] == schedule.stages_by_count() == [0, 1, 2, 2, 2]
+    assert play(schedule)[0] == [0, 1, 2, 2, 2]
     schedule = StageSchedule(last_stage=1, epochs_per_stage=3, num_epochs=99, final_epochs=1, advance_at=0.0)
-    assert schedule.stages_by_count() == [0, 0, 0, 1], "what it lasts at the most"
+    assert play(schedule)[0] == [0, 0, 0, 1], "what it lasts at the most"
 
 
-def test_a_plan_of_many_epochs_is_made_at_once() -> None:
-    start = time.perf_counter()
-    assert len(StageSchedule(last_stage=3, num_epochs=20_000).stages_by_count()) == 20_000
+def test_epochs_of_stages_are_those_of_the_longest_run() -> None:
+    plans = itertools.product((0, 1, 3), (1, 2), (1, 2, 9), (None, 0, 3), (0, 1, 4, 8), (None, 2), (None, 1.0))
+    for last, each, end, first, skipped, final, advance in plans:
+        if skipped < end:
+            schedule = StageSchedule(last, each, end, first, skipped, final, advance)
+            assert schedule.epochs_by_count() == Counter(play(schedule)[0]), schedule
+
+
+def test_a_plan_of_any_number_of_epochs_is_made_at_once() -> None:
+    start, end = time.perf_counter(), 10**11
+    assert StageSchedule(last_stage=3, num_epochs=end).epochs_by_count() == {0: 1, 1: 1, 2: 1, 3: end - 3}
+    skipped = StageSchedule(1, epochs_per_stage=end, num_epochs=2 * end, first_epoch=end - 1, advance_at=1.0)
+    assert (skipped.next_stage([]), skipped.next_stage([EpochRecord(0)])) == (0, 1)
+    assert len(play(StageSchedule(last_stage=3, num_epochs=20_000))[0]) == 20_000
     assert time.perf_counter() - start < 5, "some 0.1 s"
 
 

@@ -305,7 +305,7 @@ class CoconutArguments:
             "use_cpu": self.device == "cpu" or not torch.cuda.is_available(),
             "per_device_train_batch_size": self.batch_size_training,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "num_train_epochs": len(self.schedule().stages_by_count()),
+            "num_train_epochs": sum(self.schedule().epochs_by_count().values()),
             "learning_rate": self.lr,
             "weight_decay": self.weight_decay,
             "adam_beta1": self.adam_beta1,

@@ -9,7 +9,6 @@ reproduced by its list of (stage, metric).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -102,21 +101,29 @@ class StageSchedule:
         if now >= self.last_stage:
             return None if self.final_epochs is not None and spent >= self.final_epochs else now
         if spent == len(history):  # the run began within this stage
-            spent += sum(self.planned_stage(epoch) == now for epoch in range(self.first_epoch))
+            spent += self._planned_epochs(now, 0, self.first_epoch)
         metric, asked = history[-1].metric, self.threshold(now)
         passed = metric is not None and asked is not None and metric >= asked
         return now + 1 if passed or spent >= self.epochs_of(now) else now
 
-    def stages_by_count(self) -> list[int]:
-        """The stage of each epoch of a run in which no metric ends a stage: with `advance_at`, the longest run."""
-        history: list[EpochRecord] = []
-        while (stage := self.next_stage(history)) is not None:
-            history.append(EpochRecord(stage))
-        return [record.stage for record in history]
+    def epochs_by_count(self) -> dict[int, int]:
+        """Stage -> its epochs in a run in which no metric ends a stage: with `advance_at`, the longest run."""
+        counts = {}
+        for stage in range(self.planned_stage(self.first_epoch), self.planned_stage(self.num_epochs - 1) + 1):
+            counts[stage] = self._planned_epochs(stage, self.first_epoch, self.num_epochs)
+        if self.last_stage in counts and self.final_epochs is not None:
+            counts[self.last_stage] = min(counts[self.last_stage], self.final_epochs)
+        return counts
+
+    def _planned_epochs(self, stage: int, begin: int, end: int) -> int:
+        """How many of the plan's epochs from `begin` to before `end` have this stage, by count alone."""
+        first = self.epochs_of(0) + (stage - 1) * self.epochs_per_stage if stage else 0
+        past = end if stage == self.last_stage else first + self.epochs_of(stage)
+        return max(0, min(past, end) - max(first, begin))
 
     def in_words(self) -> str:
         """The plan in words, such as "0: at most 6 epochs, until accuracy 0.9; 1 to 3: 2 epochs each; 4: 8 epochs"."""
-        counts = Counter(self.stages_by_count())
+        counts = self.epochs_by_count()
         rest = self.last_stage in counts and self.advance_at is not None and self.final_epochs is None
         fixed = sorted(stage for stage in counts if not (rest and stage == self.last_stage))
         parts = []
