@@ -183,7 +183,7 @@ def test_only_eval(
     error = fails(capsys, 2, "train", tmp_path / "eval.yaml", f"save_path={tmp_path / 'file'}")
     assert f"save_path: {tmp_path / 'file'} is a file, expected a directory or nothing" in error
     monkeypatch.undo()
-    call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1")
+    call(capsys, "train", tmp_path / "eval.yaml", "resume=1", "num_thoughts=1", "num_epochs=1")  # nothing is trained
     assert json.loads((tmp_path / "only" / "results.json").read_text())["results"]["only"]["mean_thoughts"] == 1
     monkeypatch.setenv("RANK", "1")  # the official code runs under torchrun; all processes but the first do nothing
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -273,7 +273,7 @@ class CoconutArguments:
         return StageSchedule(
             last_stage=self.max_latent_stage + 1 if staged else 0,
             epochs_per_stage=self.epochs_per_stage,
-            num_epochs=self.num_epochs,
+            num_epochs=max(self.num_epochs, self.resume + 1) if self.only_eval else self.num_epochs,
             first_stage_epochs=self.first_stage_epochs,
             first_epoch=self.resume,
             final_epochs=self.final_epochs,
