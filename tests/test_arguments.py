@@ -188,10 +188,9 @@ def test_overrides_win(official: Path) -> None:
         ("leraning_rate=1", "override: unknown key 'leraning_rate'; learning_rate is called lr here"),
         ("epoch_per_stage=2", "override: unknown key 'epoch_per_stage'; the nearest known one is 'epochs_per_stage'"),
         ("learning_rate", "override: found 'learning_rate', expected key=value"),
-        (
-            "detach_after=1 parallel_rounds=2",
-            "detach_after: found 1 with parallel_rounds, whose gradients",
-        ),
+        ("detach_after=1 parallel_rounds=2", "detach_after: found 1 with parallel_rounds, whose gradients"),
+        ("c_thought=0", "c_thought: found 0, expected 1 or more thoughts per step for method 'coconut'"),
+        ("c_thought=0 method=pause", "c_thought: found 0, expected 1 or more pauses per step for method 'pause'"),
         ("num_epochs=-1", "num_epochs: "),
         ("advance_at=70", "advance_at: found 70.0, expected accuracies from 0 to 1"),
         ("frontier=some", "frontier: found 'some', expected one of shortest_paths, all"),
@@ -382,7 +381,7 @@ def test_the_schedule_is_of_the_settings() -> None:
     plan |= {"reset_optimizer": "never"}
     settings = make_arguments({**plan, "resume": 3, "max_latent_stage": 2, "val_path": "val.json"})
     assert settings.schedule() == StageSchedule(**plan, last_stage=3, first_epoch=3)
-    assert make_arguments({"method": "cot"}).schedule().last_stage == 0
+    assert make_arguments({"method": "cot", "c_thought": 0}).schedule().last_stage == 0
 
 
 def test_settings_reach_transformers() -> None:

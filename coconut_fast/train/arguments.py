@@ -175,6 +175,9 @@ class CoconutArguments:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 0 and less than 1")
         self.curriculum()  # refuses settings that make no sense, as does the schedule
         self.schedule()
+        slot = METHODS[self.method].slot
+        if slot and not self.c_thought:
+            raise ValueError(f"c_thought: found 0, expected 1 or more {slot}s per step for method {self.method!r}")
         for name, why in self.without_effect().items():
             if (found := getattr(self, name)) != self.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}: found {found!r}, which would change nothing: {why}")
