@@ -211,6 +211,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "--batch-size: found 0" in fails(capsys, 2, "eval", run, data, "--batch-size", "0")
     assert "--count: found 0" in fails(capsys, 2, "data", "prosqa", tmp_path / "x.json", "--count", "0")
     assert "--file: found a prompt as well" in fails(capsys, 2, "generate", run, "a", "--file", "b")
+    assert "--top-p: found 0.5 at temperature 0, where it" in fails(capsys, 2, "generate", run, "a", "--top-p", "0.5")
     assert "device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
     assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
     in_the_way = f"{data} is a file, expected a directory or nothing"
