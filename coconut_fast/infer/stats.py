@@ -49,8 +49,8 @@ class Clock:
 
 @dataclass
 class GenerateStats:
-    """backend: the runner of the passes; reason: why. Counts are over all rows; seconds are wall clock, on a GPU the
-    device's.
+    """backend: the runner of the passes; reason: why. Counts are over all rows; new_tokens has the end-of-text that an
+    answer ended with, which its token_ids have not. Seconds are wall clock, on a GPU the device's.
 
     A pass is one forward of the whole batch. bytes_per_*_pass: the weights it must read (a latent pass has no LM head).
     """
