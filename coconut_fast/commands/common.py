@@ -85,6 +85,17 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
     return load(find_model(path), device=device, dtype=dtype, base=arguments.base)
 
 
+def check_base(base: str | None, *paths: str) -> None:
+    """ValueError where --base is given, but no model is a checkpoint file: others bring their own configuration."""
+    from coconut_fast.model.loading import check_path
+
+    if base is not None and not any(map(os.path.isfile, paths)):
+        for path in paths:
+            if not os.path.exists(path):
+                check_path(path)  # a mistyped file
+        raise ValueError(f"--base: found {base}, which would change nothing: {paths[0]} is no checkpoint file")
+
+
 def find_model(path: str) -> str | Path:
     """What to load for `path`: for an unfinished run's directory, its stage's best checkpoint, else its last.
 

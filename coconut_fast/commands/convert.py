@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from coconut_fast.commands.common import BASE_HELP, MODEL_HELP, add_command, find_model, quiet
+from coconut_fast.commands.common import BASE_HELP, MODEL_HELP, add_command, check_base, find_model, quiet
 
 if TYPE_CHECKING:
     from coconut_fast.model.coconut import Coconut
@@ -66,6 +66,7 @@ def _model(arguments: argparse.Namespace) -> int:
     check_folder(arguments.target, "target")
     if arguments.num_thoughts is not None and arguments.num_thoughts < 0:
         raise ValueError(f"--num-thoughts: found {arguments.num_thoughts}, expected 0 or more")
+    check_base(arguments.base, arguments.source)
     model = load(find_model(arguments.source), base=arguments.base)
     if arguments.num_thoughts is not None:
         _remember_thoughts(model, arguments.num_thoughts)

@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coconut_fast.commands.common import MODEL_HELP, add_command, add_model_options, find_model, load_model
+from coconut_fast.commands.common import (
+    MODEL_HELP,
+    add_command,
+    add_model_options,
+    check_base,
+    find_model,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from coconut_fast.infer.scoring import Evaluation
@@ -68,6 +75,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         names.append(_name(path, names))
         if arguments.out is not None:
             check_file(Path(arguments.out) / f"{names[-1]}.jsonl", "--out")
+    check_base(arguments.base, *arguments.model)
     examples = read_examples(arguments.data)[: arguments.limit]
     results: dict[str, Evaluation] = {}
     try:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from coconut_fast.commands.common import MODEL_HELP, add_command, add_model_options, load_model
+from coconut_fast.commands.common import MODEL_HELP, add_command, add_model_options, check_base, load_model
 
 
 def add(commands: Any) -> None:
@@ -45,6 +45,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     for name, found, default in (("top-k", arguments.top_k, 0), ("top-p", arguments.top_p, 1.0)):
         if found != default and not arguments.temperature:
             raise ValueError(f"--{name}: found {found} at temperature 0, where it would change nothing")
+    check_base(arguments.base, arguments.model)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.file is not None:
         prompts = read_prompts_file(arguments.file)
