@@ -53,11 +53,13 @@ def test_one_long_prompt_does_not_size_the_rows_of_short_ones(sampled: dict, mon
         ("gpt2", {}),
         ("qwen3", {}),
         ("gemma4_text", {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16}),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
         ("deepseek_v3", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 12}),
     ],
 )
 def test_a_cache_has_the_bytes_it_was_said_to_need(family: str, changes: dict) -> None:
-    """Gemma 4's layers have heads of different widths, and DeepSeek's keys are wider than its values."""
+    """Gemma 4's layers have heads of different widths, DeepSeek's keys are wider than its values, and JetMoe has heads
+    for each expert."""
     small = {"vocab_size": 96, **FAMILIES.get(family, FAMILIES["llama"]), **changes}
     model = Coconut(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small)).eval(), TOKENS)
     cache = KVCache(model.num_layers, num_slots=32, max_rows=1)

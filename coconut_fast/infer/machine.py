@@ -41,6 +41,8 @@ def _cached_values(config: PreTrainedConfig) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if getattr(config, "kv_lora_rank", None):  # DeepSeek's attention, whose head_dim is that of the rotated part only
         return kv_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    if config.model_type == "jetmoe":  # attention is handed its kv heads once for each expert of a token
+        kv_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * kv_heads * head_dim
 
