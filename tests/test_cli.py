@@ -267,6 +267,8 @@ def test_a_finished_run_says_so(trained: Path, capsys: pytest.CaptureFixture[str
     again = ("train", str(trained / "recipe.yaml"), "name=run")
     assert main([*again, "lr=1e-3"]) == 0
     assert "finished    nothing is left to train" in capsys.readouterr().err
+    assert main([*again, "lr=1e-3", "load_model_path=x"]) == 0
+    assert "run, from checkpoint-9, not from load_model_path (x); another name begins a new" in capsys.readouterr().err
     assert "belongs to another run: lr was 0.001 there and is 0.002 now" in fails(capsys, 2, *again, "lr=2e-3")
 
 

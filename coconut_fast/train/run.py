@@ -121,9 +121,12 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     slots = f", {settings.c_thought} {slot}{'s' if settings.c_thought != 1 else ''} per step" if slot else ""
     feedback = f", fed back by {name_of(model.feedback)}" if slot == "thought" else ""
     held_out = f", {len(trainer.validation)} for validation" if trainer.validation else ""
+    origin = f", from {last.name}" if last else ""
+    if last and settings.load_model_path is not None:
+        origin += f", not from load_model_path ({settings.load_model_path}); another name begins a new run"
     return "\n".join(
         [
-            f"run         {settings.output_dir}" + (f", from {last.name}" if last else ""),
+            f"run         {settings.output_dir}{origin}",
             f"model       {type(model.hf).__name__}, {size} parameters, {settings.precision}",
             f"problems    {len(trainer.rows)}{held_out}",
             f"method      {settings.method}{slots}{feedback}",
