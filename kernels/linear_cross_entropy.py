@@ -133,10 +133,11 @@ class _Gradients:
             if len(h) <= FP32_ROWS and weight.dtype == torch.float32:
                 g, h = g.float(), h.float()
             part = matmul(g.T, h)
-            self.weight = part.to(weight.dtype) if self.weight is None else self.weight.add_(part)
+            wide = torch.promote_types(weight.dtype, torch.float32)  # sums in 16 bits would be rounded once per chunk
+            self.weight = part if self.weight is None else self.weight.to(wide).add_(part)
         if bias is not None and self.wanted[2]:
             part = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-            self.bias = part.to(bias.dtype) if self.bias is None else self.bias.add_(part)
+            self.bias = part if self.bias is None else self.bias.add_(part)
 
     def scaled(self, by: Tensor | None) -> list[Tensor | None]:
         grads = [self.hidden, self.weight, self.bias]

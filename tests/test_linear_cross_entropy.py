@@ -73,6 +73,18 @@ def test_the_gradient_of_a_bias_is_summed_in_fp32(monkeypatch, gradient) -> None
     assert (bias.grad != bias.grad.bfloat16()).any(), "rounded to bf16"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gradients_of_many_chunks_are_rounded_once(monkeypatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 37 * 4 * 4)
+    double = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in _inputs(256, True, dtype)]
+    truth = _run(linear_cross_entropy_ref, double)
+    plain = _run(linear_cross_entropy_ref, _inputs(256, True, dtype))
+    ours = _run(kernel.linear_cross_entropy, _inputs(256, True, dtype))
+    for name, *tensors in zip(["dweight", "dbias"], ours[2:], plain[2:], truth[2:], strict=True):
+        errors = [((x.double() - tensors[2]).norm() / tensors[2].norm()).item() for x in tensors[:2]]
+        assert errors[0] <= 1.5 * errors[1], name
+
+
 @pytest.mark.parametrize("n", [9, 64])  # 64: several chunks
 @pytest.mark.parametrize("gradient", [None, _gradient], ids=["library", "own"])
 def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_weights(monkeypatch, gradient, n: int) -> None:
