@@ -83,8 +83,9 @@ def test_epochs_of_stages_are_those_of_the_longest_run() -> None:
             assert schedule.epochs_by_count() == Counter(play(schedule)[0]), schedule
 
 
-def test_a_plan_of_any_number_of_epochs_is_made_at_once() -> None:
+def test_a_plan_of_any_number_of_epochs_or_stages_is_made_at_once() -> None:
     start, end = time.perf_counter(), 10**11
+    assert StageSchedule(last_stage=end, num_epochs=3, advance_at=0.5).epochs_by_count() == {0: 1, 1: 1, 2: 1}
     assert StageSchedule(last_stage=3, num_epochs=end).epochs_by_count() == {0: 1, 1: 1, 2: 1, 3: end - 3}
     skipped = StageSchedule(1, epochs_per_stage=end, num_epochs=2 * end, first_epoch=end - 1, advance_at=1.0)
     assert (skipped.next_stage([]), skipped.next_stage([EpochRecord(0)])) == (0, 1)

@@ -59,8 +59,8 @@ class StageSchedule:
                 f"resume: found {self.first_epoch}, expected fewer than num_epochs = {self.num_epochs}: "
                 "nothing would be left to train"
             )
-        for stage in range(self.last_stage):
-            asked = self.threshold(stage)
+        thresholds = self.advance_at if isinstance(self.advance_at, Sequence) else [self.advance_at]
+        for asked in thresholds[: self.last_stage]:
             if asked is not None and not isinstance(asked, (int, float)):
                 raise ValueError(f"advance_at: found {asked!r}, expected numbers")
             if asked is not None and not 0 <= asked <= 1:
