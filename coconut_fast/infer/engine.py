@@ -210,7 +210,7 @@ class Engine:
             while waiting or active:
                 group = self._next(waiting, self.batch_size - len(active))
                 if group:
-                    active.update(self._read(group))
+                    active.update(self._start(group))
                 self.runner.decode(list(active.values()), DECODE_STEPS)
                 for number in [n for n, a in active.items() if a.done(self.model.tokens.eos)]:
                     answer = active.pop(number)
@@ -237,7 +237,7 @@ class Engine:
             room -= self.num_samples
         return group
 
-    def _read(self, group: list[int]) -> dict[int, ActiveAnswer]:
+    def _start(self, group: list[int]) -> dict[int, ActiveAnswer]:
         """Prefills and thinks a group of prompts -> one new answer per sample, by answer number."""
         prompts = [self.prompts[i] for i in group]
         kept: list[list[torch.Tensor]] | None = [[] for _ in group] if self.keep_thoughts else None
