@@ -173,21 +173,9 @@ class Engine:
         self.not_finite = False  # whether a prompt's last state was found to be NaN or infinite
         self.finished: dict[int, list[int]] = {}  # answer number -> its tokens
         self.thoughts: dict[int, torch.Tensor] = {}  # prompt number -> (k, D)
-        num_answers = max(1, len(prompts) * num_samples)
-        chosen = batch_size is None
-        batch_size = max(num_samples, min(batch_size or BATCH_SIZE.get(model.device.type, 64), num_answers))
-        lengths = sorted((len(p.ids) + p.max_new_tokens for p in prompts), reverse=True) or [0]
-        room = _room(lengths, num_samples, batch_size)
-        if not runner_cache.holds(model, **room):
-            # The call reuses a kept cache, or frees it first.
-            free = machine.free_bytes(model.device) + runner_cache.held_bytes(model)
-            # Where the number of rows is ours to choose, a quarter of the memory is left to the passes.
-            while chosen and batch_size > num_samples and machine.cache_bytes(model, room["num_slots"]) > free * 3 // 4:
-                batch_size -= 1
-                room = _room(lengths, num_samples, batch_size)
-            machine.check(model, room["num_slots"], batch_size, free)
+        batch_size, room = _fitted(model, prompts, num_samples, batch_size)
         # Greedy answers need no random numbers, and a seed costs 30 ns a token of its prompt.
-        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * num_answers
+        self.seeds = _seeds(prompts, seed, num_samples) if sampling.temperature else [0] * (len(prompts) * num_samples)
         runner, reason = choose_runner(model)
         if runner is not runner_cache.acquire:
             runner_cache.drop(model)  # the model has left the GPU, or may not use its kept runner
@@ -292,6 +280,26 @@ class Engine:
 def _is_a(kind: type, value: object) -> bool:
     """Whether a value is such a number; True and False, which Python counts as 1 and 0, are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _fitted(
+    model: Coconut, prompts: Sequence[Prompt], num_samples: int, batch_size: int | None
+) -> tuple[int, dict[str, int]]:
+    """The rows at a time, and the cache for them; fewer rows than usual where the number is ours to choose and memory
+    is short. ValueError where the cache does not fit into memory."""
+    rows = batch_size or BATCH_SIZE.get(model.device.type, 64)
+    rows = max(num_samples, min(rows, len(prompts) * num_samples))
+    lengths = sorted((len(p.ids) + p.max_new_tokens for p in prompts), reverse=True) or [0]
+    room = _room(lengths, num_samples, rows)
+    if runner_cache.holds(model, **room):
+        return rows, room
+    free = machine.free_bytes(model.device) + runner_cache.held_bytes(model)  # a kept cache is reused, or freed first
+    # A quarter of the memory is left to the passes.
+    while batch_size is None and rows > num_samples and machine.cache_bytes(model, room["num_slots"]) > free * 3 // 4:
+        rows -= 1
+        room = _room(lengths, num_samples, rows)
+    machine.check(model, room["num_slots"], rows, free)
+    return rows, room
 
 
 def _room(lengths: Sequence[int], num_samples: int, batch_size: int) -> dict[str, int]:
