@@ -105,27 +105,9 @@ def _read(
     count: int | None,
     max_new_tokens: int,
 ) -> Prompt:
+    """One prompt, checked. limit: the model's positions; vocabulary: its token ids; count: `num_thoughts` for it."""
     tokens = model.tokens
-    if not isinstance(prompt, Collection) or isinstance(prompt, bytes | bytearray | Mapping):
-        raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
-    if not len(prompt):
-        raise ValueError(f"prompts: prompt {i} is empty")
-    if isinstance(prompt, str):
-        ids = _tokenize(model, i, prompt)
-        if tokens.thought not in ids and (count is None or model.settings.symbols is not None):
-            trained = as_trained(model, ids)
-            if count is None or tokens.thought in trained:  # `count` thoughts replace these, before a graph's cue
-                ids = trained
-    else:
-        kind = getattr(prompt, "dtype", None)
-        if kind == torch.bool or (kind is None and isinstance(next(iter(prompt)), bool)):
-            raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask by mistake
-        try:
-            ids = array("q", prompt).tolist()  # 20 ns a token, a Python loop 60
-        except OverflowError:
-            ids = [index(t) for t in prompt]
-        except TypeError as error:
-            raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
+    ids = _token_ids(model, i, prompt, count)
     if count is not None:
         if limit is not None and count > limit:
             raise ValueError(f"prompts: prompt {i} gets {count} thoughts, more than the {limit} positions of the model")
@@ -146,6 +128,30 @@ def _read(
             f"is more than the {limit} positions of the model"
         )
     return Prompt(tuple(ids), split_at_thoughts(ids, tokens.thought), max_new_tokens)
+
+
+def _token_ids(model: Coconut, i: int, prompt: str | Sequence[int], count: int | None) -> list[int]:
+    """The ids of a prompt before `count` thoughts are put into it; for None, a string gets those of its training."""
+    if not isinstance(prompt, Collection) or isinstance(prompt, bytes | bytearray | Mapping):
+        raise ValueError(f"prompts: prompt {i} is {prompt!r}, expected a string or a list of token ids")
+    if not len(prompt):
+        raise ValueError(f"prompts: prompt {i} is empty")
+    if isinstance(prompt, str):
+        ids = _tokenize(model, i, prompt)
+        if model.tokens.thought not in ids and (count is None or model.settings.symbols is not None):
+            trained = as_trained(model, ids)
+            if count is None or model.tokens.thought in trained:  # `count` thoughts replace these, before a graph's cue
+                return trained
+        return ids
+    kind = getattr(prompt, "dtype", None)
+    if kind == torch.bool or (kind is None and isinstance(next(iter(prompt)), bool)):
+        raise ValueError(f"prompts: prompt {i} holds booleans, expected token ids")  # a mask by mistake
+    try:
+        return array("q", prompt).tolist()  # 20 ns a token, a Python loop 60
+    except OverflowError:
+        return [index(t) for t in prompt]
+    except TypeError as error:
+        raise ValueError(f"prompts: prompt {i} holds something that is no token id: {error}") from error
 
 
 def as_trained(model: Coconut, ids: list[int]) -> list[int]:
