@@ -158,13 +158,13 @@ class GraphRunner(EagerRunner):
             slots = self.cache.reserve(rows[part], counts)
             size = (total, len(counts), max(counts))
             graphed = self.bucketed and total <= self.passes.graphed_tokens
-            prompts = self._prompts_for(*size) if graphed else self._static_prompts(size)
-            prompts.fill(rows[part], tokens[part], self._lengths(rows[part]), slots, into[part])
+            static = self._prompts_for(*size) if graphed else self._static_prompts(size)
+            static.fill(rows[part], tokens[part], self._lengths(rows[part]), slots, into[part])
             if graphed:
-                self.replay(prompts, "prefill")
+                self.replay(static, "prefill")
             else:
-                self._run(prompts, "prefill")
-            batch.hidden.index_copy_(0, prompts.into[: len(counts)], prompts.hidden[: len(counts)])
+                self._run(static, "prefill")
+            batch.hidden.index_copy_(0, static.into[: len(counts)], static.hidden[: len(counts)])
             start = stop
 
     def _think(
@@ -212,33 +212,6 @@ class GraphRunner(EagerRunner):
             states_BD = None if hidden_BD is None else hidden_BD[max(start - old, 0) : max(part.stop - old, 0)]
             self._decode(writing[part], steps, states_BD if states_BD is not None and len(states_BD) else None)
 
-    def batch_for(self, rows: int) -> StaticBatch:
-        """The static batch of the smallest bucket that holds this many rows."""
-        size = next(b for b in BUCKETS if b >= rows)
-        if size not in self.batches:
-            self.batches[size] = StaticBatch(size, self.dim, DECODE_STEPS + 1, self.dtype, self.cache.device)
-        return self.batches[size]
-
-    def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
-        """The static prompts of the smallest buckets that hold these numbers."""
-        size = prompt_sizes(tokens, rows, longest)
-        if size not in self.prompts:
-            self.prompts[size] = self._static_prompts(size)
-        return self.prompts[size]
-
-    def _static_prompts(self, size: tuple[int, int, int]) -> StaticPrompts:
-        return StaticPrompts(size, self.dim, self.dtype, self.cache.device)
-
-    def replay(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
-        """Runs `count` passes of a kind by replaying their graph, which is captured on first use."""
-        key = (batch.size, kind, count)
-        if key not in self.graphs:
-            with batch.at_rest(), capture_stream(self.cache.device) as stream:
-                self._run(batch, kind, *count)  # no active row: compiles kernels and changes nothing else
-                self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
-            self.captures += 1
-        self.graphs[key]()
-
     def _decode(self, answers: list[ActiveAnswer], steps: int, states_BD: torch.Tensor | None) -> None:
         """states_BD: the last hidden states of the last answers, those without a token yet."""
         fresh = 0 if states_BD is None else len(states_BD)
@@ -268,6 +241,33 @@ class GraphRunner(EagerRunner):
         for answer, tokens in zip(answers, written, strict=True):
             answer.tokens.extend(t for t in tokens if t >= 0)
         self.resident = answers
+
+    def batch_for(self, rows: int) -> StaticBatch:
+        """The static batch of the smallest bucket that holds this many rows."""
+        size = next(b for b in BUCKETS if b >= rows)
+        if size not in self.batches:
+            self.batches[size] = StaticBatch(size, self.dim, DECODE_STEPS + 1, self.dtype, self.cache.device)
+        return self.batches[size]
+
+    def _prompts_for(self, tokens: int, rows: int, longest: int) -> StaticPrompts:
+        """The static prompts of the smallest buckets that hold these numbers."""
+        size = prompt_sizes(tokens, rows, longest)
+        if size not in self.prompts:
+            self.prompts[size] = self._static_prompts(size)
+        return self.prompts[size]
+
+    def _static_prompts(self, size: tuple[int, int, int]) -> StaticPrompts:
+        return StaticPrompts(size, self.dim, self.dtype, self.cache.device)
+
+    def replay(self, batch: StaticBatch | StaticPrompts, kind: str, *count: int) -> None:
+        """Runs `count` passes of a kind by replaying their graph, which is captured on first use."""
+        key = (batch.size, kind, count)
+        if key not in self.graphs:
+            with batch.at_rest(), capture_stream(self.cache.device) as stream:
+                self._run(batch, kind, *count)  # no active row: compiles kernels and changes nothing else
+                self.graphs[key] = self._capture(partial(getattr(self.passes, kind), batch, *count), stream)
+            self.captures += 1
+        self.graphs[key]()
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
         lengths = self.cache.layout.lengths
