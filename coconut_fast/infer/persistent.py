@@ -98,14 +98,10 @@ def schedule(plan: ModelPlan, *, batch: int, blocks: int, splits: int) -> torch.
     program = torch.zeros(blocks, len(phases), len(FIELDS), dtype=torch.int32, device="cpu")
     for i, (op, layer) in enumerate(phases):
         bounds = torch.arange(blocks + 1, device="cpu") * tiles[op] // blocks
-        program[:, i, 0] = op
-        program[:, i, 1] = layer
-        program[:, i, 2] = bounds[:-1]
-        program[:, i, 3] = bounds[1:]
-        program[:, i, 4] = _mask(_READS[op])
-        program[:, i, 5] = _mask(_WRITES[op])
-        program[:, i, 6] = i
-        program[:, i, 7] = 1
+        values = {"opcode": op, "layer": layer, "first": bounds[:-1], "last": bounds[1:], "wait": i, "arrive": 1}
+        values |= {"reads": _mask(_READS[op]), "writes": _mask(_WRITES[op])}
+        for name, value in values.items():
+            program[:, i, FIELDS.index(name)] = value
     return program
 
 
