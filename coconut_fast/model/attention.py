@@ -61,22 +61,7 @@ def attend(
     Raises ValueError when called without `ragged`, with a mask, or for attention we do not compute (sinks, a bias, a
     selection of keys, attention to later positions).
     """
-    if ragged is None:
-        raise ValueError(
-            f"attn_implementation={NAME!r} was called without the keyword `ragged`: either the Hugging Face model was "
-            "called by itself (model.set_attn_implementation('sdpa') allows that), or its code does not hand keywords "
-            "on to attention"
-        )
-    if attention_mask is not None:
-        raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
-    for name, meaning in MORE_THAN_SOFTMAX.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} uses {meaning}, which attn_implementation={NAME!r} lacks")
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise ValueError(
-            f"{type(module).__name__} attends to later positions too (is_causal is False), "
-            f"attn_implementation={NAME!r} only to earlier ones"
-        )
+    ragged = _checked(module, attention_mask, ragged, kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     if ragged.calls is not None:
         ragged.calls.append((layer, sliding_window))
@@ -113,6 +98,29 @@ def attend(
     if used:
         output_THK = output_THK.new_zeros(len(key_THK), *output_THK.shape[1:]).index_copy(0, used.at, output_THK)
     return output_THK[None], None
+
+
+def _checked(
+    module: nn.Module, attention_mask: torch.Tensor | None, ragged: Ragged | None, others: dict[str, Any]
+) -> Ragged:
+    """`ragged`; ValueError for a call that `attend` does not compute. others: its further keywords."""
+    if ragged is None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} was called without the keyword `ragged`: either the Hugging Face model was "
+            "called by itself (model.set_attn_implementation('sdpa') allows that), or its code does not hand keywords "
+            "on to attention"
+        )
+    if attention_mask is not None:
+        raise ValueError(f"attn_implementation={NAME!r} takes no attention mask, rows are ragged")
+    for name, meaning in MORE_THAN_SOFTMAX.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {meaning}, which attn_implementation={NAME!r} lacks")
+    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise ValueError(
+            f"{type(module).__name__} attends to later positions too (is_causal is False), "
+            f"attn_implementation={NAME!r} only to earlier ones"
+        )
+    return ragged
 
 
 def _forward(
