@@ -123,6 +123,25 @@ def check_path(path_or_id: str | os.PathLike[str]) -> str:
     return path_or_id
 
 
+def _check_arguments(
+    device: torch.device | str | None, dtype: torch.dtype | str | None, tokens: LatentTokens | None
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device and the dtype; ValueError for arguments that `load` cannot use, before it reads a model."""
+    kind = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    kind = None if kind == "auto" else kind
+    if kind not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: found {dtype!r}, expected float64, float32, bfloat16 or float16, or 'auto'")
+    if tokens is not None and not isinstance(tokens, LatentTokens):
+        raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
+    try:
+        place = torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+    if place.type == "meta":
+        raise ValueError("device: meta cannot be used here (it has no memory)")
+    return place, kind
+
+
 def add_latent_tokens(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool) -> LatentTokens:
     """Adds those of the three special tokens that are missing, and initialises their rows as the paper's code does.
 
@@ -365,22 +384,3 @@ def _read_feedback(
             reason = " ".join(str(error).split())
             raise ValueError(f"{weights} does not load as a feedback {name!r}: {reason}") from error
     return module
-
-
-def _check_arguments(
-    device: torch.device | str | None, dtype: torch.dtype | str | None, tokens: LatentTokens | None
-) -> tuple[torch.device, torch.dtype | None]:
-    """The device and the dtype; ValueError for arguments that `load` cannot use, before it reads a model."""
-    kind = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    kind = None if kind == "auto" else kind
-    if kind not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype: found {dtype!r}, expected float64, float32, bfloat16 or float16, or 'auto'")
-    if tokens is not None and not isinstance(tokens, LatentTokens):
-        raise ValueError(f"tokens: found {tokens!r}, expected LatentTokens(thought=..., ...)")
-    try:
-        place = torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
-    if place.type == "meta":
-        raise ValueError("device: meta cannot be used here (it has no memory)")
-    return place, kind
