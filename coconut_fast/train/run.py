@@ -92,25 +92,6 @@ def _train(
         finish(folder, settings.debug)
 
 
-def leave_group() -> None:
-    """Destroys the process group of a process about to exit, and what a finished trainer still holds of it.
-
-    Threads of a group that outlives the interpreter may free a tensor without one, which aborts the process, and
-    torchrun then stops the others in the middle of their writes.
-    """
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a trainer is a reference cycle, and its model's DDP holds the group
-        dist.destroy_process_group()
-
-
-def finish(folder: Path, debug: bool) -> None:
-    """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
-    chosen = None if debug else checkpoints.best_or_last(folder)
-    if chosen is not None:  # from the disk: the model in memory may be sharded
-        checkpoints.read_model(chosen).save_pretrained(folder)
-    draw_curve(folder)
-
-
 def summary(trainer: CoconutTrainer, last: Path | None) -> str:
     """What the run is about to do, in a few lines."""
     settings, schedule = trainer.settings, trainer.schedule
@@ -136,3 +117,22 @@ def summary(trainer: CoconutTrainer, last: Path | None) -> str:
             f"device      {trainer.args.device}",
         ]
     )
+
+
+def finish(folder: Path, debug: bool) -> None:
+    """Puts the best model of the last stage (without validation: the last one) into the run's directory itself."""
+    chosen = None if debug else checkpoints.best_or_last(folder)
+    if chosen is not None:  # from the disk: the model in memory may be sharded
+        checkpoints.read_model(chosen).save_pretrained(folder)
+    draw_curve(folder)
+
+
+def leave_group() -> None:
+    """Destroys the process group of a process about to exit, and what a finished trainer still holds of it.
+
+    Threads of a group that outlives the interpreter may free a tensor without one, which aborts the process, and
+    torchrun then stops the others in the middle of their writes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer is a reference cycle, and its model's DDP holds the group
+        dist.destroy_process_group()
