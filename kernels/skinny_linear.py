@@ -208,12 +208,11 @@ def tiles(rows: int, outputs: int, inputs: int, row_size: int, itemsize: int, pa
     return Tiles("dot", block_m, block_n, span // warps, warps, max(ahead, 1))
 
 
-def _launch(
-    x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
-    activation: str = "none", norm: str = "none", norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None, eps: float = 1e-5, overlap: bool = False,
-    early: bool = False,
-) -> torch.Tensor:  # fmt: skip
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str,
+    norm: str, norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, outputs: int,
+) -> None:  # fmt: skip
+    """ValueError for inputs that do not fit."""
     op, (rows, inputs) = "skinny_linear", x.shape
     check_dtypes(op, x=x, weight=weight, bias=bias, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     if rows > MAX_ROWS:
@@ -228,10 +227,8 @@ def _launch(
         raise ValueError(f"{op}: norm_weight is {'absent' if norm_weight is None else 'given'} with norm {norm!r}")
     if norm_bias is not None and norm == "none":
         raise ValueError(f"{op}: norm_bias is given with norm 'none'")
-    gated = activation == "swiglu"
-    if gated and weight.shape[0] % 2:
+    if activation == "swiglu" and weight.shape[0] % 2:
         raise ValueError(f"{op}: weight has {weight.shape[0]} rows, expected an even number (gate, then up)")
-    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     check_shape(op, "x", x, (rows, inputs))
     check_shape(op, "weight", weight, (weight.shape[0], inputs))
     vectors = (("bias", bias, weight.shape[0]), ("norm_weight", norm_weight, inputs), ("norm_bias", norm_bias, inputs))
@@ -240,6 +237,18 @@ def _launch(
             check_shape(op, name, vector, (length,))
     if residual is not None:
         check_shape(op, "residual", residual, (rows, outputs))
+
+
+def _launch(
+    x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    activation: str = "none", norm: str = "none", norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None, eps: float = 1e-5, overlap: bool = False,
+    early: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    rows, inputs = x.shape
+    gated = activation == "swiglu"
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    _check(x, weight, bias, residual, activation, norm, norm_weight, norm_bias, outputs)
     out = torch.empty(rows, outputs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     if rows == 0:
         return out
