@@ -222,10 +222,11 @@ def _score(bits):
     return tl.where(i < 0, i ^ 0x7FFFFFFF, i).to(tl.float32, bitcast=True)
 
 
-def _launch(
-    hidden: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None,
-    numbers: torch.Tensor | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-) -> torch.Tensor:  # fmt: skip
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, numbers: torch.Tensor | None,
+    temperature: float, top_k: int, top_p: float,
+) -> None:  # fmt: skip
+    """ValueError for inputs that do not fit."""
     op, (batch, dim), vocabulary = "lm_head_sample", hidden.shape, weight.shape[0]
     check_dtypes(op, hidden=hidden, weight=weight, bias=bias)
     check_shape(op, "hidden", hidden, (batch, dim))
@@ -242,6 +243,14 @@ def _launch(
             found = "None" if numbers is None else str(numbers.dtype)
             raise ValueError(f"{op}: numbers is {found}, expected float64 ({batch},) at a temperature above 0")
         check_shape(op, "numbers", numbers, (batch,))
+
+
+def _launch(
+    hidden: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = None,
+    numbers: torch.Tensor | None = None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    (batch, dim), vocabulary = hidden.shape, weight.shape[0]
+    _check(hidden, weight, bias, numbers, temperature, top_k, top_p)
     ids = torch.empty(batch, dtype=torch.int64, device=hidden.device)
     if batch == 0:
         return ids
