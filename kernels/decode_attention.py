@@ -206,6 +206,20 @@ def check_cache(
         raise ValueError(f"{op}: window is {window} and softcap {softcap}, expected 0 (none) or more")
 
 
+def _counters(query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    """The counters that a call with several splits was given, or new ones; ValueError for those that do not fit."""
+    needed = num_counters(*query.shape[:2])
+    if given is None:
+        return query.new_zeros(needed, dtype=torch.int32)
+    if given.dtype != torch.int32 or given.numel() < needed:
+        raise ValueError(
+            f"decode_attention: counters is {given.dtype} of {given.numel()} elements, expected int32 zeros, "
+            f"at least {needed}"
+        )
+    check_shape("decode_attention", "counters", given, tuple(given.shape), contiguous=True)
+    return given
+
+
 def _launch(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, page_table: torch.Tensor, rows: torch.Tensor,
     lengths: torch.Tensor, *, page_size: int, scaling: float, window: int = 0, softcap: float = 0.0, max_length: int,
@@ -237,15 +251,7 @@ def _launch(
     if splits > 1:
         partial = query.new_empty(batch * heads * splits * value_dim, dtype=torch.float32)
         partial_lse = query.new_empty(batch * heads * splits, dtype=torch.float32)
-        if counters is None:
-            counters = query.new_zeros(num_counters(batch, heads), dtype=torch.int32)
-        elif counters.dtype != torch.int32 or counters.numel() < num_counters(batch, heads):
-            raise ValueError(
-                f"decode_attention: counters is {counters.dtype} of {counters.numel()} elements, expected int32 zeros, "
-                f"at least {num_counters(batch, heads)}"
-            )
-        else:
-            check_shape("decode_attention", "counters", counters, tuple(counters.shape), contiguous=True)
+        counters = _counters(query, counters)
     overlap = overlap and overlaps(query)
     arguments = {
         "query": query,
