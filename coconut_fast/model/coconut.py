@@ -288,21 +288,7 @@ class Coconut(nn.Module):
             layers_L = torch.arange(1, self.num_layers + 1, device=device)
             seeds_L = (torch.randint(2**31, (), device=device) + 0x9E3779B1 * layers_L) & 0x7FFFFFFF
         if self.settings.parallel_rounds is not None:
-            if self.detach_after is not None:
-                raise ValueError(
-                    f"detach_after: found {self.detach_after} with parallel_rounds, whose gradients reach all thoughts"
-                )
-            growing = KVCache(
-                self.num_layers,
-                num_slots=batch.num_slots,
-                max_rows=len(batch.lengths),
-                max_length=max(batch.lengths),
-                device=device,
-            )
-            rows = growing.alloc(len(batch.lengths))
-            refined = refine(self, batch, growing, rows, seeds_L, loss_only)
-            growing.seal()
-            return refined
+            return self._rounds(batch, seeds_L, loss_only)
         cache = Storage(self.num_layers, num_slots=batch.num_slots, page_table=batch.page_table)
         # By `split`, whose backward is one concatenation; that of a slice makes a whole (T, D) of zeros for every pass.
         pieces = self.embed(batch.input_ids).split([p.stop - p.start for p in batch.passes])
@@ -330,6 +316,25 @@ class Coconut(nn.Module):
             hidden.append(self.body(x_TD, batch.position_ids[p.start : p.stop], ragged))
         cache.seal()
         return tuple(hidden), tuple(embeds)
+
+    def _rounds(
+        self, batch: RaggedBatch, seeds_L: torch.Tensor | None, loss_only: bool
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """`_passes` where all thoughts are refined together (model/parallel.py)."""
+        if self.detach_after is not None:
+            raise ValueError(
+                f"detach_after: found {self.detach_after} with parallel_rounds, whose gradients reach all thoughts"
+            )
+        cache = KVCache(
+            self.num_layers,
+            num_slots=batch.num_slots,
+            max_rows=len(batch.lengths),
+            max_length=max(batch.lengths),
+            device=batch.input_ids.device,
+        )
+        refined = refine(self, batch, cache, cache.alloc(len(batch.lengths)), seeds_L, loss_only)
+        cache.seal()
+        return refined
 
     def _detached(self, thoughts_BD: torch.Tensor, thoughts_after_B: torch.Tensor) -> torch.Tensor:
         if self.detach_after is None:
