@@ -49,11 +49,8 @@ class StageCallback(TrainerCallback):
         if starts_here and trainer.schedule.resets(trainer.run_state.history, stage):
             trainer.optimizer.state.clear()  # what a new optimizer would start with
         sampler = trainer.sampler
-        sampler.epoch, sampler.stage, sampler.lengths = (
-            len(trainer.run_state.history),
-            stage,
-            trainer.rows.lengths(stage),
-        )
+        sampler.epoch, sampler.stage = len(trainer.run_state.history), stage
+        sampler.lengths = trainer.rows.lengths(stage)
         record_curriculum(trainer.accelerator.unwrap_model(trainer.model), trainer.curriculum, stage)
 
     def on_step_begin(
