@@ -270,6 +270,15 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
         raise ValueError(f"the configuration of {home} does not load: {reason_of(error)}") from error
     hf.tie_weights()  # skipped with the initialisation; a tied head need not be in the file
     _check_floating(hf, {name: _KINDS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}, path)
+    has_more_rows = _load_state(hf, state, path, home)
+    return hf, is_coconut or has_more_rows
+
+
+def _load_state(hf: PreTrainedModel, state: dict[str, torch.Tensor], path: Path, home: Path | str) -> bool:
+    """Loads weights by name, with as many rows of embeddings as there are; whether these are more than `hf` had.
+
+    ValueError for weights that are missing, unexpected or of another shape, or that differ where `hf` ties them.
+    """
     names = [k for k, p in hf.named_parameters(remove_duplicate=False) if p is hf.get_input_embeddings().weight]
     table = next((k for k in names if k in state and state[k].dim() == 2), None)
     rows = hf.get_input_embeddings().weight.shape[0]
@@ -290,7 +299,7 @@ def _read_reference(path: Path, home: Path | str, dtype: torch.dtype | None) -> 
     for name in names:  # one of them would be silently dropped
         if name in state and table is not None and not _same(state[name], state[table]):
             raise ValueError(f"{path} does not fit {home}: {name} differs from {table}, which config.json ties it to")
-    return hf, is_coconut or has_more_rows
+    return has_more_rows
 
 
 def _unwrapped(name: str) -> str:
