@@ -137,6 +137,36 @@ class CoconutArguments:
     )  # fields of transformers.TrainingArguments: see PASSED_THROUGH
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self.curriculum()  # refuses settings that make no sense, as does the schedule
+        self.schedule()
+        for name, why in self.without_effect().items():
+            if (found := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: found {found!r}, which would change nothing: {why}")
+        self._check_device()
+        self._check_training_arguments()
+        self._check_trackers()
+        self._check_combinations()
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing here, with the reason; not the curriculum's shape, of which the official files
+        have all keys: a recipe's baselines differ in the method alone."""
+        method = METHODS[self.method]
+        symbols, thinks = self.tokenizer == "symbols", method.slot == "thought"
+        feeds_back = thinks and self.method != "pause_as_thought_multipass"
+        rules = (
+            (("uniform_prob", "replay_prob", "advance_at"), method.stages == "all", f"{self.method} has one stage"),
+            (("tokens_per_stage", "removal_smoothing"), self.method == "icot", "only icot removes single tokens"),
+            (("detach_after", "parallel_rounds"), thinks, f"{self.method} has no thoughts"),
+            (("feedback",), feeds_back, f"{self.method} feeds back no hidden states"),
+            (("relabel", "separators"), symbols, "graphs are written as the recipe says with tokenizer: symbols alone"),
+            (("frontier",), symbols and self.target == "random_frontier", "only target: random_frontier asks for one"),
+            (("num_thoughts",), self.only_eval, "it is for only_eval; in training the stage says how many"),
+        )
+        return {name: why for names, followed, why in rules if not followed for name in names}
+
+    def _check_values(self) -> None:
+        """ValueError for a setting that makes no sense whatever the others are."""
         for name, allowed in (
             ("precision", PRECISIONS),
             ("lr_schedule", LR_SCHEDULES),
@@ -173,21 +203,16 @@ class CoconutArguments:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 0 and less than 1")
-        self.curriculum()  # refuses settings that make no sense, as does the schedule
-        self.schedule()
-        slot = METHODS[self.method].slot
-        if slot and not self.c_thought:
-            raise ValueError(f"c_thought: found 0, expected 1 or more {slot}s per step for method {self.method!r}")
-        for name, why in self.without_effect().items():
-            if (found := getattr(self, name)) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: found {found!r}, which would change nothing: {why}")
-        self._check_device()
-        self._check_training_arguments()
-        self._check_trackers()
         if isinstance(self.model, dict) and "from_config" not in self.model:
             raise ValueError(
                 f"model: found a mapping with {', '.join(self.model)}, expected from_config among its keys"
             )
+
+    def _check_combinations(self) -> None:
+        """ValueError for settings that make no sense together."""
+        slot = METHODS[self.method].slot
+        if slot and not self.c_thought:
+            raise ValueError(f"c_thought: found 0, expected 1 or more {slot}s per step for method {self.method!r}")
         if self.detach_after is not None and self.parallel_rounds is not None:
             raise ValueError(
                 f"detach_after: found {self.detach_after} with parallel_rounds, whose gradients reach all thoughts"
@@ -205,23 +230,6 @@ class CoconutArguments:
         for name, used in (("advance_at", self.advance_at is not None), ("save_only_improve", self.save_only_improve)):
             if used and self.val_path is None:
                 raise ValueError(f"val_path: found none, expected a file, because {name} looks at validation accuracy")
-
-    def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing here, with the reason; not the curriculum's shape, of which the official files
-        have all keys: a recipe's baselines differ in the method alone."""
-        method = METHODS[self.method]
-        symbols, thinks = self.tokenizer == "symbols", method.slot == "thought"
-        feeds_back = thinks and self.method != "pause_as_thought_multipass"
-        rules = (
-            (("uniform_prob", "replay_prob", "advance_at"), method.stages == "all", f"{self.method} has one stage"),
-            (("tokens_per_stage", "removal_smoothing"), self.method == "icot", "only icot removes single tokens"),
-            (("detach_after", "parallel_rounds"), thinks, f"{self.method} has no thoughts"),
-            (("feedback",), feeds_back, f"{self.method} feeds back no hidden states"),
-            (("relabel", "separators"), symbols, "graphs are written as the recipe says with tokenizer: symbols alone"),
-            (("frontier",), symbols and self.target == "random_frontier", "only target: random_frontier asks for one"),
-            (("num_thoughts",), self.only_eval, "it is for only_eval; in training the stage says how many"),
-        )
-        return {name: why for names, followed, why in rules if not followed for name in names}
 
     def _check_device(self) -> None:
         if self.device not in (None, "cpu", "cuda"):
