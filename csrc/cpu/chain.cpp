@@ -172,6 +172,32 @@ int Chain::gather(int t, const RowsView& rows, Position position) {
   return gathered_;
 }
 
+// All threads step through the rows alike, each with an `at` of its own; thread 0 writes the lists.
+int Chain::gather_runs(int t, const RowsView& rows, const int32_t* counts, Progress& at) {
+  int count = 0;
+  if (t == 0) runs_.count = runs_.finished = 0;
+  while (at.row < rows.count && count < max_tokens_) {
+    const int n = std::min(counts[at.row] - at.done, max_tokens_ - count);
+    if (t == 0 && n > 0) {
+      const int32_t row = rows.rows[at.row], start = rows.starts[at.row] + at.done;
+      for (int i = 0; i < n; ++i) {
+        tokens_[count + i] = {row, start + i};
+        active_[count + i] = at.row;
+      }
+      runs_.rows[runs_.count] = row;
+      runs_.lengths[runs_.count] = start + n;
+      runs_.offsets[runs_.count++] = count;
+      runs_.offsets[runs_.count] = count + n;
+    }
+    count += n, at.done += n;
+    if (at.done < counts[at.row]) break;
+    if (t == 0) runs_.finished = runs_.count;
+    ++at.row, at.done = 0;
+  }
+  team_->barrier();
+  return count;
+}
+
 void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t* ids, const int32_t* counts,
                     float* hidden) {
   const std::lock_guard<std::mutex> turn(turn_);
@@ -181,31 +207,11 @@ void Chain::prefill(const CacheView& cache, const RowsView& rows, const int32_t*
     if (!reserve_prompt(shape_.head_dim)) short_of_memory = true;
     team_->barrier();
     if (short_of_memory) return;
-    int row = 0, done = 0;  // the next token is number `done` of this row
+    Progress at;
     const int32_t* next = ids;
     while (true) {
-      // All threads step through the rows alike; thread 0 writes the list.
-      int count = 0;
-      if (t == 0) runs_.count = runs_.finished = 0;
-      for (; row < rows.count && count < max_tokens_;) {
-        const int n = std::min(counts[row] - done, max_tokens_ - count);
-        if (t == 0 && n > 0) {
-          for (int i = 0; i < n; ++i) {
-            tokens_[count + i] = {rows.rows[row], rows.starts[row] + done + i};
-            active_[count + i] = row;
-          }
-          runs_.rows[runs_.count] = rows.rows[row];
-          runs_.lengths[runs_.count] = rows.starts[row] + done + n;
-          runs_.offsets[runs_.count++] = count;
-          runs_.offsets[runs_.count] = count + n;
-        }
-        count += n, done += n;
-        if (done < counts[row]) break;
-        if (t == 0) runs_.finished = runs_.count;
-        ++row, done = 0;
-      }
+      const int count = gather_runs(t, rows, counts, at);
       if (count == 0) return;
-      team_->barrier();
       for (int m = t; m < count; m += team_->size()) {
         if (next[m] < 0) embed_state(m, hidden + size_t(active_[m]) * shape_.dim);
         else embed_id(m, next[m]);

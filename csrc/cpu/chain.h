@@ -139,6 +139,11 @@ class Chain {
     std::vector<int32_t> rows, offsets, lengths;
   };
 
+  // How far a prefill call is: its next token is number `done` of row `row`.
+  struct Progress {
+    int row = 0, done = 0;
+  };
+
   // A row of a decode call.
   struct RowState {
     int32_t pending, position;
@@ -154,6 +159,8 @@ class Chain {
   // Lists the rows i with position(i) >= 0 in active_ and tokens_, and returns how many there are.
   template <class Position>
   int gather(int t, const RowsView& rows, Position position);
+  // Lists the tokens of a prefill's next pass in active_, tokens_ and runs_, and returns how many there are.
+  int gather_runs(int t, const RowsView& rows, const int32_t* counts, Progress& at);
   // All layers. `after`: the weights used next, whose first bytes are prefetched at the end.
   void body(int t, int tokens, const CacheView& cache, const Linear& after, bool prompt = false);
   void plan_kv_prefetch(int t, int tokens, const CacheView& cache, int layer);
