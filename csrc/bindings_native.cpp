@@ -160,9 +160,10 @@ static coconut_fast::RowsView rows_view(const Chain& chain, const CacheLayout& l
   return {static_cast<int>(n), row, start};
 }
 
-static void check_ids(const Chain& chain, const int32_t* ids, int64_t n, int32_t least) {
+// -1, which stands for a thought or for no token, is allowed.
+static void check_ids(const Chain& chain, const int32_t* ids, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
-    if (ids[i] < least || ids[i] >= chain.shape().vocab)
+    if (ids[i] < -1 || ids[i] >= chain.shape().vocab)
       refuse("token id ", ids[i], " is out of range, the vocabulary has ", chain.shape().vocab);
 }
 
@@ -178,7 +179,7 @@ static void chain_prefill(Chain& self, const CacheLayout& layout, const Storage&
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += count[i];
   const int32_t* id = data_of<int32_t>(ids, total, "ids");
-  check_ids(self, id, total, -1);
+  check_ids(self, id, total);
   float* state = data_of<float>(hidden, n * self.shape().dim, "hidden");
   py::gil_scoped_release release;
   self.prefill(cache, view, id, count, state);
@@ -208,7 +209,7 @@ static py::tuple chain_decode(Chain& self, const CacheLayout& layout, const Stor
   const int64_t n = rows.numel();
   const int32_t* first = data_of<int32_t>(pending, n, "pending");
   const int32_t* limit = data_of<int32_t>(limits, n, "limits");
-  check_ids(self, first, n, -1);
+  check_ids(self, first, n);
   std::vector<int32_t> writes(n);  // a row's last token is not written to the cache, a pending one is
   for (int64_t i = 0; i < n; ++i) {
     const int made = std::min(limit[i], steps);
