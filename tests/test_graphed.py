@@ -16,6 +16,7 @@ from transformers import Trainer
 from coconut_fast import Coconut
 from coconut_fast.train import graphed
 from coconut_fast.train.graphed import GraphedStep
+from coconut_fast.train.skipped import SkippedSteps
 from coconut_fast.train.trainer import CoconutTrainer
 from tests.families import make_pair
 from tests.test_buckets import both
@@ -164,7 +165,7 @@ def test_steps_of_a_model_with_hooks_run_eagerly(monkeypatch) -> None:
     trainer.model = model_on("cpu")
     trainer.graphed = lambda batch, num_items: (torch.tensor(1.0), None)
     monkeypatch.setattr(Trainer, "training_step", lambda *arguments: torch.tensor(2.0))
-    trainer.loss_is_finite, trainer.step_loss = torch.tensor(True), torch.tensor(0.0)
+    trainer.skipped = SkippedSteps(torch.device("cpu"))
     inputs, block = {"batch": both(EQUAL)[1]}, trainer.model.hf.transformer.h[1]
     assert trainer.training_step(trainer.model, inputs, 7) == 1
     for register in (block.register_forward_hook, block.register_full_backward_pre_hook):

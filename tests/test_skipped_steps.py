@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from coconut_fast.train.reports import read_metrics
-from coconut_fast.train.trainer import CoconutTrainer, NonFiniteError
+from coconut_fast.train.skipped import NonFiniteError
+from coconut_fast.train.trainer import CoconutTrainer
 from tests.test_trainer import EXACT, assert_equal, make_trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     assert_equal(seen[1], start)
     assert any(not torch.equal(seen[2][n], start[n]) for n in start)
     assert_equal(seen[4], seen[3])
-    assert int(trainer.skipped) == 3
+    assert int(trainer.skipped.total) == 3
     assert all(torch.isfinite(w).all() for w in weights(trainer).values())
     records = read_metrics(tmp_path / "runs" / "tiny-debug" / "metrics.jsonl")
     assert records[-2]["skipped_steps"] == 3
@@ -88,7 +89,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path: Path, max_grad_n
     trainer = make_trainer(tmp_path, **{**EXACT, **halves})
     trainer.__class__ = BadGradient
     trainer.train()
-    assert int(trainer.skipped) == 2
+    assert int(trainer.skipped.total) == 2
     assert all(torch.isfinite(w).all() for w in weights(trainer).values())
 
 

@@ -28,8 +28,7 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        trainer.loss_is_finite = torch.ones((), dtype=torch.bool, device=args.device)
-        trainer.step_loss = torch.zeros((), device=args.device)
+        trainer.skipped.begin()
         trainer.count_anew()
         trainer.began = trainer.counted
         if trainer.schedule.next_stage(trainer.run_state.history) is None:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from coconut_fast.files import naming, write_atomically, write_json
+from coconut_fast.files import naming, write_atomically
 from coconut_fast.model.coconut import CoconutOutput
 
 if TYPE_CHECKING:
@@ -66,21 +66,8 @@ def thought_norm(output: CoconutOutput) -> torch.Tensor | None:
 def without_skipped(trainer: CoconutTrainer, since: dict[str, Any]) -> float:
     """The factor that makes a mean over all steps since then, in which skipped ones are 0, one over the others."""
     steps = trainer.state.global_step - since["step"]
-    kept = steps - (int(trainer.skipped) - since["skipped"])
+    kept = steps - (int(trainer.skipped.total) - since["skipped"])
     return steps / kept if kept else math.nan
-
-
-def non_finite_message(trainer: CoconutTrainer) -> str:
-    """What to say where too many steps in a row were not finite; writes the last one's rows to a file."""
-    own = f"-process-{trainer.args.process_index}" if trainer.args.world_size > 1 else ""  # each has its own rows
-    step = trainer.state.global_step + 1
-    file = Path(trainer.args.output_dir) / f"nonfinite-step-{step}{own}.json"
-    names = ("problem", "epoch", "stage", "input_ids", "labels")
-    write_json(file, [dict(zip(names, (*key, ids, labels), strict=True)) for key, ids, labels in trainer.step_rows])
-    return (
-        f"loss or gradient was not finite in {int(trainer.streak)} steps in a row, up to step {step}; the last batch "
-        f"is in {file}"
-    )
 
 
 class Report(TrainerCallback):

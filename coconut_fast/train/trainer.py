@@ -8,7 +8,8 @@ Its arguments, callbacks, trackers, mixed precision, accumulation and distribute
     a loss that is the mean over the labelled tokens of the whole step, however it is cut into batches and processes
     evaluation by batched generation (train/validation.py)
     checkpoints that appear whole, and runs that resume as if never interrupted (train/checkpoints.py)
-    steps with a non-finite loss or gradient skipped on the device and counted; too many in a row end the run
+    steps with a non-finite loss or gradient skipped on the device and counted (train/skipped.py); too many in a row end
+        the run
     forward and backward replayed as CUDA graphs on a single GPU (train/graphed.py)
 """
 
@@ -42,14 +43,11 @@ from coconut_fast.train.learning_rate import learning_rate_factor
 from coconut_fast.train.order import EpochBatches
 from coconut_fast.train.prefetch import Prefetcher
 from coconut_fast.train.problems import DataSet
-from coconut_fast.train.reports import Report, non_finite_message, thought_norm, without_skipped
+from coconut_fast.train.reports import Report, thought_norm, without_skipped
 from coconut_fast.train.rows import Collate, StageRows, end_with_parent
+from coconut_fast.train.skipped import SkippedSteps, non_finite_error
 from coconut_fast.train.state import RunState, check_same_run, run_fingerprint
 from coconut_fast.train.validation import validate
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row whose loss or gradient was not finite."""
 
 
 class CoconutTrainer(Trainer):
@@ -116,18 +114,15 @@ class CoconutTrainer(Trainer):
         self.prefetcher: Prefetcher | None = None  # of the current epoch
         self.judges = True  # whether the last evaluation was of the validation problems
         self.step_rows: list[Any] = []  # the rows of the step in progress
-        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)  # in all its batches so far
-        self.streak = torch.zeros((), device=self.args.device)  # steps skipped in a row, and in total
-        self.skipped = torch.zeros((), device=self.args.device)
+        self.skipped = SkippedSteps(self.args.device)
         self.thought_norm: torch.Tensor | None = None
-        self.step_loss = torch.zeros((), device=self.args.device)  # of the step in progress
         self.count_anew()
         self.began = self.counted  # when training began
         self.model_from: Path | None = None  # the checkpoint that `model` is as it was, where that is known
 
     def count_anew(self) -> None:
         """Begins the interval of the next log."""
-        now = {"since": time.perf_counter(), "step": self.state.global_step, "skipped": int(self.skipped)}
+        now = {"since": time.perf_counter(), "step": self.state.global_step, "skipped": int(self.skipped.total)}
         self.counted: dict[str, Any] = {"rows": 0, "tokens": 0, **now}
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -218,10 +213,7 @@ class CoconutTrainer(Trainer):
             self.thought_norm = norm.clone() if norm is not None and self._logs_now() else None
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.loss_is_finite = self.loss_is_finite & torch.isfinite(loss)
-        loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-        self.step_loss = self.step_loss + loss
-        return loss
+        return self.skipped.add(loss)
 
     def _forward_backward(
         self, batch: RaggedBatch, num_items: torch.Tensor
@@ -242,20 +234,14 @@ class CoconutTrainer(Trainer):
         """Makes the optimizer skip a step with non-finite loss or gradient, without host synchronisation."""
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        finite = torch.isfinite(torch.as_tensor(grad_norm, device=self.args.device)) & self.loss_is_finite
-        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)
-        bad = (~finite).float()
-        if self.args.world_size > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        self.streak = (self.streak + 1) * bad
-        self.skipped = self.skipped + bad
-        self._tr_loss -= bad * self.step_loss  # the logged mean is over the other steps
-        self.step_loss = torch.zeros_like(self.step_loss)
+        norm = torch.as_tensor(grad_norm, device=self.args.device)
+        skips, loss = self.skipped.end(norm, all_processes=self.args.world_size > 1)
+        self._tr_loss -= skips * loss  # the logged mean is over the other steps
         if self.accelerator.scaler is None:  # with a scaler (fp16), the scaler skips
-            getattr(self.optimizer, "optimizer", self.optimizer).found_inf = bad
+            getattr(self.optimizer, "optimizer", self.optimizer).found_inf = skips
         looks = self.args.device.type == "cpu" or self._logs_now()  # comparing syncs: on a GPU only when logging
-        if looks and self.streak >= self.settings.max_nonfinite:
-            raise NonFiniteError(non_finite_message(self))
+        if looks and self.skipped.streak >= self.settings.max_nonfinite:
+            raise non_finite_error(self)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with weight decay on all parameters, as in the official code; fused, which also lets it skip a step."""
@@ -324,7 +310,7 @@ class CoconutTrainer(Trainer):
             check_same_run(manifest["run"], run_fingerprint(self), resume)
             checkpoints.check_state(resume)
             self.run_state.restore(manifest)
-            self.skipped = torch.full((), float(manifest["skipped"]), device=self.args.device)
+            self.skipped.total.fill_(manifest["skipped"])
         if self.args.device.type == "cpu":
             ops.extension().keep_freed_memory()
         try:
@@ -376,7 +362,7 @@ class CoconutTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "stage": self.stage,
-            "skipped": int(self.skipped),
+            "skipped": int(self.skipped.total),
             "history": [asdict(record) for record in self.run_state.history],
             "best": self.run_state.best,
             "run": run_fingerprint(self),
