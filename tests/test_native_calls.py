@@ -289,6 +289,26 @@ def test_a_changed_model_answers_with_its_new_weights(change) -> None:
     assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
 
 
+def test_weights_that_are_no_parameters_are_seen() -> None:
+    model, _ = make_pair("gpt2")
+    for layer in (model.hf.transformer.h[0].mlp.c_fc, model.hf.transformer.h[1].mlp.c_fc):
+        weight = layer.weight.detach().clone()
+        del layer.weight
+        layer.register_buffer("weight", weight)
+        _answers(model)
+        for change in (lambda w: w.mul_(-2), lambda w: torch.randn_like(w) * 2):
+            layer.weight = change(layer.weight)
+            _like_the_oracle(model)
+    assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
+    weight = layer.weight
+    del layer.weight
+    layer.weight = weight
+    _answers(model)
+    layer.weight = torch.randn_like(weight)
+    assert "transformer.h.1.mlp.c_fc has a weight that is no parameter" in generate(model, [[1]]).stats.reason
+    _like_the_oracle(model)
+
+
 def test_code_of_the_users_own_is_not_passed_over() -> None:
     """A hook on the feedback is the way to intervene on a thought."""
     model, _ = make_pair("gpt2")

@@ -114,7 +114,8 @@ class ModelPlan:
         values = (getattr(self, f.name) for f in fields(self))
         numbers = tuple(v for v in values if not isinstance(v, Tensor | nn.ModuleList))
         ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
-        blocks = chain.from_iterable(module._parameters.values() for module in modules_of(self.blocks))
+        kinds = ("_parameters", "_buffers")
+        blocks = chain.from_iterable(vars(m)[kind].values() for m in modules_of(self.blocks) for kind in kinds)
         return numbers, versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
 
 
@@ -295,16 +296,22 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
-    """The first module that has a forward hook or a replaced forward, as a sentence; None if there is none."""
+    """The first module that has a forward hook, a replaced forward or a weight that is no parameter, as a sentence.
+
+    None if there is none. A weight that is a plain attribute is replaced without a trace.
+    """
     if has_global_hooks():
         return "a forward hook is registered for all modules"
     modules = modules_of(model)
     patched = {kind for kind in set(map(type, modules)) if _is_patched(kind)}
     for module in modules:
+        own = vars(module)
         if module._forward_hooks or module._forward_pre_hooks:
             return f"module {_name(model, module, prefix)} has a forward hook"
-        if "forward" in vars(module) or type(module) in patched:
+        if "forward" in own or type(module) in patched:
             return f"module {_name(model, module, prefix)} has had its forward replaced"
+        if isinstance(own.get("weight"), Tensor) or isinstance(own.get("bias"), Tensor):
+            return f"module {_name(model, module, prefix)} has a weight that is no parameter"
     return None
 
 
