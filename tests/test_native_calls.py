@@ -237,6 +237,22 @@ def _new_matrices_until_one_is_where_an_earlier_one_was(model) -> None:
     pytest.skip("no matrix came where an earlier one had been")
 
 
+def _a_square_matrix_transposed(model) -> None:
+    layer = model.hf.transformer.h[0].attn.c_proj
+    layer.weight.data = layer.weight.data.t()
+
+
+@torch.no_grad()
+def _a_new_parameter_on_the_same_memory(model) -> None:
+    """Written as often as the one before, whose versions are not counted any more."""
+    layer = model.hf.transformer.h[0].mlp.c_fc
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
+    layer.weight.mul_(2)
+    _answers(model)
+    layer.weight = torch.nn.Parameter(layer.weight.data)
+    layer.weight.mul_(-2)
+
+
 def _another_model(model) -> None:
     model.hf = make_pair("gpt2", seed=7)[0].hf
 
@@ -270,6 +286,8 @@ def _other_activation(model) -> None:
 CHANGES = [
     _new_head,
     _new_matrices_until_one_is_where_an_earlier_one_was,
+    _a_square_matrix_transposed,
+    _a_new_parameter_on_the_same_memory,
     _another_model,
     _fewer_layers,
     _final_bias,

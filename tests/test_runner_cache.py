@@ -67,6 +67,10 @@ def test_what_makes_a_new_runner(family: str) -> None:
         layer.self_attn.scaling *= 2
     run(temperature=0.5, seed=1)
     assert len(seen) == 6
+    square = model.hf.model.layers[0].self_attn.o_proj
+    square.weight = torch.nn.Parameter(square.weight.data.t())  # strides
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 7
 
 
 @pytest.mark.parametrize("free", [0, 1])

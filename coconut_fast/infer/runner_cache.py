@@ -126,7 +126,7 @@ def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
 
 
 def _structure(model: Coconut) -> list[object]:
-    """The model's modules, which of them have hooks or a replaced forward, and its weights' addresses and dtypes.
+    """The model's modules, which of them have hooks or a replaced forward, and its weights' addresses, strides, dtypes.
 
     Also the forwards of their classes, whether all modules have hooks, and NUMBERS, which launches hold as constants.
     While it is unchanged, so are the results of `not_reusable`, `hooked` and `fused.reason_not`.
@@ -135,7 +135,7 @@ def _structure(model: Coconut) -> list[object]:
     found = [vars(module) for module in modules]
     more = [i for i, d in enumerate(found) if d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d]
     held = chain.from_iterable([d[kind].values() for kind in ("_parameters", "_buffers") for d in found if d[kind]])
-    weights = [(tensor.data_ptr(), tensor.dtype) for tensor in held if tensor is not None]
+    weights = [(tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in held if tensor is not None]
     kinds = list(map(type, modules))
     forwards = {kind: getattr(kind, "forward", None) for kind in set(kinds)}
     numbers = [number for d in found for name in NUMBERS if type(number := d.get(name)) in (int, float)]

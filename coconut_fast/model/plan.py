@@ -3,8 +3,7 @@
 These are the CPU engine, the fused Triton passes and the persistent kernel. `describe(hf_model)` knows GPT-2 and the
 Llama family (llama, mistral, qwen2, qwen3) and returns a `ModelPlan`, or the reason why it does not know this model: an
 engine that runs a model from its weights alone must be sure that they are the whole model. Nothing is copied: tensors
-are the model's own (a layer's merged ones are made on request), so a plan made before training sees the trained
-weights.
+are the model's own (a layer's merged ones are made on request), so a plan made before training sees what it writes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
+from torch.utils.weak import WeakIdRef
 from transformers.pytorch_utils import Conv1D
 
 # Static RoPE variants: inv_freq and attention_scaling of the rotary module describe them completely.
@@ -120,11 +120,11 @@ class ModelPlan:
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...]:
-    """Storage, address and version of each tensor.
+    """Identity, storage, address, strides and version of each tensor.
 
-    A weak reference to the storage, whose address another one may get once it is freed. For CPU tensors that count no
-    versions (made in inference mode), or that another process may write (shared memory), a sum of their bits takes the
-    version's place: 3 ms for 100 MB.
+    Weak references to tensor and storage, whose addresses others may get once they are freed. A new parameter on the
+    same memory counts its versions from 0. For CPU tensors that count none (made in inference mode), or that another
+    process may write (shared memory), a sum of their bits takes the version's place: 3 ms for 100 MB.
     """
     return tuple(map(_state_of, tensors))
 
@@ -132,7 +132,8 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...]:
 def _state_of(tensor: Tensor) -> tuple[object, ...]:
     storage = tensor.untyped_storage()
     uncounted = tensor.is_cpu and (tensor.is_inference() or storage.is_shared())
-    return StorageWeakRef(storage), tensor.data_ptr(), _bits(tensor) if uncounted else tensor._version
+    where = WeakIdRef(tensor), StorageWeakRef(storage), tensor.data_ptr(), tensor.stride()
+    return *where, _bits(tensor) if uncounted else tensor._version
 
 
 def _bits(tensor: Tensor) -> int:
@@ -296,19 +297,15 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
-    """The first module that has a forward hook, a replaced forward or a weight that is no parameter, as a sentence.
-
-    None if there is none. A weight that is a plain attribute is replaced without a trace.
-    """
+    """The first module that has a forward hook, a replaced forward or a plain tensor as weight; None: there is none."""
     if has_global_hooks():
         return "a forward hook is registered for all modules"
     modules = modules_of(model)
     patched = {kind for kind in set(map(type, modules)) if _is_patched(kind)}
     for module in modules:
-        own = vars(module)
         if module._forward_hooks or module._forward_pre_hooks:
             return f"module {_name(model, module, prefix)} has a forward hook"
-        if "forward" in own or type(module) in patched:
+        if "forward" in (own := vars(module)) or type(module) in patched:
             return f"module {_name(model, module, prefix)} has had its forward replaced"
         if isinstance(own.get("weight"), Tensor) or isinstance(own.get("bias"), Tensor):
             return f"module {_name(model, module, prefix)} has a weight that is no parameter"
