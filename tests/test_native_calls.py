@@ -307,6 +307,15 @@ def test_a_changed_model_answers_with_its_new_weights(change) -> None:
     assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
 
 
+def test_layers_beyond_those_of_the_configuration_are_left_out_as_transformers_does() -> None:
+    model, _ = make_pair("llama")
+    before = _answers(model)
+    model.hf.config.num_hidden_layers = 1
+    _like_the_oracle(model)
+    assert _answers(model) != before
+    assert generate(model, [[1, 2]], max_new_tokens=1).stats.backend == "native"
+
+
 def test_weights_that_are_no_parameters_are_seen() -> None:
     model, _ = make_pair("gpt2")
     for layer in (model.hf.transformer.h[0].mlp.c_fc, model.hf.transformer.h[1].mlp.c_fc):

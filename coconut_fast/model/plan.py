@@ -200,31 +200,31 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
     rope = body.rotary_emb
     if rope.rope_type not in STATIC_ROPE:
         return f"rope type {rope.rope_type!r} changes with the length; only {', '.join(STATIC_ROPE)} are supported"
-    attention = [layer.self_attn for layer in body.layers]
-    head_dim = attention[0].head_dim
-    if rope.inv_freq.numel() * 2 != head_dim:
+    count = config.num_hidden_layers  # transformers runs the first ones only
+    layers = body.layers[:count] if count < len(body.layers) else body.layers
+    attention = [layer.self_attn for layer in layers]
+    if rope.inv_freq.numel() * 2 != (head_dim := attention[0].head_dim):
         return f"rotary embedding covers {rope.inv_freq.numel() * 2} of the {head_dim} dimensions of a head"
-    window = [_window(model, layer) for layer in attention]
     return ModelPlan(
         model_type=config.model_type,
         dim=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        inner=body.layers[0].mlp.up_proj.weight.shape[0],
+        inner=layers[0].mlp.up_proj.weight.shape[0],
         norm="rms",
         eps=float(body.norm.variance_epsilon),
-        activation=_formula(body.layers[0].mlp.act_fn),
+        activation=_formula(layers[0].mlp.act_fn),
         gated=True,
         scaling=tuple(layer.scaling for layer in attention),
-        window=tuple(window),
+        window=tuple(_window(model, layer) for layer in attention),
         positions=None,
         max_positions=config.max_position_embeddings,
         inv_freq=rope.inv_freq,
         rope_scaling=float(rope.attention_scaling),
         final_norm=body.norm.weight,
         final_norm_bias=None,
-        blocks=body.layers,
+        blocks=layers,
         **_embedding_and_head(body.embed_tokens, model.lm_head),
     )
 
