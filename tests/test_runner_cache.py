@@ -71,6 +71,12 @@ def test_what_makes_a_new_runner(family: str) -> None:
     square.weight = torch.nn.Parameter(square.weight.data.t())  # strides
     run(temperature=0.5, seed=1)
     assert len(seen) == 7
+    model.hf.config.logits_scaling = 0.5
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 8
+    model.hf.config.num_hidden_layers = 1
+    run(temperature=0.5, seed=1)
+    assert len(seen) == 9
 
 
 @pytest.mark.parametrize("free", [0, 1])

@@ -118,11 +118,12 @@ def _fits(runner: KeptRunner, model: Coconut, sampling: Sampling) -> bool:
 
 def _made_for(model: Coconut, sampling: Sampling) -> tuple[object, ...]:
     """What captured graphs depend on besides the model's structure: the dtype of the products, the feedback's constant,
-    end-of-text, sampling, and the backend of the kernels."""
+    end-of-text, sampling, the backend of the kernels, and what is read from the configuration when a pass runs."""
     mean_norm = getattr(model.feedback, "mean_norm", None)
     constant = float(mean_norm) if mean_norm is not None else None
     runs = ops.choose("skinny_linear", model.device)
-    return fused.compute_dtype(model), constant, model.tokens.eos, sampling, runs
+    configured = model.num_layers, model.logits_scale, model.logits_softcap
+    return fused.compute_dtype(model), constant, model.tokens.eos, sampling, runs, configured
 
 
 def _structure(model: Coconut) -> list[object]:
