@@ -151,23 +151,6 @@ def test_a_call_that_ends_leaves_another_one_in_evaluation_mode() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_an_interrupt_while_modes_are_restored_leaves_none_behind() -> None:
-    interrupts: list[type] = []
-
-    class Interrupted(nn.Identity):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "training" and value and interrupts:
-                raise interrupts.pop()
-            super().__setattr__(name, value)
-
-    model = Coconut(make_hf("gpt2"), TOKENS, feedback=Interrupted())
-    model.train()
-    interrupts.append(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, [PROMPT], max_new_tokens=1)
-    assert all(module.training for module in model.modules())
-
-
 def test_the_cache_has_room_for_an_answer_that_outlives_the_others_to_its_prompt(model: Coconut, monkeypatch) -> None:
     """Three rows at a time, two to a prompt: the second answer to the first prompt, and both to the second."""
 

@@ -132,27 +132,18 @@ _in_training: list[set[torch.nn.Module]] = []  # by running call: the modules th
 @contextmanager
 def _evaluating(model: Coconut) -> Iterator[None]:
     """Within the block modules are in evaluation mode. Threads may share them: the last one to leave restores them."""
-    ours: set[torch.nn.Module] = set()
+    with _lock:
+        ours = {m for m in modules_of(model) if m.training or any(m in others for others in _in_training)}
+        _in_training.append(ours)
     try:
-        with _lock:
-            ours |= {m for m in modules_of(model) if m.training or any(m in others for others in _in_training)}
-            _in_training.append(ours)
         for module in ours:
             module.training = False
         yield
     finally:
-        try:
-            _restore(ours)
-        except KeyboardInterrupt:
-            _restore(ours)
-            raise
-
-
-def _restore(ours: set[torch.nn.Module]) -> None:
-    with _lock:
-        _in_training[:] = [others for others in _in_training if others is not ours]
-        for module in ours.difference(*_in_training):
-            module.training = True
+        with _lock:
+            _in_training.remove(ours)
+            for module in ours - set().union(*_in_training):
+                module.training = True
 
 
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
