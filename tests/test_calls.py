@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -137,18 +135,6 @@ def test_answers_are_told_of_when_they_are_complete(model: Coconut) -> None:
     output = generate(model, [PROMPT, [5, 6], [7]], **options, on_answer=lambda *answer: told.append(answer))
     assert [i for i, *_ in told] == [2, 3, 4, 5, 0, 1], "the long answers are complete last"
     assert sorted(told) == list(zip(range(6), output.texts, output.token_ids, output.num_thoughts, strict=True))
-
-
-def test_a_call_that_ends_leaves_another_one_in_evaluation_mode() -> None:
-    model = Coconut(make_hf("gpt_neox", hidden_dropout=0.5), TOKENS).train()
-    ask = functools.partial(generate, model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=[1, 40])
-    expected = ask().token_ids
-    begun, over = threading.Event(), threading.Event()
-    other = threading.Thread(target=ask, kwargs={"on_answer": lambda *_: (begun.set(), over.wait(60))})
-    other.start()
-    assert begun.wait(60)
-    assert ask(on_answer=lambda *_: (over.set(), other.join())).token_ids == expected
-    assert all(module.training for module in model.modules())
 
 
 def test_the_cache_has_room_for_an_answer_that_outlives_the_others_to_its_prompt(model: Coconut, monkeypatch) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -117,33 +115,17 @@ def generate(
     temperature = min(temperature, 1e30) if temperature > 1e-30 else 0.0
     sampling = Sampling(temperature, min(top_k, 2**31 - 1), top_p)
     engine = Engine(model, read, sampling, seed, num_samples, batch_size, weights, return_thoughts, on_answer)
-    with _evaluating(model):
-        try:
-            engine.run()
-        except KeyboardInterrupt:
-            engine.stats.interrupted = True
-    return engine.output()
-
-
-_lock = threading.Lock()
-_in_training: list[set[torch.nn.Module]] = []  # by running call: the modules that were in training mode before it
-
-
-@contextmanager
-def _evaluating(model: Coconut) -> Iterator[None]:
-    """Within the block modules are in evaluation mode. Threads may share them: the last one to leave restores them."""
-    with _lock:
-        ours = {m for m in modules_of(model) if m.training or any(m in others for others in _in_training)}
-        _in_training.append(ours)
+    in_training = [module for module in modules_of(model) if module.training]
+    for module in in_training:
+        module.training = False
     try:
-        for module in ours:
-            module.training = False
-        yield
+        engine.run()
+    except KeyboardInterrupt:
+        engine.stats.interrupted = True
     finally:
-        with _lock:
-            _in_training.remove(ours)
-            for module in ours - set().union(*_in_training):
-                module.training = True
+        for module in in_training:
+            module.training = True
+    return engine.output()
 
 
 def choose_runner(model: Coconut) -> tuple[Callable[..., EagerRunner | NativeRunner], str]:
