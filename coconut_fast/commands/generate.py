@@ -42,9 +42,6 @@ def add(commands: Any) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None and arguments.file is not None:
         raise ValueError("--file: found a prompt as well, expected one of them")
-    for name, found, default in (("top-k", arguments.top_k, 0), ("top-p", arguments.top_p, 1.0)):
-        if found != default and not arguments.temperature:
-            raise ValueError(f"--{name}: found {found} at temperature 0, where it would change nothing")
     check_base(arguments.base, arguments.model)
     prompts = [arguments.prompt] if arguments.prompt is not None else None
     if arguments.file is not None:
