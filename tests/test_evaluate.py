@@ -23,8 +23,7 @@ from coconut_fast.infer import scoring
 from coconut_fast.infer.prompts import read_prompts
 from coconut_fast.infer.scoring import Evaluation, Prediction, extract_answer, generate_and_score, make_problems
 from coconut_fast.model.batch import collate
-from coconut_fast.model.coconut import Coconut, SavedSettings
-from coconut_fast.model.feedback import Identity
+from coconut_fast.model.coconut import Coconut
 from coconut_fast.model.loading import load
 from coconut_fast.train.build import build
 from coconut_fast.train.callbacks import record_curriculum
@@ -327,13 +326,3 @@ def test_a_converted_model_is_asked_as_in_training(tmp_path: Path, capsys: pytes
     model.save_pretrained(tmp_path / "cot")
     assert convert("cot", "x") == 2
     assert "--num-thoughts: found 3, expected none: method 'cot' has no thoughts" in capsys.readouterr().err
-
-
-def test_how_a_base_was_trained_says_nothing_of_a_checkpoint(tmp_path: Path) -> None:
-    base = build(tiny(tmp_path, tokenizer="symbols", feedback="projection"), [])
-    record_curriculum(base, CurriculumConfig("icot", markers=False), stage=2)
-    base.save_pretrained(tmp_path / "base")
-    torch.save({f"base_causallm.{k}": v for k, v in base.hf.state_dict().items()}, tmp_path / "checkpoint")
-    loaded = load(tmp_path / "checkpoint", base=tmp_path / "base")
-    assert (loaded.tokens, loaded.settings) == (base.tokens, SavedSettings(symbols=base.settings.symbols))
-    assert isinstance(loaded.feedback, Identity)

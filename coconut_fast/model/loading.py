@@ -50,8 +50,7 @@ def load(
 
     device: default the CPU. dtype: a torch.dtype or its name, default (or "auto") the checkpoint's. tokens: for models
     without a tokenizer. feedback: a name (see FEEDBACKS) or a module, default that of the checkpoint. base: the
-    directory or hub id that has the configuration and tokenizer of a torch file, default the file's folder; how a base
-    was trained says nothing of the file.
+    directory or hub id that has the configuration and tokenizer of a torch file, default the file's folder.
     Raises ValueError for a path that is none of these, a pickle that holds more than tensors, weights that are missing
     or of another shape (in a torch file also unexpected ones; a Hugging Face directory may hold more than a language
     model), weights that are NaN or infinite, special tokens that cannot be determined, a model that cannot run ragged,
@@ -84,13 +83,10 @@ def load(
         if trained_tokens and len(tokenizer) > rows:
             raise ValueError(f"{path} has {rows} embeddings, expected one for each of the {len(tokenizer)} tokens")
 
-    settings = saved["settings"] if saved else None
-    if settings and base is not None and os.path.isfile(path):  # the rest says how the base was trained
-        saved, settings = None, SavedSettings(symbols=settings.symbols)
     module = _read_feedback(feedback, saved, home, hf)
     if saved and _find(home, ADDED_WEIGHTS):
         warnings.warn(f"{path_or_id}: {ADDED_WEIGHTS} is left out, modules that its training added", stacklevel=2)
-    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=settings)
+    model = Coconut(hf, tokens, tokenizer=tokenizer, feedback=module, settings=saved["settings"] if saved else None)
     model = model.to(device).eval()
     check_finite(model, path_or_id)
     check_ragged(model, path_or_id)
