@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,16 +226,14 @@ def _new_head(model) -> None:
     model.hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.hf.lm_head.weight))
 
 
-def _new_matrices_until_one_is_where_an_earlier_one_was(model) -> None:
+def _a_new_matrix_where_an_earlier_one_was(model) -> None:
     layer = model.hf.transformer.h[0].mlp.c_fc
-    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+    memory = np.zeros(layer.weight.shape, np.float32)
+    layer.weight = torch.nn.Parameter(torch.from_numpy(memory))
     _answers(model)
-    address = layer.weight.data_ptr()
-    for _ in range(100):
-        layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
-        if layer.weight.data_ptr() == address:
-            return
-    pytest.skip("no matrix came where an earlier one had been")
+    layer.weight = None  # frees the parameter, not its memory
+    memory[:] = torch.randn(memory.shape).numpy()
+    layer.weight = torch.nn.Parameter(torch.from_numpy(memory))
 
 
 def _a_square_matrix_transposed(model) -> None:
@@ -278,6 +277,17 @@ def _sharp_attention(model) -> None:
         block.attn.scaling *= 9
 
 
+def _other_dtype_by_swapping(model) -> None:
+    """Refused for tensors that have a weak reference."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.hf.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        model.hf.transformer.h[0].mlp.c_fc.weight.mul_(-2)
+
+
 def _other_activation(model) -> None:
     for block in model.hf.transformer.h:
         block.mlp.act = torch.nn.ReLU()
@@ -285,9 +295,10 @@ def _other_activation(model) -> None:
 
 CHANGES = [
     _new_head,
-    _new_matrices_until_one_is_where_an_earlier_one_was,
+    _a_new_matrix_where_an_earlier_one_was,
     _a_square_matrix_transposed,
     _a_new_parameter_on_the_same_memory,
+    _other_dtype_by_swapping,
     _another_model,
     _fewer_layers,
     _final_bias,

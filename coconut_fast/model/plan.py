@@ -3,7 +3,8 @@
 These are the CPU engine, the fused Triton passes and the persistent kernel. `describe(hf_model)` knows GPT-2 and the
 Llama family (llama, mistral, qwen2, qwen3) and returns a `ModelPlan`, or the reason why it does not know this model: an
 engine that runs a model from its weights alone must be sure that they are the whole model. Nothing is copied: tensors
-are the model's own (a layer's merged ones are made on request), so a plan made before training sees what it writes.
+are the model's own (a layer's merged ones are made on request), so a plan made before training sees the trained
+weights.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
-from torch.utils.weak import WeakIdRef
 from transformers.pytorch_utils import Conv1D
 
 # Static RoPE variants: inv_freq and attention_scaling of the rotary module describe them completely.
@@ -122,9 +122,9 @@ class ModelPlan:
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...]:
     """Identity, storage, address, strides and version of each tensor.
 
-    Weak references to tensor and storage, whose addresses others may get once they are freed. A new parameter on the
-    same memory counts its versions from 0. For CPU tensors that count none (made in inference mode), or that another
-    process may write (shared memory), a sum of their bits takes the version's place: 3 ms for 100 MB.
+    A weak reference to the storage, whose address another may get once it is freed; tensors with one cannot be swapped.
+    A new parameter on the same memory counts its versions from 0. For CPU tensors that count none (made in inference
+    mode), or that another process may write (shared memory), a sum of their bits takes its place: 3 ms for 100 MB.
     """
     return tuple(map(_state_of, tensors))
 
@@ -132,7 +132,7 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...]:
 def _state_of(tensor: Tensor) -> tuple[object, ...]:
     storage = tensor.untyped_storage()
     uncounted = tensor.is_cpu and (tensor.is_inference() or storage.is_shared())
-    where = WeakIdRef(tensor), StorageWeakRef(storage), tensor.data_ptr(), tensor.stride()
+    where = id(tensor), StorageWeakRef(storage), tensor.data_ptr(), tensor.stride()
     return *where, _bits(tensor) if uncounted else tensor._version
 
 
@@ -297,7 +297,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 def hooked(model: nn.Module, prefix: str = "") -> str | None:
-    """The first module that has a forward hook, a replaced forward or a plain tensor as weight; None: there is none."""
+    """The first module with a forward hook, a replaced forward or a plain tensor as weight, as a sentence; or None."""
     if has_global_hooks():
         return "a forward hook is registered for all modules"
     modules = modules_of(model)
