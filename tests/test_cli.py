@@ -206,7 +206,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     for given in (("generate", run, "go"), ("eval", run, data), ("convert", "model", run, tmp_path / "new")):
         error = fails(capsys, 2, *given, "--base", "gpt2")
         assert f"--base: found gpt2, which would change nothing: {run} is no checkpoint file" in error
-    assert "no such file or directory" in fails(capsys, 2, "generate", tmp_path / "absent", "go", "--base", "gpt2")
+    for absent in ("checkpoint_40", "some/checkpoint_40"):
+        error = fails(capsys, 2, "generate", absent, "go", "--base", "gpt2")
+        assert f"no such file or directory: {absent}" in error
     assert "device: quantum cannot be used here" in fails(capsys, 2, "generate", run, "go", "--device", "quantum")
     assert "max_new_tokens: expected an int" in fails(capsys, 2, "generate", run, "go", "--max-new-tokens", "0")
     in_the_way = f"{data} is a file, expected a directory or nothing"

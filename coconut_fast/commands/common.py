@@ -87,12 +87,10 @@ def load_model(path: str, arguments: argparse.Namespace) -> Coconut:
 
 def check_base(base: str | None, *paths: str) -> None:
     """ValueError where --base is given, but no model is a checkpoint file: others bring their own configuration."""
-    from coconut_fast.model.loading import check_path
-
     if base is not None and not any(map(os.path.isfile, paths)):
         for path in paths:
             if not os.path.exists(path):
-                check_path(path)  # a mistyped file
+                raise ValueError(f"no such file or directory: {path}")
         raise ValueError(f"--base: found {base}, which would change nothing: {paths[0]} is no checkpoint file")
 
 

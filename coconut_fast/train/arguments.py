@@ -211,7 +211,7 @@ class CoconutArguments:
     def _check_combinations(self) -> None:
         """ValueError for settings that make no sense together."""
         slot = METHODS[self.method].slot
-        if slot and not self.c_thought:
+        if slot and not self.c_thought and self.num_thoughts is None:
             raise ValueError(f"c_thought: found 0, expected 1 or more {slot}s per step for method {self.method!r}")
         if self.detach_after is not None and self.parallel_rounds is not None:
             raise ValueError(
@@ -284,9 +284,9 @@ class CoconutArguments:
         return StageSchedule(
             last_stage=self.max_latent_stage + 1 if staged else 0,
             epochs_per_stage=self.epochs_per_stage,
-            num_epochs=max(self.num_epochs, self.resume + 1) if self.only_eval else self.num_epochs,
+            num_epochs=self.num_epochs,
             first_stage_epochs=self.first_stage_epochs,
-            first_epoch=self.resume,
+            first_epoch=min(self.resume, self.num_epochs - 1) if self.only_eval else self.resume,
             final_epochs=self.final_epochs,
             advance_at=self.advance_at,
             reset_optimizer=self.reset_optimizer,
