@@ -191,7 +191,7 @@ def test_overrides_win(official: Path) -> None:
         ("detach_after=1 parallel_rounds=2", "detach_after: found 1 with parallel_rounds, whose gradients"),
         ("c_thought=0", "c_thought: found 0, expected 1 or more thoughts per step for method 'coconut'"),
         ("c_thought=0 method=pause", "c_thought: found 0, expected 1 or more pauses per step for method 'pause'"),
-        ("num_epochs=-1", "num_epochs: "),
+        ("num_epochs=0 only_eval=true resume=3", "num_epochs: found 0, expected 1 or more"),
         ("advance_at=70", "advance_at: found 70.0, expected accuracies from 0 to 1"),
         ("frontier=some", "frontier: found 'some', expected one of shortest_paths, all"),
         ("max_latent_stage=-1", "max_latent_stage: "),
@@ -382,6 +382,7 @@ def test_the_schedule_is_of_the_settings() -> None:
     settings = make_arguments({**plan, "resume": 3, "max_latent_stage": 2, "val_path": "val.json"})
     assert settings.schedule() == StageSchedule(**plan, last_stage=3, first_epoch=3)
     assert make_arguments({"method": "cot", "c_thought": 0}).schedule().last_stage == 0
+    make_arguments({"only_eval": True, "num_thoughts": 4, "c_thought": 0, "load_model_path": "x"})  # says how many
 
 
 def test_settings_reach_transformers() -> None:
