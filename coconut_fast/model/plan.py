@@ -114,8 +114,7 @@ class ModelPlan:
         values = (getattr(self, f.name) for f in fields(self))
         numbers = tuple(v for v in values if not isinstance(v, Tensor | nn.ModuleList))
         ends = (self.embed, self.positions, self.inv_freq, self.final_norm, self.final_norm_bias)
-        kinds = ("_parameters", "_buffers")
-        blocks = chain.from_iterable(vars(m)[kind].values() for m in modules_of(self.blocks) for kind in kinds)
+        blocks = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules_of(self.blocks))
         return numbers, versions(t for t in (*blocks, *ends, self.head, self.head_bias) if t is not None)
 
 
@@ -200,10 +199,11 @@ def _describe_llama(model: nn.Module) -> ModelPlan | str:
     rope = body.rotary_emb
     if rope.rope_type not in STATIC_ROPE:
         return f"rope type {rope.rope_type!r} changes with the length; only {', '.join(STATIC_ROPE)} are supported"
-    count = config.num_hidden_layers  # transformers runs the first ones only
+    count = config.num_hidden_layers  # transformers runs no more; a slice of all would take 0.1 ms
     layers = body.layers[:count] if count < len(body.layers) else body.layers
     attention = [layer.self_attn for layer in layers]
-    if rope.inv_freq.numel() * 2 != (head_dim := attention[0].head_dim):
+    head_dim = attention[0].head_dim
+    if rope.inv_freq.numel() * 2 != head_dim:
         return f"rotary embedding covers {rope.inv_freq.numel() * 2} of the {head_dim} dimensions of a head"
     return ModelPlan(
         model_type=config.model_type,
